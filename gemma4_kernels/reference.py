@@ -1,0 +1,450 @@
+"""The eager twin of each op: plain torch, differentiable, right on every device.
+
+These are what runs where no kernel is compiled, what defines the numbers, and what a reader of a
+kernel should read first. Arithmetic is fp32 (fp64 for fp64 inputs) inside and cast where the
+Gemma 4 reference casts.
+
+Shape letters: T tokens (all sequences, packed), B sequences, N new tokens of a sequence, S key
+positions, D model width, H query heads, G key-value heads, R = H / G, C head channels, F
+feed-forward width, E experts, K experts per token, P PLE width, L layers, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+
+# Attention scores held at once by `attention_prefill`, in elements: bounds its memory whatever the
+# prompt, and large enough for full-speed matrix products.
+SCORE_ELEMENTS = 1 << 22
+# Query rows per call of torch's fused CPU attention, which blocks over keys itself.
+FUSED_ROWS = 256
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    checks.rms_norm(x, weight)
+    # torch's own: fp32 inside, weight multiplied before the one cast, as Gemma 4 has it.
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    next_weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    checks.add_rms_norm(x, residual, post_weight, next_weight, scale)
+    residual = residual + F.rms_norm(x, x.shape[-1:], post_weight, eps)
+    if scale is not None:
+        residual = residual * scale
+    if next_weight is None:
+        return residual, x.new_empty(0)
+    return residual, F.rms_norm(residual, x.shape[-1:], next_weight, eps)
+
+
+def qkv_norm_rope(
+    q_THC: Tensor,
+    k_TGC: Tensor | None,
+    v_TGC: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions_T: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
+    shape = q_THC.shape[-1:]
+    angle = positions_T[:, None, None, None] * inv_freq
+    cos, sin = angle.cos().to(q_THC.dtype), angle.sin().to(q_THC.dtype)
+    sin = torch.cat([-sin, sin], 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        # Pairs are (i, i + C/2): the two halves of a head, swapped by the flip.
+        halves = x.unflatten(-1, (2, -1))
+        return (halves * cos + halves.flip(2) * sin).flatten(2)
+
+    q = rotate(F.rms_norm(q_THC, shape, q_weight, eps))
+    if k_TGC is None:
+        return q, q.new_empty(0), q.new_empty(0)
+    # V is made from the raw k (k_eq_v): it sees neither k's weight nor the rotation.
+    v = F.rms_norm(k_TGC if v_TGC is None else v_TGC, shape, None, eps)
+    return q, rotate(F.rms_norm(k_TGC, shape, k_weight, eps)), v
+
+
+def qkv_norm_rope_cache(
+    q_THC: Tensor,
+    k_TGC: Tensor,
+    v_TGC: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    positions_T: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    checks.cache_write(k_TGC, k_cache, v_cache, slots_T)
+    q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
+    if (slots_T < 0).any():
+        keep = slots_T >= 0
+        slots_T, k, v = slots_T[keep], k[keep], v[keep]
+    k_cache.flatten(0, -3).index_copy_(0, slots_T, k)
+    v_cache.flatten(0, -3).index_copy_(0, slots_T, v)
+    return q
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    checks.geglu(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def _visible(
+    first: int, last: int, num_keys: int, window: int, right: int | None
+) -> tuple[int, int]:
+    """The keys [lo, hi) that some query at key positions first..last - 1 can see."""
+    lo = max(0, first - window + 1) if window else 0
+    hi = num_keys if right is None else min(num_keys, last + right)
+    return min(lo, max(hi, 0)), max(hi, 0)
+
+
+def _mask(
+    first: int, last: int, lo: int, hi: int, window: int, right: int | None, device: torch.device
+) -> Tensor | None:
+    """True where query i of first..last - 1 sees key j of lo..hi - 1; None if all see all."""
+    inside_right = right is None or hi - 1 <= first + right
+    inside_left = not window or lo > last - 1 - window
+    if inside_right and inside_left:
+        return None
+    distance = torch.arange(first, last, device=device)[:, None] - torch.arange(
+        lo, hi, device=device
+    )
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if right is not None:
+        mask &= distance >= -right
+    if window:
+        mask &= distance < window
+    return mask
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """[G, R, rows, keys] scores, capped and masked, from q [G, R, rows, C] and k [keys, G, C]."""
+    s = torch.matmul(q.flatten(1, 2), k.permute(1, 2, 0)).unflatten(1, q.shape[1:3])
+    if scale != 1.0:
+        s = s * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    return s if mask is None else s.masked_fill(~mask, -math.inf)
+
+
+def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the keys and its log-sum-exp; a row that sees no key gives 0 and -inf."""
+    lse = scores.logsumexp(-1)
+    return (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp(), lse
+
+
+def _grouped(x_THC: Tensor, kv_heads: int) -> Tensor:
+    """[T, H, C] as [G, R, T, C]: the query heads that share a KV head beside each other."""
+    return x_THC.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+def _ungrouped(x_GRTC: Tensor) -> Tensor:
+    return x_GRTC.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _sequences(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
+) -> Iterator[tuple[int, slice, slice]]:
+    """(b, its queries, its keys) for each sequence that has a query; reads the two on the host."""
+    cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if cu_q[-1] != num_queries:
+        raise ValueError(
+            f"cu_seqlens_q must end at the number of queries, {num_queries}, got {cu_q[-1]}"
+        )
+    for b in range(len(cu_q) - 1):
+        if cu_q[b + 1] > cu_q[b]:
+            yield b, slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+
+
+def _pages(cache: Tensor, pages: list[int], num_keys: int) -> Tensor:
+    """The first num_keys keys [S, G, C] on `pages`; a view where the pages lie in order."""
+    if pages == list(range(pages[0], pages[0] + len(pages))):
+        return cache[pages[0] : pages[0] + len(pages)].flatten(0, 1)[:num_keys]
+    return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:num_keys]
+
+
+def attention_prefill(
+    q_THC: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    window_right: int,
+    softcap: float,
+    block_table: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    checks.attention_prefill(
+        q_THC, k, v, cu_seqlens_q, cu_seqlens_k, window, window_right, causal, block_table
+    )
+    acc = torch.promote_types(q_THC.dtype, torch.float32)
+    kv_heads, right = k.shape[-2], 0 if causal else None if window_right < 0 else window_right
+    fused = q_THC.is_cpu and not softcap and not return_lse
+    out_THC = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
+    lse_HT = q_THC.new_full(
+        (q_THC.shape[1], q_THC.shape[0] if return_lse else 0), -math.inf, dtype=acc
+    )
+    for b, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0]):
+        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        if num_keys == 0:
+            continue
+        if block_table is None:
+            k_SGC, v_SGC = k[keys], v[keys]
+        else:
+            pages = block_table[b, : -(-num_keys // k.shape[1])].tolist()
+            k_SGC, v_SGC = _pages(k, pages, num_keys), _pages(v, pages, num_keys)
+        if not fused:
+            k_SGC, v_SGC = k_SGC.to(acc), v_SGC.to(acc)
+        rows = FUSED_ROWS if fused else max(16, SCORE_ELEMENTS // (num_keys * q_THC.shape[1]))
+        for i in range(0, num_queries, rows):
+            block = slice(queries.start + i, queries.start + min(i + rows, num_queries))
+            # Positions count keys: the queries are the tail of the keys.
+            first = num_keys - num_queries + i
+            last = first + block.stop - block.start
+            lo, hi = _visible(first, last, num_keys, window, right)
+            if lo == hi:
+                continue
+            mask = _mask(first, last, lo, hi, window, right, q_THC.device)
+            if fused and first >= 0:
+                out_THC[block] = (
+                    F.scaled_dot_product_attention(
+                        q_THC[block].transpose(0, 1)[None],
+                        k_SGC[lo:hi].transpose(0, 1)[None],
+                        v_SGC[lo:hi].transpose(0, 1)[None],
+                        mask,
+                        scale=scale,
+                        enable_gqa=kv_heads != q_THC.shape[1],
+                    )[0]
+                ).transpose(0, 1)
+                continue
+            q_GRTC = _grouped(q_THC[block].to(acc), kv_heads)
+            p, lse = _probabilities(_scores(q_GRTC, k_SGC[lo:hi].to(acc), mask, scale, softcap))
+            out = torch.matmul(p.flatten(1, 2), v_SGC[lo:hi].to(acc).transpose(0, 1))
+            out_THC[block] = _ungrouped(out.view(q_GRTC.shape)).to(q_THC.dtype)
+            if return_lse:
+                lse_HT[:, block] = lse.flatten(0, 1)
+    return out_THC, lse_HT
+
+
+def attention_prefill_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    out_THC: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from p = exp(s - lse) recomputed block by block.
+
+    dv = pᵀ do, ds = p (do vᵀ - rowsum(do out) + dlse), dq = ds k, dk = dsᵀ q.
+    """
+    acc = lse_HT.dtype
+    kv_heads, right = k_SGC.shape[1], 0 if causal else None if window_right < 0 else window_right
+    dq = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
+    dk = torch.zeros_like(k_SGC, dtype=acc, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(v_SGC, dtype=acc, memory_format=torch.contiguous_format)
+    for _, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0]):
+        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        rows = max(16, SCORE_ELEMENTS // (max(num_keys, 1) * q_THC.shape[1]))
+        for i in range(0, num_queries, rows):
+            block = slice(queries.start + i, queries.start + min(i + rows, num_queries))
+            first = num_keys - num_queries + i
+            last = first + block.stop - block.start
+            lo, hi = _visible(first, last, num_keys, window, right)
+            if lo == hi:
+                continue
+            seen = slice(keys.start + lo, keys.start + hi)
+            k, v = k_SGC[seen].to(acc), v_SGC[seen].to(acc)
+            q, do, o = (_grouped(x[block].to(acc), kv_heads) for x in (q_THC, grad_out, out_THC))
+            mask = _mask(first, last, lo, hi, window, right, q_THC.device)
+            lse = lse_HT[:, block].unflatten(0, (kv_heads, -1))
+            s = _scores(q, k, mask, scale, softcap)
+            p = (s - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
+            dp = torch.matmul(do.flatten(1, 2), v.permute(1, 2, 0)).view_as(p)
+            d_lse = grad_lse[:, block].unflatten(0, (kv_heads, -1))
+            ds = p * (dp + (d_lse - (do * o).sum(-1)).unsqueeze(-1))
+            if softcap:
+                ds = ds * (1 - (s.masked_fill(s == -math.inf, 0.0) / softcap) ** 2)
+            ds = ds.flatten(1, 2) * scale
+            dq[block] = _ungrouped(torch.matmul(ds, k.transpose(0, 1)).view_as(q)).to(dq.dtype)
+            dk[seen] += torch.matmul(ds.transpose(1, 2), q.flatten(1, 2)).transpose(0, 1)
+            dv[seen] += torch.matmul(p.flatten(1, 2).transpose(1, 2), do.flatten(1, 2)).transpose(
+                0, 1
+            )
+    return dq, dk.to(k_SGC.dtype), dv.to(v_SGC.dtype)
+
+
+def attention_decode(
+    q_BNHC: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    ring: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    checks.attention_decode(q_BNHC, k_cache, v_cache, seq_lens, block_table, window, ring)
+    acc = torch.promote_types(q_BNHC.dtype, torch.float32)
+    _, num_new, heads, _ = q_BNHC.shape
+    kv_heads = k_cache.shape[2]
+    out = torch.zeros_like(q_BNHC, memory_format=torch.contiguous_format)
+    lse_BHN = q_BNHC.new_full((q_BNHC.shape[0], heads, num_new), -math.inf, dtype=acc)
+    for b, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            continue
+        first = length - num_new
+        lo, hi = _visible(first, length, length, window, 0)
+        mask = _mask(first, length, lo, hi, window, 0, q_BNHC.device)
+        spans = _spans(k_cache.shape[1], lo, hi) if ring else [slice(lo, hi)]
+        if block_table is None:
+            # Views, not one copied block: a wrapped ring is two spans whose scores are joined.
+            ks, vs = ([cache[b, span].to(acc) for span in spans] for cache in (k_cache, v_cache))
+        else:
+            pages = block_table[b, : -(-hi // k_cache.shape[1])].tolist()
+            ks, vs = ([_pages(cache, pages, hi)[lo:].to(acc)] for cache in (k_cache, v_cache))
+        q = _grouped(q_BNHC[b].to(acc), kv_heads)
+        s = torch.cat([_scores(q, k, None, scale, softcap) for k in ks], -1)
+        if mask is not None:
+            s = s.masked_fill(~mask, -math.inf)
+        p, lse = _probabilities(s)
+        parts = p.flatten(1, 2).split([len(v) for v in vs], -1)
+        o = sum(torch.matmul(part, v.transpose(0, 1)) for part, v in zip(parts, vs, strict=True))
+        out[b] = _ungrouped(o.view(q.shape))
+        lse_BHN[b] = lse.flatten(0, 1)
+    return out, lse_BHN
+
+
+def _spans(slots: int, lo: int, hi: int) -> list[slice]:
+    """The slots of positions lo..hi - 1 in a ring, oldest first."""
+    begin, end = lo % slots, (hi - 1) % slots + 1
+    return [slice(begin, end)] if begin < end else [slice(begin, slots), slice(0, end)]
+
+
+def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    checks.moe_route(logits_TE, per_expert_scale, k)
+    acc = torch.promote_types(logits_TE.dtype, torch.float32)
+    probabilities = logits_TE.softmax(-1, dtype=acc)
+    # A stable sort and not topk, which leaves the order of equal values open.
+    weights, experts = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, experts = weights[:, :k], experts[:, :k]
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights * per_expert_scale[experts], experts.int()
+
+
+def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
+    """The assignments (t K + k) sorted by expert, and (e, its run) of each expert that has any."""
+    flat = experts_TK.flatten().long()
+    order = flat.argsort(stable=True)
+    runs, begin = [], 0
+    for e, count in enumerate(flat.bincount(minlength=num_experts).tolist()[:num_experts]):
+        if count:
+            runs.append((e, slice(begin, begin + count)))
+        begin += count
+    return order, runs
+
+
+def moe_experts(
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    checks.moe_experts(x_TD, gate_up_E2FD, down_EDF, experts_TK, weights_TK)
+    order, runs = _by_expert(experts_TK, down_EDF.shape[0])
+    tokens = order // experts_TK.shape[1]
+    x_sorted, weights = x_TD[tokens], weights_TK.flatten()[order, None]
+    out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, weights.dtype))
+    for e, run in runs:
+        hidden = geglu(F.linear(x_sorted[run], gate_up_E2FD[e]))
+        # A token meets an expert at most once, so each index_add_ is free of order.
+        out_TD.index_add_(0, tokens[run], F.linear(hidden, down_EDF[e]) * weights[run])
+    return out_TD.to(x_TD.dtype)
+
+
+def moe_experts_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed."""
+    order, runs = _by_expert(experts_TK, down_EDF.shape[0])
+    tokens = order // experts_TK.shape[1]
+    weights = weights_TK.flatten()[order, None]
+    dx = torch.zeros_like(x_TD)
+    d_gate_up, d_down = torch.zeros_like(gate_up_E2FD), torch.zeros_like(down_EDF)
+    d_weights = torch.zeros_like(weights_TK).flatten()
+    for e, run in runs:
+        x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
+        gate, up = F.linear(x, gate_up_E2FD[e]).chunk(2, -1)
+        act = F.gelu(gate, approximate="tanh")
+        hidden = act * up
+        d_weights[order[run]] = (dy * F.linear(hidden, down_EDF[e])).sum(-1).to(d_weights.dtype)
+        dy = (dy * weights[run]).to(x.dtype)
+        d_down[e] = dy.T @ hidden
+        d_hidden = dy @ down_EDF[e]
+        d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
+        d_pair = torch.cat([d_gate, d_hidden * act], -1)
+        d_gate_up[e] = d_pair.T @ x
+        dx.index_add_(0, tokens[run], d_pair @ gate_up_E2FD[e])
+    return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
+
+
+def ple_embed(
+    ids_T: Tensor, table: Tensor, projected: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    checks.ple_embed(ids_T, table, projected, weight)
+    known = (ids_T >= 0) & (ids_T < table.shape[0])
+    rows = F.embedding(torch.where(known, ids_T, 0).to(table.device), table)
+    rows = rows.to(projected.device).masked_fill(~known[:, None], 0.0)
+    # The factor is rounded to the table's dtype first, as the reference's embedding does.
+    scale = torch.tensor(math.sqrt(weight.shape[0]), dtype=table.dtype)
+    tokens_TLP = (rows * scale).unflatten(1, (-1, weight.shape[0]))
+    context_TLP = F.rms_norm(projected.view(tokens_TLP.shape), weight.shape, weight, eps)
+    return (context_TLP + tokens_TLP) * 2.0**-0.5
+
+
+def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
+    checks.ple_gate(gate_TP, ple_TLP, layer)
+    return F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    checks.softcap(logits, cap)
+    return torch.tanh_(logits / cap) * cap
+
+
+def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
+    checks.softcap_argmax(logits, cap)
+    return softcap(logits, cap).argmax(-1)
