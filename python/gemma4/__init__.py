@@ -1,0 +1,16 @@
+"""Gemma 4 text models on `gemma4_kernels`: configs, model, checkpoints, generation."""
+
+from .cache import Cache
+from .config import Gemma4TextConfig
+from .generate import GenerationConfig
+from .model import CausalLMOutput, Gemma4ForCausalLM, Gemma4TextModel, ModelOutput
+
+__all__ = [
+    "Cache",
+    "CausalLMOutput",
+    "Gemma4ForCausalLM",
+    "Gemma4TextConfig",
+    "Gemma4TextModel",
+    "GenerationConfig",
+    "ModelOutput",
+]

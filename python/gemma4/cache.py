@@ -1,0 +1,254 @@
+"""Keys and values of past tokens: all of them on full layers, a ring of the window on sliding ones.
+
+Layers that borrow keys own nothing here. A row's token p lies in slot p of its full layers and in
+slot p mod slots of its rings; rows count their real tokens alone, so padding takes no room.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from gemma4_kernels import ops
+
+from .config import SLIDING, Gemma4TextConfig
+from .layout import Layout
+
+# Slots of a full layer come in pages of this many, so that the same memory can be read as rows
+# [B, S, G, C] or as pages through a block table.
+PAGE_SIZE = 64
+# The decode op takes up to this many new tokens a sequence; longer runs go through prefill.
+DECODE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys and values that one call of attention reads, packed or in a cache."""
+
+    k: Tensor
+    v: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_k: int
+    block_table: Tensor | None = None
+    # Set where the tokens are decoded against a cache of rows.
+    seq_lens: Tensor | None = None
+    ring: bool = False
+
+    def attend(
+        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
+    ) -> Tensor:
+        """Attention of the packed queries of `layout`, the tail of each sequence's keys."""
+        if self.seq_lens is not None:
+            q_BNHC = q_THC.unflatten(0, (len(layout.lengths), -1))
+            out, _ = ops.attention_decode(
+                q_BNHC, self.k, self.v, self.seq_lens, window=window, ring=self.ring
+            )
+            return out.flatten(0, 1)
+        out, _ = ops.attention_prefill(
+            q_THC,
+            self.k,
+            self.v,
+            layout.cu_seqlens_q,
+            self.cu_seqlens_k,
+            layout.max_seqlen_q,
+            self.max_seqlen_k,
+            causal=causal,
+            window=window,
+            window_right=window_right,
+            block_table=self.block_table,
+        )
+        return out
+
+
+class Cache:
+    """The cache of one batch; made by the model, handed back to it with the next tokens.
+
+    lengths counts the tokens of each row, columns those of the padded batch. rollback is how many
+    tokens `trim` can take back once a sliding layer's ring is full.
+    """
+
+    def __init__(
+        self,
+        config: Gemma4TextConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int = 0,
+        rollback: int = DECODE_TOKENS,
+    ):
+        self.signature = _signature(config)
+        self.window, self.rollback = config.sliding_window, rollback
+        self.dtype, self.device = dtype, torch.device(device)
+        self.lengths = [0] * batch_size
+        self.columns = 0
+        # The longest each row has been: what lies this far back in a ring is overwritten.
+        self._written = [0] * batch_size
+        self.k: dict[int, Tensor] = {}
+        self.v: dict[int, Tensor] = {}
+        self._ring: dict[int, bool] = {}
+        self.block_table = torch.empty(batch_size, 0, dtype=torch.int32, device=self.device)
+        for layer, ring, kv_heads, head_dim in self.signature:
+            slots = self.window + rollback if ring else 0
+            for store in (self.k, self.v):
+                store[layer] = torch.empty(
+                    batch_size, slots, kv_heads, head_dim, dtype=dtype, device=device
+                )
+            self._ring[layer] = ring
+        self._reserve(max_length)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def get_seq_length(self) -> int:
+        """Columns of the padded batch that the cache has seen."""
+        return self.columns
+
+    def check(self, config: Gemma4TextConfig, batch_size: int, dtype: torch.dtype) -> None:
+        """Raises ValueError if this is not a cache of this model and batch."""
+        if self.signature != _signature(config) or self.window != config.sliding_window:
+            raise ValueError("cache belongs to a model of another shape")
+        if self.dtype != dtype:
+            raise ValueError(f"cache holds {self.dtype}, the model computes in {dtype}")
+        if self.batch_size != batch_size:
+            raise ValueError(f"cache holds {self.batch_size} rows, the input has {batch_size}")
+
+    def trim(self, count: int) -> None:
+        """Takes back the last `count` tokens of every row.
+
+        Raises ValueError if a row holds fewer, or if a ring no longer holds the window before them.
+        """
+        if count < 0 or count > min(self.lengths):
+            raise ValueError(f"cannot trim {count} tokens, rows hold {self.lengths}")
+        slots = self.window + self.rollback
+        for length, written in zip(self.lengths, self._written, strict=True):
+            oldest = written - slots
+            if any(self._ring.values()) and oldest > max(0, length - count - self.window + 1):
+                raise ValueError(
+                    f"cannot trim {count} tokens: sliding layers keep {self.rollback} tokens "
+                    "beyond the window (rollback)"
+                )
+        self.lengths = [length - count for length in self.lengths]
+        self.columns -= count
+
+    def _reserve(self, length: int) -> None:
+        """Room for `length` tokens a row on the full layers, doubling so that growth is linear."""
+        full = [layer for layer, ring in self._ring.items() if not ring]
+        if not full or length <= self.k[full[0]].shape[1]:
+            return
+        slots = max(length, 2 * self.k[full[0]].shape[1])
+        slots = -(-slots // PAGE_SIZE) * PAGE_SIZE
+        for store in (self.k, self.v):
+            for layer in full:
+                old = store[layer]
+                store[layer] = old.new_empty(old.shape[0], slots, *old.shape[2:])
+                store[layer][:, : old.shape[1]] = old
+        pages = torch.arange(self.batch_size * (slots // PAGE_SIZE), dtype=torch.int32)
+        self.block_table = pages.view(self.batch_size, -1).to(self.device)
+
+    def begin(self, layout: Layout) -> "CacheStep":
+        """Prepares the writing of the tokens of `layout`; `CacheStep.commit` makes it count."""
+        self._reserve(layout.max_seqlen_k)
+        totals = [p + n for p, n in zip(layout.pasts, layout.lengths, strict=True)]
+        self._written = [max(pair) for pair in zip(self._written, totals, strict=True)]
+        return CacheStep(self, layout)
+
+
+def _signature(config: Gemma4TextConfig) -> list[tuple[int, bool, int, int]]:
+    """(layer, is a ring, KV heads, head size) of the layers that own keys."""
+    return [
+        (i, kind == SLIDING, config.kv_heads(kind), config.head_size(kind))
+        for i, kind in enumerate(config.layer_types)
+        if config.kv_owner(i) == i
+    ]
+
+
+class CacheStep:
+    """One forward's view of a cache: where its tokens go, and what its attention reads."""
+
+    def __init__(self, cache: Cache, layout: Layout):
+        self.cache, self.layout = cache, layout
+        self.totals = [p + n for p, n in zip(layout.pasts, layout.lengths, strict=True)]
+        length = layout.uniform_length
+        self.decoding = length is not None and 0 < length <= min(DECODE_TOKENS, cache.rollback + 1)
+        self.seq_lens = layout.cu_seqlens_k.diff() if self.decoding else None
+        self._slots: dict[int, Tensor] = {}
+
+    def slots(self, per_row: int) -> Tensor:
+        """The slot of each new token in rows of `per_row` slots."""
+        if per_row not in self._slots:
+            runs = [
+                torch.arange(past, total).remainder(per_row) + row * per_row
+                for row, (past, total) in enumerate(
+                    zip(self.layout.pasts, self.totals, strict=True)
+                )
+            ]
+            self._slots[per_row] = torch.cat(runs).to(self.cache.device)
+        return self._slots[per_row]
+
+    def write(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        inv_freq: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Keys]:
+        """Norms and rotates q, k and v, caches k and v; returns q and the keys it attends to."""
+        cache, layout = self.cache, self.layout
+        k_cache, v_cache, ring = cache.k[layer], cache.v[layer], cache._ring[layer]
+        args = (q, k, v, q_weight, k_weight, layout.positions, inv_freq)
+        if ring and not self.decoding:
+            q, k, v = ops.qkv_norm_rope(*args, eps)
+            keys = self._join(k, v, k_cache, v_cache)
+            self._write_ring(k, v, k_cache, v_cache)
+            return q, keys
+        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, self.slots(k_cache.shape[1]), eps)
+        if self.decoding:
+            k, v, table = k_cache, v_cache, None
+        else:
+            pages = (-1, PAGE_SIZE, *k_cache.shape[2:])
+            k, v, table = k_cache.view(pages), v_cache.view(pages), cache.block_table
+        return q, Keys(k, v, layout.cu_seqlens_k, layout.max_seqlen_k, table, self.seq_lens, ring)
+
+    def _join(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Keys:
+        """The last window - 1 cached keys of each row before its new ones."""
+        layout = self.layout
+        if not any(layout.pasts):
+            return Keys(k, v, layout.cu_seqlens_k, layout.max_seqlen_k)
+        ends, slots = [0, *accumulate(layout.lengths)], k_cache.shape[1]
+        ks, vs, lengths = [], [], []
+        for row, past in enumerate(layout.pasts):
+            tail = torch.arange(max(0, past - self.cache.window + 1), past).remainder(slots)
+            tail = tail.to(k.device)
+            new = slice(ends[row], ends[row + 1])
+            ks += [k_cache[row, tail], k[new]]
+            vs += [v_cache[row, tail], v[new]]
+            lengths.append(len(tail) + layout.lengths[row])
+        cu_seqlens_k = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(k.device)
+        return Keys(torch.cat(ks), torch.cat(vs), cu_seqlens_k, max(lengths))
+
+    def _write_ring(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """The new tokens into the ring; of a run longer than the ring only its last slots."""
+        layout, slots = self.layout, k_cache.shape[1]
+        chosen = self.slots(slots)
+        if layout.max_seqlen_q > slots:
+            ends = accumulate(layout.lengths)
+            last = torch.cat(
+                [
+                    torch.arange(end - min(length, slots), end)
+                    for end, length in zip(ends, layout.lengths, strict=True)
+                ]
+            ).to(k.device)
+            k, v, chosen = k[last], v[last], chosen[last]
+        k_cache.flatten(0, 1).index_copy_(0, chosen, k)
+        v_cache.flatten(0, 1).index_copy_(0, chosen, v)
+
+    def commit(self) -> None:
+        """Makes the tokens count, once every layer has written them."""
+        self.cache.lengths = self.totals
+        self.cache.columns += self.layout.shape[1]
