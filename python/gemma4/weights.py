@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Gemma4TextConfig
@@ -299,4 +300,17 @@ def save_pretrained(model: nn.Module, path: str | Path, max_shard_size: int | st
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    save_torch_state_dict(state, path, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        # Copies, one file's worth: the parts of a packed projection are views of one memory.
+        tensors = {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
+        save_file(tensors, Path(path) / file, metadata={"format": "pt"})
+    index = Path(path) / "model.safetensors.index.json"
+    if plan.is_sharded:
+        table = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        index.unlink(missing_ok=True)
+    for stale in Path(path).glob("model*.safetensors"):
+        if stale.name not in plan.filename_to_tensors:
+            stale.unlink()
