@@ -42,13 +42,13 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def rms_norm(x: Tensor, weight: Tensor | None) -> None:
+def rms_norm(x: Tensor, weight: Tensor | None, name: str = "weight") -> None:
     _floating("x", x)
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     if weight is not None:
-        _like("weight", weight, "x", x)
-        _shape("weight", weight, x.shape[-1:])
+        _like(name, weight, "x", x)
+        _shape(name, weight, x.shape[-1:])
 
 
 def add_rms_norm(
@@ -58,7 +58,7 @@ def add_rms_norm(
     next_weight: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    rms_norm(x, post_weight)
+    rms_norm(x, post_weight, "post_weight")
     _like("residual", residual, "x", x)
     _shape("residual", residual, x.shape)
     if next_weight is not None:
@@ -136,16 +136,24 @@ def geglu(gate_up: Tensor) -> None:
     )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, window: int) -> None:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    window: int,
+    k_name: str = "k",
+    v_name: str = "v",
+) -> None:
     _floating("q", q)
-    for name, x in (("k", k), ("v", v)):
+    for name, x in ((k_name, k), (v_name, v)):
         _like(name, x, "q", q)
         _require(
             x.shape[-1] == q.shape[-1],
             ValueError,
             f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}",
         )
-    _shape("v", v, k.shape)
+    _shape(v_name, v, k.shape)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     _require(
         kv_heads > 0 and heads % kv_heads == 0,
@@ -164,7 +172,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, wind
         _require(
             k.ndim == 4,
             ValueError,
-            f"with a block_table k and v must be [pages, page_size, G, C], got {list(k.shape)}",
+            f"with a block_table {k_name} and {v_name} must be [pages, page_size, G, C], "
+            f"got {list(k.shape)}",
         )
 
 
@@ -218,7 +227,7 @@ def attention_decode(
 ) -> None:
     _require(q.ndim == 4, ValueError, f"q must be [B, N, H, C], got {list(q.shape)}")
     _require(k_cache.ndim == 4, ValueError, f"k_cache must be 4-d, got {list(k_cache.shape)}")
-    _attention(q, k_cache, v_cache, block_table, window)
+    _attention(q, k_cache, v_cache, block_table, window, "k_cache", "v_cache")
     _require(
         str(seq_lens.dtype) == "torch.int32",
         TypeError,

@@ -25,8 +25,8 @@ SCHEMAS = (
     " Tensor slots) -> Tensor",
     "geglu(Tensor gate_up) -> Tensor",
     "attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " int max_seqlen_q, int max_seqlen_k, float scale, bool causal, int window, int window_right,"
-    " float softcap, Tensor? block_table, bool return_lse) -> (Tensor, Tensor)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, int window,"
+    " int window_right, float softcap, Tensor? block_table, bool return_lse) -> (Tensor, Tensor)",
     "attention_prefill_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v,"
     " Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal,"
     " int window, int window_right, float softcap) -> (Tensor, Tensor, Tensor)",

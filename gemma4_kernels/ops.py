@@ -149,11 +149,10 @@ def attention_prefill(
     Returns out [T, H, C] and, with return_lse, the log-sum-exp of the scores [H, T] in fp32. A
     query that sees no key gives 0 and -inf. Differentiable without a block_table.
     """
-    eager = _eager(q)
-    if _needs_grad(q, k, v):
-        # The registered gradient recomputes the scores block by block; plain autograd through
-        # the twin would keep all of them.
-        eager, return_lse = False, True
+    # The registered gradient, which needs the lse, recomputes the scores block by block; plain
+    # autograd through the twin would keep all of them.
+    training = _needs_grad(q, k, v)
+    eager = _eager(q) and not training
     call = reference.attention_prefill if eager else _ops.attention_prefill
     out, lse = call(
         q,
@@ -169,7 +168,7 @@ def attention_prefill(
         window_right,
         softcap,
         block_table,
-        return_lse,
+        return_lse or training,
     )
     return out, lse if return_lse else None
 
@@ -222,7 +221,9 @@ def moe_experts(
     token's distinct, E meaning "skip" (an expert that lives elsewhere); weights [T, K].
     Returns [T, D]. Work is done for the experts that are chosen alone.
     """
-    call = reference.moe_experts if _eager(x) else _ops.moe_experts
+    # The registered gradient gives zeros where no expert is chosen, and keeps no activations.
+    training = _needs_grad(x, gate_up, down, weights)
+    call = reference.moe_experts if _eager(x) and not training else _ops.moe_experts
     return call(x, gate_up, down, experts, weights)
 
 

@@ -43,6 +43,7 @@ def add_rms_norm(
     residual = residual + F.rms_norm(x, x.shape[-1:], post_weight, eps)
     if scale is not None:
         residual = residual * scale
+    residual = residual.contiguous()
     if next_weight is None:
         return residual, x.new_empty(0)
     return residual, F.rms_norm(residual, x.shape[-1:], next_weight, eps)
@@ -90,7 +91,9 @@ def qkv_norm_rope_cache(
     v_cache: Tensor,
     slots_T: Tensor,
 ) -> Tensor:
+    checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
     checks.cache_write(k_TGC, k_cache, v_cache, slots_T)
+    slots_T = slots_T.long()
     q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
     if (slots_T < 0).any():
         keep = slots_T >= 0
@@ -103,7 +106,7 @@ def qkv_norm_rope_cache(
 def geglu(gate_up: Tensor) -> Tensor:
     checks.geglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+    return (F.gelu(gate, approximate="tanh") * up).contiguous()
 
 
 def _visible(
@@ -160,13 +163,17 @@ def _ungrouped(x_GRTC: Tensor) -> Tensor:
 
 
 def _sequences(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int | None
 ) -> Iterator[tuple[int, slice, slice]]:
     """(b, its queries, its keys) for each sequence that has a query; reads the two on the host."""
     cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if cu_q[-1] != num_queries:
         raise ValueError(
             f"cu_seqlens_q must end at the number of queries, {num_queries}, got {cu_q[-1]}"
+        )
+    if num_keys is not None and cu_k[-1] > num_keys:
+        raise ValueError(
+            f"cu_seqlens_k must end within the number of keys, {num_keys}, got {cu_k[-1]}"
         )
     for b in range(len(cu_q) - 1):
         if cu_q[b + 1] > cu_q[b]:
@@ -206,7 +213,8 @@ def attention_prefill(
     lse_HT = q_THC.new_full(
         (q_THC.shape[1], q_THC.shape[0] if return_lse else 0), -math.inf, dtype=acc
     )
-    for b, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0]):
+    held = k.shape[0] if block_table is None else None
+    for b, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0], held):
         num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
         if num_keys == 0:
             continue
@@ -273,7 +281,8 @@ def attention_prefill_backward(
     dq = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(k_SGC, dtype=acc, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(v_SGC, dtype=acc, memory_format=torch.contiguous_format)
-    for _, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0]):
+    sizes = q_THC.shape[0], k_SGC.shape[0]
+    for _, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, *sizes):
         num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
         rows = max(16, SCORE_ELEMENTS // (max(num_keys, 1) * q_THC.shape[1]))
         for i in range(0, num_queries, rows):
@@ -382,7 +391,7 @@ def moe_experts(
     order, runs = _by_expert(experts_TK, down_EDF.shape[0])
     tokens = order // experts_TK.shape[1]
     x_sorted, weights = x_TD[tokens], weights_TK.flatten()[order, None]
-    out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, weights.dtype))
+    out_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, weights.dtype))
     for e, run in runs:
         hidden = geglu(F.linear(x_sorted[run], gate_up_E2FD[e]))
         # A token meets an expert at most once, so each index_add_ is free of order.
@@ -402,9 +411,8 @@ def moe_experts_backward(
     order, runs = _by_expert(experts_TK, down_EDF.shape[0])
     tokens = order // experts_TK.shape[1]
     weights = weights_TK.flatten()[order, None]
-    dx = torch.zeros_like(x_TD)
-    d_gate_up, d_down = torch.zeros_like(gate_up_E2FD), torch.zeros_like(down_EDF)
-    d_weights = torch.zeros_like(weights_TK).flatten()
+    dx, d_gate_up, d_down = (t.new_zeros(t.shape) for t in (x_TD, gate_up_E2FD, down_EDF))
+    d_weights = weights_TK.new_zeros(weights_TK.numel())
     for e, run in runs:
         x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
         gate, up = F.linear(x, gate_up_E2FD[e]).chunk(2, -1)
@@ -437,12 +445,12 @@ def ple_embed(
 
 def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
     checks.ple_gate(gate_TP, ple_TLP, layer)
-    return F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]
+    return (F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
     checks.softcap(logits, cap)
-    return torch.tanh_(logits / cap) * cap
+    return (torch.tanh_(logits / cap) * cap).contiguous()
 
 
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:

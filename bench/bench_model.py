@@ -1,0 +1,178 @@
+"""Prefill and decode of the whole model beside transformers, same random weights, one process.
+
+    python bench/bench_model.py [--only NAME ...] [--repeat N] [--out FILE]
+
+Both models run the same loop of forwards; runs alternate, so that a noisy machine disturbs both
+alike, and the numbers are medians. The ratio is transformers' time over ours: above 1 is faster.
+Before any timing the two models' logits are compared.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
+from torch import Tensor
+
+PREFILL_TOKENS, DECODE_TOKENS = 512, 64
+
+SMALL = dict(
+    vocab_size=8192,
+    vocab_size_per_layer_input=8192,
+    hidden_size=256,
+    num_hidden_layers=8,
+    layer_types=["sliding_attention"] * 3
+    + ["full_attention"]
+    + ["sliding_attention"] * 3
+    + ["full_attention"],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    global_head_dim=128,
+    sliding_window=128,
+    intermediate_size=1024,
+    hidden_size_per_layer_input=0,
+    final_logit_softcapping=30.0,
+    max_position_embeddings=4096,
+)
+LARGE = dict(
+    SMALL,
+    vocab_size=32768,
+    vocab_size_per_layer_input=32768,
+    hidden_size=1024,
+    num_hidden_layers=12,
+    layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 2,
+    num_attention_heads=8,
+    head_dim=128,
+    global_head_dim=256,
+    sliding_window=256,
+    intermediate_size=4096,
+)
+MOE = dict(enable_moe_block=True, attention_k_eq_v=True, num_global_key_value_heads=1)
+CONFIGS = {
+    "a-E4B-like": dict(SMALL, hidden_size_per_layer_input=32, num_kv_shared_layers=4),
+    "a-26B-like": dict(
+        SMALL,
+        **MOE,
+        intermediate_size=512,
+        num_experts=32,
+        top_k_experts=4,
+        moe_intermediate_size=64,
+    ),
+    "b-E4B-like": dict(LARGE, hidden_size_per_layer_input=64, num_kv_shared_layers=6),
+    "b-26B-like": dict(
+        LARGE,
+        **MOE,
+        intermediate_size=1024,
+        num_experts=64,
+        top_k_experts=8,
+        moe_intermediate_size=256,
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Ours and transformers' with eager and sdpa attention, over the same weights."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(**CONFIGS[name])
+    models = {"gemma4": Gemma4ForCausalLM(config).to(dtype).eval()}
+    for attention in ("eager", "sdpa"):
+        theirs = transformers.Gemma4TextConfig(**CONFIGS[name])
+        theirs._attn_implementation = attention
+        model = transformers.Gemma4ForCausalLM(theirs).to(dtype).eval()
+        model.load_state_dict(models["gemma4"].state_dict())
+        models[attention] = model
+    return models
+
+
+def prefill(model: torch.nn.Module, ids: Tensor) -> object:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
+    """Seconds of one prefill, and of the decode steps after it."""
+    start = time.perf_counter()
+    output = prefill(model, ids)
+    middle = time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
+    return middle - start, time.perf_counter() - middle
+
+
+def measure(models: dict[str, torch.nn.Module], ids: Tensor, repeat: int) -> dict[str, tuple]:
+    for model in models.values():
+        run(model, ids)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for _ in range(repeat):
+        for name, model in models.items():
+            times[name].append(run(model, ids))
+    return {
+        name: tuple(statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        for name, pairs in times.items()
+    }
+
+
+def compare(models: dict[str, torch.nn.Module], ids: Tensor) -> float:
+    """Largest difference of the last logits to transformers' eager ones."""
+    logits = [prefill(models[name], ids).logits[:, -1].float() for name in ("gemma4", "eager")]
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON lines")
+    args = parser.parse_args()
+    rows = []
+    print(f"{'model':<12} {'dtype':<9} {'prefill ms':>10} {'decode ms':>10}"
+          f" {'vs eager':>14} {'vs sdpa':>14}   (prefill, decode)")  # fmt: skip
+    for name in args.only:
+        for dtype in (torch.float32, torch.bfloat16):
+            models = build(name, dtype)
+            ids = torch.randint(3, CONFIGS[name]["vocab_size"], (1, PREFILL_TOKENS))
+            with torch.no_grad():
+                difference = compare(models, ids)
+                times = measure(models, ids, args.repeat)
+            rows.append(row(name, dtype, difference, times))
+            print(line(rows[-1]), flush=True)
+    if args.out:
+        args.out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple]) -> dict:
+    ours = times["gemma4"]
+    ratio: Callable[[str], list[float]] = lambda other: [
+        round(theirs / mine, 2) for theirs, mine in zip(times[other], ours, strict=True)
+    ]
+    return {
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "prefill_ms": round(ours[0] * 1e3, 1),
+        "decode_ms_per_token": round(ours[1] * 1e3 / DECODE_TOKENS, 2),
+        "vs_eager": ratio("eager"),
+        "vs_sdpa": ratio("sdpa"),
+        "max_logit_difference": difference,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()} {torch.get_num_threads()} threads",
+    }
+
+
+def line(r: dict) -> str:
+    ratios = ["{:>6.2f}x {:>5.2f}x".format(*r[key]) for key in ("vs_eager", "vs_sdpa")]
+    return (
+        f"{r['model']:<12} {r['dtype']:<9} {r['prefill_ms']:>10} {r['decode_ms_per_token']:>10}"
+        f" {ratios[0]:>14} {ratios[1]:>14}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The formula of each op in float64, as the documentation states it: no blocks, no tricks.
+
+With a `dtype`, every value that the Gemma 4 reference keeps in its own dtype is rounded to it;
+the result then differs from the exact one by the error nobody can avoid.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _formula(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the formula its tensors on the CPU, the floating ones in float64."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value.double() if value.is_floating_point() else value).cpu()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(
+            *[convert(value) for value in args],
+            **{name: convert(value) for name, value in kwargs.items()},
+        )
+
+    return call
+
+
+def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).double()
+
+
+@_formula
+def rms_norm(x, weight, eps, dtype=None):
+    mean_square = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    y = x / (mean_square + eps).sqrt()
+    return _round(y if weight is None else y * weight, dtype)
+
+
+@_formula
+def add_rms_norm(x, residual, post_weight, next_weight, scale, eps, dtype=None):
+    residual = _round(residual + rms_norm(x, post_weight, eps, dtype), dtype)
+    if scale is not None:
+        residual = _round(residual * scale, dtype)
+    y = None if next_weight is None else rms_norm(residual, next_weight, eps, dtype)
+    return residual, y
+
+
+@_formula
+def rope(x, positions, inv_freq, dtype=None):
+    """x [T, H, C]; turns the pair (i, i + C/2) of token t by positions[t] inv_freq[i]."""
+    out = x.clone()
+    half = x.shape[-1] // 2
+    for i in range(half):
+        angle = positions * inv_freq[i]
+        if dtype is not None:
+            angle = angle.float().double()
+        cos, sin = (_round(f(angle), dtype)[:, None] for f in (torch.cos, torch.sin))
+        a, b = x[:, :, i], x[:, :, i + half]
+        out[:, :, i] = _round(_round(a * cos, dtype) - _round(b * sin, dtype), dtype)
+        out[:, :, i + half] = _round(_round(b * cos, dtype) + _round(a * sin, dtype), dtype)
+    return out
+
+
+@_formula
+def qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq, eps, dtype=None):
+    new_q = rope(rms_norm(q, q_weight, eps, dtype), positions, inv_freq, dtype)
+    if k is None:
+        return new_q, None, None
+    new_k = rope(rms_norm(k, k_weight, eps, dtype), positions, inv_freq, dtype)
+    return new_q, new_k, rms_norm(k if v is None else v, None, eps, dtype)
+
+
+@_formula
+def gelu_tanh(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@_formula
+def geglu(gate_up, dtype=None):
+    width = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :width], gate_up[..., width:]
+    return _round(_round(gelu_tanh(gate), dtype) * up, dtype)
+
+
+def sees(query: int, key: int, causal: bool, window: int, window_right: int) -> bool:
+    """Whether the query at position `query` sees the key at position `key`."""
+    if causal and key > query:
+        return False
+    if not causal and window_right >= 0 and key > query + window_right:
+        return False
+    return window == 0 or key > query - window
+
+
+@_formula
+def attention(
+    q,
+    k,
+    v,
+    *,
+    scale=1.0,
+    causal=True,
+    window=0,
+    window_right=-1,
+    softcap=0.0,
+    dtype=None,
+):
+    """One sequence, q [N, H, C] being the tail of k, v [S, G, C]: out [N, H, C], lse [H, N]."""
+    num_queries, heads, _ = q.shape
+    num_keys, kv_heads, _ = k.shape
+    kv_head = [h // (heads // kv_heads) for h in range(heads)]
+    outs, lses = [], []
+    for i in range(num_queries):
+        position = num_keys - num_queries + i
+        seen = [j for j in range(num_keys) if sees(position, j, causal, window, window_right)]
+        if not seen:
+            outs.append(torch.zeros_like(q[i]))
+            lses.append(torch.full((heads,), -math.inf, dtype=torch.float64))
+            continue
+        score = torch.einsum("hc,jhc->hj", q[i], k[seen][:, kv_head]) * scale
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        top = score.amax(1, keepdim=True)
+        p = torch.exp(score - top)
+        total = p.sum(1, keepdim=True)
+        out = torch.einsum("hj,jhc->hc", _round(p, dtype), v[seen][:, kv_head]) / total
+        outs.append(_round(out, dtype))
+        lses.append((top + total.log())[:, 0])
+    if not outs:
+        return q * 0, q.new_zeros(heads, 0)
+    return torch.stack(outs), torch.stack(lses, 1)
+
+
+@_formula
+def attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
+    """Sequence b owns rows cu[b] .. cu[b + 1] - 1 of q, and of k and v."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    results = [
+        attention(
+            q[starts_q[b] : starts_q[b + 1]],
+            k[starts_k[b] : starts_k[b + 1]],
+            v[starts_k[b] : starts_k[b + 1]],
+            **options,
+        )
+        for b in range(len(starts_q) - 1)
+    ]
+    if not results:
+        return q * 0, q.new_zeros(q.shape[1], 0)
+    return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], 1)
+
+
+@_formula
+def moe_route(logits, per_expert_scale, k):
+    """The choice is made among the exact probabilities; equal logits go by index."""
+    weights, experts = [], []
+    for row in logits:
+        p = torch.exp(row - row.max())
+        p = p / p.sum()
+        chosen = sorted(range(len(row)), key=lambda e: (-row[e].item(), e))[:k]
+        experts.append(chosen)
+        weights.append(p[chosen] / p[chosen].sum() * per_expert_scale[chosen])
+    if not experts:
+        return logits.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int32)
+    return torch.stack(weights), torch.tensor(experts, dtype=torch.int32)
+
+
+@_formula
+def moe_experts(x, gate_up, down, experts, weights, dtype=None):
+    rows = []
+    for t, chosen in enumerate(experts.tolist()):
+        row = torch.zeros_like(x[t])
+        for slot, e in enumerate(chosen):
+            if e < down.shape[0]:
+                hidden = geglu(_round(gate_up[e] @ x[t], dtype), dtype)
+                row = row + weights[t, slot] * _round(down[e] @ hidden, dtype)
+        rows.append(_round(row, dtype))
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@_formula
+def ple_embed(ids, table, projected, weight, eps, dtype=None):
+    width = weight.shape[0]
+    factor = _round(torch.tensor(math.sqrt(width), dtype=torch.float64), dtype)
+    tokens = torch.stack(
+        [table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.tolist()]
+        or [table[0]]
+    )[: len(ids)]
+    shape = (len(ids), table.shape[1] // width, width)
+    tokens = _round(tokens * factor, dtype).reshape(shape)
+    context = rms_norm(projected.reshape(shape), weight, eps, dtype)
+    return _round(_round(context + tokens, dtype) * 0.5**0.5, dtype)
+
+
+@_formula
+def ple_gate(gate, ple, layer, dtype=None):
+    return _round(_round(gelu_tanh(gate), dtype) * ple[:, layer], dtype)
+
+
+@_formula
+def softcap(logits, cap, dtype=None):
+    return _round(_round(torch.tanh(_round(logits / cap, dtype)), dtype) * cap, dtype)

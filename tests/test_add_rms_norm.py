@@ -1,0 +1,144 @@
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # shape, next_weight, scale, eps
+    "no rows": ((0, 64), True, True, 1e-6),
+    "one row": ((1, 256), True, True, 1e-6),
+    "one dimension": ((640,), True, True, 1e-6),
+    "odd width": ((7, 37), True, True, 1e-6),
+    "batch": ((2, 3, 96), True, True, 1e-6),
+    "E2B width": ((3, 1536), True, True, 1e-6),
+    "31B width": ((2, 5376), True, True, 1e-6),
+    "no scale": ((3, 128), True, False, 1e-6),
+    "last norm": ((3, 128), False, True, 1e-6),
+    "neither": ((3, 128), False, False, 1e-6),
+    "large eps": ((3, 128), True, True, 0.3),
+}
+
+
+def inputs(backend, shape, next_weight, scale, dtype):
+    return {
+        "x": backend.randn(*shape, dtype=dtype, std=2.0),
+        "residual": backend.randn(*shape, dtype=dtype, std=3.0),
+        "post_weight": backend.weight(shape[-1], dtype=dtype),
+        "next_weight": backend.weight(shape[-1], dtype=dtype) if next_weight else None,
+        # Layer scalars of the released models lie between 0.005 and 0.92.
+        "scale": backend.randn(1, dtype=dtype, mean=0.3, std=0.1) if scale else None,
+    }
+
+
+def check(backend, arguments, eps, dtype):
+    residual, y = backend.ops.add_rms_norm(**arguments, eps=eps)
+    expected = float64.add_rms_norm(**arguments, eps=eps)
+    rounded = float64.add_rms_norm(**arguments, eps=eps, dtype=dtype)
+    terms = arguments["x"].shape[-1]
+    assert_close_to_float64(residual, expected[0], dtype, rounded=rounded[0], terms=terms)
+    if arguments["next_weight"] is None:
+        assert y is None
+    else:
+        assert_close_to_float64(y, expected[1], dtype, rounded=rounded[1], terms=terms)
+    assert residual.is_contiguous() and (y is None or y.is_contiguous())
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_add_rms_norm(backend, poisoned_memory, case, dtype):
+    shape, next_weight, scale, eps = CASES[case]
+    check(backend, inputs(backend, shape, next_weight, scale, dtype), eps, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", ["columns", "transposed"])
+def test_strided(backend, view, dtype):
+    arguments = inputs(backend, (64, 64), True, True, dtype)
+    for name in ("x", "residual"):
+        packed = backend.randn(64, 3 * 64, dtype=dtype)[:, 64:128]
+        arguments[name] = packed if view == "columns" else packed.T
+    check(backend, arguments, 1e-6, dtype)
+
+
+def test_y_is_the_norm_of_the_residual_that_is_returned(backend):
+    """In bf16 the next branch must see the stored residual, not a more exact one."""
+    arguments = inputs(backend, (64, 512), True, True, torch.bfloat16)
+    residual, y = backend.ops.add_rms_norm(**arguments)
+    correct = float64.rms_norm(residual, arguments["next_weight"], 1e-6).to(y.dtype)
+    assert (y.cpu() == correct).double().mean() > 0.99
+
+
+def test_eps_applies_to_both_norms(backend):
+    arguments = inputs(backend, (4, 96), True, False, torch.float32)
+    arguments["x"] *= 1e-4
+    arguments["residual"] *= 0
+    check(backend, arguments, 1e-6, torch.float32)
+
+
+def test_inputs_stay_as_they_are(backend):
+    arguments = inputs(backend, (4, 96), True, True, torch.float32)
+    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    backend.ops.add_rms_norm(**arguments)
+    assert all(torch.equal(arguments[name], before[name]) for name in before)
+
+
+BAD = {
+    "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
+    "residual dtype": (
+        {"residual": lambda r: r.double()},
+        TypeError,
+        "residual must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "residual shape": (
+        {"residual": lambda r: r[:2]},
+        ValueError,
+        r"residual must have shape \[3, 64\], got \[2, 64\]",
+    ),
+    "residual device": (
+        {"residual": lambda r: r.to("meta")},
+        ValueError,
+        "residual must be on the device of x, c.*, got meta",
+    ),
+    "post_weight dtype": (
+        {"post_weight": lambda w: w.half()},
+        TypeError,
+        "post_weight must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    "post_weight shape": (
+        {"post_weight": lambda w: w[:32]},
+        ValueError,
+        r"post_weight must have shape \[64\], got \[32\]",
+    ),
+    "next_weight dtype": (
+        {"next_weight": lambda w: w.bfloat16()},
+        TypeError,
+        "next_weight must have the dtype of x, torch.float32, got torch.bfloat16",
+    ),
+    "next_weight shape": (
+        {"next_weight": lambda w: w[:32]},
+        ValueError,
+        r"next_weight must have shape \[64\], got \[32\]",
+    ),
+    "scale dtype": (
+        {"scale": lambda s: s.half()},
+        TypeError,
+        "scale must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    "scale of no dimension": (
+        {"scale": lambda s: s[0]},
+        ValueError,
+        r"scale must have shape \[1\], got \[\]",
+    ),
+    "scale per channel": (
+        {"scale": lambda s: s.expand(64)},
+        ValueError,
+        r"scale must have shape \[1\], got \[64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    changes, error, sentence = BAD[case]
+    arguments = inputs(backend, (3, 64), True, True, torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    assert_refused(backend.ops.add_rms_norm, arguments, error, sentence)

@@ -1,0 +1,67 @@
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # shape of gate_up
+    "no rows": (0, 64),
+    "no width": (3, 0),
+    "one value": (1, 2),
+    "one dimension": (48,),
+    "odd half": (5, 2 * 37),
+    "batch": (2, 3, 96),
+    "E2B width": (2, 2 * 6144),
+    "long": (129, 2 * 24),
+}
+
+
+def check(backend, gate_up, dtype):
+    y = backend.ops.geglu(gate_up)
+    gate, up = gate_up.double().cpu().chunk(2, -1)
+    # 1 + tanh cancels where the gate is far below 0, hence an error of the size of the factors.
+    assert_close_to_float64(
+        y, float64.geglu(gate_up), dtype, roundings=2, magnitude=(gate * up).abs()
+    )
+    assert y.is_contiguous()
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_geglu(backend, poisoned_memory, case, dtype):
+    check(backend, backend.randn(*CASES[case], dtype=dtype, std=2.0), dtype)
+
+
+@pytest.mark.parametrize("view", ["columns", "every other row", "transposed"])
+def test_strided(backend, view):
+    packed = backend.randn(12, 3 * 64)
+    views = {"columns": packed[:, 64:128], "every other row": packed[::2], "transposed": packed.T}
+    check(backend, views[view], torch.float32)
+
+
+@all_dtypes
+def test_far_gates(backend, dtype):
+    """gelu(-100) is 0 and gelu(100) is 100; nothing overflows on the way (100³ does in fp16)."""
+    gate = torch.tensor([-100.0, -20.0, -0.0, 20.0, 100.0])
+    check(backend, backend.to(torch.cat([gate, torch.full((5,), 3.0)]).to(dtype)), dtype)
+
+
+def test_m03_gelu_is_the_tanh_form(backend):
+    y = backend.ops.geglu(backend.to(torch.tensor([2.0, 1.0])))
+    assert y.item() == pytest.approx(1.954598, abs=1e-6)  # erf 1.954500, SiLU 1.761594
+
+
+def test_gate_comes_first(backend):
+    assert backend.ops.geglu(backend.to(torch.tensor([0.0, 5.0]))).item() == 0
+
+
+BAD = {
+    "integers": (lambda x: x.int(), TypeError, "gate_up must be a floating.*got torch.int32"),
+    "odd width": (lambda x: x[:, :7], ValueError, r"gate_up .* even width.*got \[3, 7\]"),
+    "scalar": (lambda x: x[0, 0], ValueError, r"gate_up .* even width.*got \[\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    change, error, sentence = BAD[case]
+    assert_refused(backend.ops.geglu, {"gate_up": change(backend.randn(3, 8))}, error, sentence)

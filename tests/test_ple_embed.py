@@ -1,0 +1,169 @@
+import math
+
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # ids, V, L, P
+    "no tokens": ([], 5, 3, 8),
+    "one token": ([4], 5, 1, 8),
+    "odd width": ([0, 4, 2], 5, 3, 7),
+    "one channel": ([0, 4, 2], 5, 3, 1),
+    "repeated ids": ([3, 3, 0, 3, 0], 7, 4, 64),
+    "E2B": ([6, 0, 1], 7, 35, 256),
+    "ids of no row": ([-1, 5, 2, -100, 10**6], 5, 2, 32),
+}
+
+
+def inputs(backend, case, dtype):
+    ids, vocabulary, layers, width = CASES[case]
+    return {
+        "ids": backend.to(torch.tensor(ids, dtype=torch.int64)),
+        "table": backend.randn(vocabulary, layers * width, dtype=dtype),
+        "projected": backend.randn(len(ids), layers * width, dtype=dtype, std=3.0),
+        "weight": backend.weight(width, dtype=dtype),
+    }
+
+
+def check(backend, arguments, dtype, eps=1e-6):
+    y = backend.ops.ple_embed(**arguments, eps=eps)
+    expected = float64.ple_embed(**arguments, eps=eps)
+    rounded = float64.ple_embed(**arguments, eps=eps, dtype=dtype)
+    terms = arguments["weight"].shape[0]
+    # Sums cancel, so the size that counts is that of a row's terms, not of its few values.
+    size = expected.abs().max() if expected.numel() else None
+    assert_close_to_float64(y, expected, dtype, rounded=rounded, terms=terms, magnitude=size)
+    assert y.is_contiguous()
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_ple_embed(backend, poisoned_memory, case, dtype):
+    check(backend, inputs(backend, case, dtype), dtype)
+
+
+def test_ids_of_no_row_read_nothing(backend):
+    """Not even row 0 or the last one, where a clamped id would land."""
+    arguments = inputs(backend, "ids of no row", torch.float32)
+    arguments["table"][[0, 1, 3, 4]] = float("nan")
+    check(backend, arguments, torch.float32)
+    y = backend.ops.ple_embed(**arguments)[0]
+    alone = float64.rms_norm(arguments["projected"][0].view(2, 32), arguments["weight"], 1e-6)
+    assert_close_to_float64(y, alone / math.sqrt(2), torch.float32, terms=32)
+
+
+def test_rows_of_other_ids_are_not_read(backend):
+    arguments = inputs(backend, "repeated ids", torch.float32)
+    arguments["table"][[1, 2, 4, 5, 6]] = float("nan")
+    check(backend, arguments, torch.float32)
+
+
+def test_int32_ids_and_strided_rows(backend):
+    arguments = inputs(backend, "repeated ids", torch.float32)
+    arguments["ids"] = arguments["ids"].int()
+    arguments["projected"] = backend.randn(5, 3 * 256)[:, 256:512]
+    arguments["table"] = backend.randn(7, 3 * 256)[:, 256:512]
+    check(backend, arguments, torch.float32)
+
+
+def test_transposed_projection(backend):
+    arguments = inputs(backend, "repeated ids", torch.float32)
+    arguments["projected"] = backend.randn(256, 5).T
+    check(backend, arguments, torch.float32)
+
+
+def test_table_may_stay_in_host_memory(backend):
+    arguments = inputs(backend, "E2B", torch.float32)
+    table = arguments["table"].cpu()
+    arguments["table"] = table.pin_memory() if backend.device == "cuda" else table
+    check(backend, arguments, torch.float32)
+
+
+def test_eps(backend):
+    arguments = inputs(backend, "repeated ids", torch.float32)
+    arguments["projected"] *= 1e-3
+    check(backend, arguments, torch.float32)
+    check(backend, arguments, torch.float32, eps=0.25)
+
+
+def test_e07_scale_factors(backend):
+    """Token part times √256 = 16, norm of the projection as it is, their sum times 2^-½."""
+    ones, zeros = backend.to(torch.ones(1, 256)), backend.to(torch.zeros(1, 256))
+    weight = backend.to(torch.full((256,), 3.0))
+    ids = backend.to(torch.tensor([0]))
+    token = backend.ops.ple_embed(ids, ones, zeros, weight)
+    context = backend.ops.ple_embed(ids, zeros, 5 * ones, weight)
+    assert token.flatten()[0].item() == pytest.approx(16 * 0.5**0.5, rel=1e-6)
+    assert context.flatten()[0].item() == pytest.approx(3 * 0.5**0.5, rel=1e-6)
+
+
+def test_gradient_skips_ids_of_no_row(backend):
+    arguments = inputs(backend, "ids of no row", torch.float32)
+    table = arguments["table"].requires_grad_()
+    (grad,) = torch.autograd.grad(backend.ops.ple_embed(**arguments).sum(), table)
+    assert (grad[[0, 1, 3, 4]] == 0).all()
+    assert grad[2].tolist() == pytest.approx([math.sqrt(32 / 2)] * 64)
+
+
+BAD = {
+    "float ids": (
+        {"ids": lambda i: i.float()},
+        TypeError,
+        "ids must hold integers, got torch.float32",
+    ),
+    "batched ids": ({"ids": lambda i: i[None]}, ValueError, r"ids must be \[T\], got \[1, 5\]"),
+    "ids device": (
+        {"ids": lambda i: i.to("meta")},
+        ValueError,
+        "ids must be on the device of projected, c.*, got meta",
+    ),
+    "integer projected": (
+        {"projected": lambda p: p.int()},
+        TypeError,
+        "projected must be a floating.*got torch.int32",
+    ),
+    "projected rows": (
+        {"projected": lambda p: p[:4]},
+        ValueError,
+        r"projected must have shape \[5, 256\], got \[4, 256\]",
+    ),
+    "projected width": (
+        {"projected": lambda p: p[:, :64]},
+        ValueError,
+        r"projected must have shape \[5, 256\], got \[5, 64\]",
+    ),
+    "table dtype": (
+        {"table": lambda t: t.half()},
+        TypeError,
+        "table must have the dtype of projected, torch.float32, got torch.float16",
+    ),
+    "table width": (
+        {"table": lambda t: t[:, :250]},
+        ValueError,
+        r"table must be \[V, L \* P\] and weight \[P\], got \[7, 250\] and \[64\]",
+    ),
+    "flat table": (
+        {"table": lambda t: t[0]},
+        ValueError,
+        r"table must be .* got \[256\] and \[64\]",
+    ),
+    "weight dtype": (
+        {"weight": lambda w: w.double()},
+        TypeError,
+        "weight must have the dtype of projected, torch.float32, got torch.float64",
+    ),
+    "weight device": (
+        {"weight": lambda w: w.to("meta")},
+        ValueError,
+        "weight must be on the device of projected, c.*, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    changes, error, sentence = BAD[case]
+    arguments = inputs(backend, "repeated ids", torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    assert_refused(backend.ops.ple_embed, arguments, error, sentence)

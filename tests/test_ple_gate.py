@@ -1,0 +1,105 @@
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # T, L, P, layer
+    "no tokens": (0, 3, 8, 1),
+    "one token": (1, 1, 8, 0),
+    "odd width": (5, 3, 7, 2),
+    "first layer": (5, 4, 64, 0),
+    "last layer": (5, 4, 64, 3),
+    "E2B": (3, 35, 256, 17),
+    "long": (130, 3, 24, 1),
+}
+
+
+def inputs(backend, case, dtype):
+    """Only the slice of the layer is filled; the others must not be read."""
+    tokens, layers, width, layer = CASES[case]
+    ple = backend.nan(tokens, layers, width, dtype=dtype)
+    ple[:, layer] = backend.randn(tokens, width, dtype=dtype)
+    return {
+        "gate": backend.randn(tokens, width, dtype=dtype, std=2.0),
+        "ple": ple,
+        "layer": layer,
+    }
+
+
+def check(backend, arguments, dtype):
+    y = backend.ops.ple_gate(**arguments)
+    gate, ple = (arguments[name].double().cpu() for name in ("gate", "ple"))
+    # 1 + tanh cancels where the gate is far below 0, hence an error of the size of the factors.
+    size = (gate * ple[:, arguments["layer"]]).abs()
+    expected = float64.ple_gate(**arguments)
+    assert_close_to_float64(y, expected, dtype, roundings=2, magnitude=size)
+    assert y.is_contiguous()
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_ple_gate(backend, poisoned_memory, case, dtype):
+    check(backend, inputs(backend, case, dtype), dtype)
+
+
+def test_strided(backend):
+    arguments = inputs(backend, "first layer", torch.float32)
+    arguments["gate"] = backend.randn(5, 3 * 64)[:, 64:128]
+    arguments["ple"] = backend.randn(4, 5, 64).transpose(0, 1)
+    check(backend, arguments, torch.float32)
+    arguments["gate"] = backend.randn(64, 5).T
+    check(backend, arguments, torch.float32)
+
+
+def test_gelu_is_the_tanh_form(backend):
+    two, one = backend.to(torch.tensor([[2.0]])), backend.to(torch.ones(1, 1, 1))
+    assert backend.ops.ple_gate(two, one, 0).item() == pytest.approx(1.954598, abs=1e-6)
+
+
+BAD = {
+    "integer gate": (
+        {"gate": lambda g: g.int()},
+        TypeError,
+        "gate must be a floating.*got torch.int32",
+    ),
+    "gate of three dimensions": (
+        {"gate": lambda g: g[None]},
+        ValueError,
+        r"gate must be \[T, P\], got \[1, 5, 64\]",
+    ),
+    "ple dtype": (
+        {"ple": lambda p: p.half()},
+        TypeError,
+        "ple must have the dtype of gate, torch.float32, got torch.float16",
+    ),
+    "ple device": (
+        {"ple": lambda p: p.to("meta")},
+        ValueError,
+        "ple must be on the device of gate, c.*, got meta",
+    ),
+    "ple tokens": (
+        {"ple": lambda p: p[:4]},
+        ValueError,
+        r"ple must be \[5, L, 64\], got \[4, 4, 64\]",
+    ),
+    "ple width": (
+        {"ple": lambda p: p[..., :32]},
+        ValueError,
+        r"ple must be \[5, L, 64\], got \[5, 4, 32\]",
+    ),
+    "flat ple": (
+        {"ple": lambda p: p.flatten(1)},
+        ValueError,
+        r"ple must be \[5, L, 64\], got \[5, 256\]",
+    ),
+    "layer too large": ({"layer": lambda n: 4}, ValueError, "layer must lie in .* 3, got 4"),
+    "layer below zero": ({"layer": lambda n: -1}, ValueError, "layer must lie in .*, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    changes, error, sentence = BAD[case]
+    arguments = inputs(backend, "first layer", torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    assert_refused(backend.ops.ple_gate, arguments, error, sentence)

@@ -1,0 +1,171 @@
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # leading dimensions of the cache, slots, query heads, KV heads, C, V given
+    "no tokens": ((2, 8), [], 4, 2, 64, True),
+    "rows": ((2, 8), [7, 8, 0], 4, 2, 64, True),
+    "one pool of slots": ((16,), [15, 0, 7], 4, 2, 64, True),
+    "pages out of order": ((5, 4), [19, 2, 12, 13, 0], 8, 4, 128, True),
+    "dropped tokens": ((5, 4), [3, -1, 17, -1, -1, 16], 8, 4, 256, True),
+    "all dropped": ((5, 4), [-1, -1], 8, 4, 256, True),
+    "full": ((3, 16), [40, 41, 42], 4, 1, 512, True),
+    "full, V from K": ((3, 16), [31, 32, 5], 4, 2, 512, False),
+}
+
+
+def inputs(backend, case, dtype):
+    leading, slots, heads, kv_heads, head_dim, with_v = CASES[case]
+    tokens = len(slots)
+    packed = backend.randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, std=2.0)
+    q, k, v = packed.split([heads, kv_heads, kv_heads], 1)
+    inv_freq = torch.rand(head_dim // 2) * (torch.arange(head_dim // 2) < 32)
+    return {
+        "q": q,
+        "k": k,
+        "v": v if with_v else None,
+        "q_weight": backend.weight(head_dim, dtype=dtype),
+        "k_weight": backend.weight(head_dim, dtype=dtype),
+        "positions": backend.to(torch.randperm(500)[:tokens]),
+        "inv_freq": backend.to(inv_freq),
+        "k_cache": backend.nan(*leading, kv_heads, head_dim, dtype=dtype),
+        "v_cache": backend.nan(*leading, kv_heads, head_dim, dtype=dtype),
+        "slots": backend.to(torch.tensor(slots, dtype=torch.int64)),
+    }
+
+
+def check(backend, arguments, dtype, eps=1e-6):
+    """Slots that no token names keep the NaN they were made with."""
+    q = backend.ops.qkv_norm_rope_cache(**arguments, eps=eps)
+    k_cache, v_cache, slots = (arguments[name] for name in ("k_cache", "v_cache", "slots"))
+    given = [arguments[n] for n in ("q", "k", "v", "q_weight", "k_weight", "positions", "inv_freq")]
+    exact = float64.qkv_norm_rope(*given, eps)
+    rounded = float64.qkv_norm_rope(*given, eps, dtype=dtype)
+    # Angles, cos and sin are fp32 in every dtype.
+    size = dict(terms=q.shape[-1], inner=torch.float32)
+    assert_close_to_float64(q, exact[0], dtype, rounded=rounded[0], **size)
+    kept = slots.cpu() >= 0
+    for cache, e, r in ((k_cache, exact[1], rounded[1]), (v_cache, exact[2], rounded[2])):
+        flat = cache.flatten(0, -3)
+        written = flat[slots[slots >= 0].long()]
+        assert_close_to_float64(written, e[kept], dtype, rounded=r[kept], **size)
+        others = torch.ones(len(flat), dtype=torch.bool)
+        others[slots[slots >= 0].cpu().long()] = False
+        assert flat.cpu()[others].isnan().all()
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_qkv_norm_rope_cache(backend, poisoned_memory, case, dtype):
+    check(backend, inputs(backend, case, dtype), dtype)
+
+
+def test_int32_slots(backend):
+    arguments = inputs(backend, "dropped tokens", torch.float32)
+    check(backend, arguments | {"slots": arguments["slots"].int()}, torch.float32)
+
+
+def test_eps(backend):
+    arguments = inputs(backend, "rows", torch.float32)
+    check(backend, arguments, torch.float32, eps=0.5)
+
+
+def test_r03_the_cache_holds_a_v_that_is_not_k(backend):
+    arguments = inputs(backend, "full, V from K", torch.float32)
+    backend.ops.qkv_norm_rope_cache(**arguments)
+    slots = arguments["slots"]
+    k, v = (arguments[name].flatten(0, 1)[slots] for name in ("k_cache", "v_cache"))
+    assert (k - v).abs().max() > 0.1
+
+
+def test_is_for_inference(backend):
+    arguments = inputs(backend, "rows", torch.float32)
+    arguments["q_weight"].requires_grad_()
+    with pytest.raises(RuntimeError, match="qkv_norm_rope_cache has no backward"):
+        backend.ops.qkv_norm_rope_cache(**arguments)
+    with torch.no_grad():
+        backend.ops.qkv_norm_rope_cache(**arguments)
+
+
+BAD = {
+    "integer q": ({"q": lambda q: q.int()}, TypeError, "q must be a floating.*got torch.int32"),
+    "k head": (
+        {"k": lambda k: k[..., :64]},
+        ValueError,
+        r"k must be \[5, G, 128\], got \[5, 4, 64\]",
+    ),
+    "k dtype": (
+        {"k": lambda k: k.double()},
+        TypeError,
+        "k must have the dtype of q, torch.float32, got torch.float64",
+    ),
+    "v heads": (
+        {"v": lambda v: v[:, :2]},
+        ValueError,
+        r"v must have shape \[5, 4, 128\], got \[5, 2, 128\]",
+    ),
+    "k_cache dtype": (
+        {"k_cache": lambda c: c.half()},
+        TypeError,
+        "k_cache must have the dtype of q, torch.float32, got torch.float16",
+    ),
+    "k_cache heads": (
+        {"k_cache": lambda c: c[:, :, :2].contiguous()},
+        ValueError,
+        r"k_cache must end in \[G, C\] = \[4, 128\], got \[5, 4, 2, 128\]",
+    ),
+    "k_cache without slots": (
+        {"k_cache": lambda c: c[0, 0]},
+        ValueError,
+        r"k_cache must end in \[G, C\] = \[4, 128\], got \[4, 128\]",
+    ),
+    "k_cache of strides": (
+        {"k_cache": lambda c: c.transpose(0, 1)},
+        ValueError,
+        "k_cache must be contiguous",
+    ),
+    "k_cache device": (
+        {"k_cache": lambda c: c.to("meta")},
+        ValueError,
+        "k_cache must be on the device of q, c.*, got meta",
+    ),
+    "v_cache size": (
+        {"v_cache": lambda c: c[:4]},
+        ValueError,
+        r"v_cache must have shape \[5, 4, 4, 128\], got \[4, 4, 4, 128\]",
+    ),
+    "v_cache dtype": (
+        {"v_cache": lambda c: c.bfloat16()},
+        TypeError,
+        "v_cache must have the dtype of q, torch.float32, got torch.bfloat16",
+    ),
+    "float slots": (
+        {"slots": lambda s: s.float()},
+        TypeError,
+        "slots must hold integers, got torch.float32",
+    ),
+    "slots length": (
+        {"slots": lambda s: s[:2]},
+        ValueError,
+        r"slots must have shape \[5\], got \[2\]",
+    ),
+    "slots device": (
+        {"slots": lambda s: s.to("meta")},
+        ValueError,
+        "slots must be on the device of q, c.*, got meta",
+    ),
+    "half table": (
+        {"inv_freq": lambda f: f.half()},
+        TypeError,
+        "inv_freq must be torch.float32 .*, got torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    changes, error, sentence = BAD[case]
+    arguments = inputs(backend, "pages out of order", torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    assert_refused(backend.ops.qkv_norm_rope_cache, arguments, error, sentence)
