@@ -12,13 +12,13 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from torch import Tensor
+
+from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 PREFILL_TOKENS, DECODE_TOKENS = 512, 64
 
@@ -149,9 +149,10 @@ def main() -> None:
 
 def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple]) -> dict:
     ours = times["gemma4"]
-    ratio: Callable[[str], list[float]] = lambda other: [
-        round(theirs / mine, 2) for theirs, mine in zip(times[other], ours, strict=True)
-    ]
+
+    def ratio(other: str) -> list[float]:
+        return [round(theirs / mine, 2) for theirs, mine in zip(times[other], ours, strict=True)]
+
     return {
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
