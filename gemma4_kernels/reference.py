@@ -148,9 +148,15 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: fl
 
 
 def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys and its log-sum-exp; a row that sees no key gives 0 and -inf."""
-    lse = scores.logsumexp(-1)
-    return (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp(), lse
+    """Softmax over the keys and its log-sum-exp; a row that sees no key gives 0 and -inf.
+
+    The largest probability is exp(max - lse) and at least 1 / keys, so it gives lse exactly enough
+    and saves the passes of logsumexp.
+    """
+    highest = scores.amax(-1)
+    blind = highest == -math.inf
+    p = scores.softmax(-1).masked_fill_(blind.unsqueeze(-1), 0.0)
+    return p, (highest - p.amax(-1).log()).masked_fill_(blind, -math.inf)
 
 
 def _grouped(x_THC: Tensor, kv_heads: int) -> Tensor:
@@ -330,26 +336,38 @@ def attention_decode(
     kv_heads = k_cache.shape[2]
     out = torch.zeros_like(q_BNHC, memory_format=torch.contiguous_format)
     lse_BHN = q_BNHC.new_full((q_BNHC.shape[0], heads, num_new), -math.inf, dtype=acc)
+    page_size = k_cache.shape[1]
+    room = page_size if block_table is None else page_size * block_table.shape[1]
     for b, length in enumerate(seq_lens.tolist()):
         if length == 0:
             continue
+        if length > room and not ring:
+            raise ValueError(f"seq_lens[{b}] must not exceed the cache's {room} keys, got {length}")
         first = length - num_new
         lo, hi = _visible(first, length, length, window, 0)
         mask = _mask(first, length, lo, hi, window, 0, q_BNHC.device)
-        spans = _spans(k_cache.shape[1], lo, hi) if ring else [slice(lo, hi)]
         if block_table is None:
             # Views, not one copied block: a wrapped ring is two spans whose scores are joined.
+            spans = _spans(page_size, lo, hi) if ring else [slice(lo, hi)]
             ks, vs = ([cache[b, span].to(acc) for span in spans] for cache in (k_cache, v_cache))
         else:
-            pages = block_table[b, : -(-hi // k_cache.shape[1])].tolist()
-            ks, vs = ([_pages(cache, pages, hi)[lo:].to(acc)] for cache in (k_cache, v_cache))
+            skipped = lo // page_size
+            pages = block_table[b, skipped : -(-hi // page_size)].tolist()
+            seen = slice(lo - skipped * page_size, None)
+            num_keys = hi - skipped * page_size
+            ks, vs = (
+                [_pages(cache, pages, num_keys)[seen].to(acc)] for cache in (k_cache, v_cache)
+            )
         q = _grouped(q_BNHC[b].to(acc), kv_heads)
-        s = torch.cat([_scores(q, k, None, scale, softcap) for k in ks], -1)
+        scores = [_scores(q, k, None, scale, softcap) for k in ks]
+        s = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
         if mask is not None:
             s = s.masked_fill(~mask, -math.inf)
         p, lse = _probabilities(s)
         parts = p.flatten(1, 2).split([len(v) for v in vs], -1)
-        o = sum(torch.matmul(part, v.transpose(0, 1)) for part, v in zip(parts, vs, strict=True))
+        o = torch.matmul(parts[0], vs[0].transpose(0, 1))
+        if len(vs) == 2:
+            o = o + torch.matmul(parts[1], vs[1].transpose(0, 1))
         out[b] = _ungrouped(o.view(q.shape))
         lse_BHN[b] = lse.flatten(0, 1)
     return out, lse_BHN
