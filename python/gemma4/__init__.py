@@ -4,6 +4,7 @@ from .cache import Cache
 from .config import Gemma4TextConfig
 from .generate import GenerationConfig
 from .model import CausalLMOutput, Gemma4ForCausalLM, Gemma4TextModel, ModelOutput
+from .tokenizer import Gemma4Tokenizer, TextStreamer
 
 __all__ = [
     "Cache",
@@ -11,6 +12,8 @@ __all__ = [
     "Gemma4ForCausalLM",
     "Gemma4TextConfig",
     "Gemma4TextModel",
+    "Gemma4Tokenizer",
     "GenerationConfig",
     "ModelOutput",
+    "TextStreamer",
 ]
