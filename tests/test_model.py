@@ -1,11 +1,13 @@
 """The whole model: caches, padding, packing, sharing, experts, generation and bad input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
 
 import gemma4.cache
-from gemma4 import Cache, Gemma4TextConfig
+from gemma4 import Cache, Gemma4ForCausalLM, Gemma4TextConfig
 
 each = pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 close = torch.testing.assert_close
@@ -343,6 +345,8 @@ def test_bad_input() -> None:
         (lambda: model.generate(batch, temperature=-1.0), "temperature"),
         (lambda: model.generate(batch, top_p=1.5), "top_p"),
         (lambda: model(), "exactly one"),
+        (lambda: model(batch, logits_to_keep=-1), "logits_to_keep.*-1"),
+        (lambda: model.generate(batch[0]), r"\[B, S\].*\[16\]"),
     ):
         with pytest.raises(ValueError, match=sentence):
             call()
@@ -361,8 +365,25 @@ def test_bad_input() -> None:
         (dict(enable_moe_block=True), "num_experts"),
         (dict(use_bidirectional_attention="yes"), "use_bidirectional_attention"),
         (dict(rope_parameters={S: {"rope_type": "yarn"}}), "rope_type"),
+        (dict(rope_parameters={S: {"rope_theta": -1.0}}), "rope_theta"),
+        (dict(rope_parameters={F: {"rope_type": "proportional", "factor": 0}}), "factor"),
+        (dict(num_global_key_value_heads=-1), "num_global_key_value_heads"),
+        (dict(rms_norm_eps=-1.0), "rms_norm_eps"),
+        (dict(num_kv_shared_layers=1.0), "num_kv_shared_layers"),
+        (dict(final_logit_softcapping="30"), "final_logit_softcapping"),
+        (dict(hidden_size_per_layer_input=-3), "hidden_size_per_layer_input"),
+        (dict(MOE, num_experts=True), "num_experts"),
     ],
 )
 def test_k05_impossible_configs(change: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Gemma4TextConfig(**{**DENSE, **change})
+
+
+def test_odd_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="per_layer_config"):
+        Gemma4TextConfig.from_dict(dict(DENSE, per_layer_config={"x": 1}))
+    tiny(DENSE).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json must hold a JSON object"):
+        Gemma4ForCausalLM.from_pretrained(tmp_path)

@@ -97,9 +97,12 @@ class Gemma4TextConfig:
             "sliding_window",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+            _check_integer(name, getattr(self, name), 0)
+        if self.num_global_key_value_heads is not None:
+            _check_integer("num_global_key_value_heads", self.num_global_key_value_heads, 1)
+        _check_positive("rms_norm_eps", self.rms_norm_eps)
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types must have one entry per layer, {self.num_hidden_layers}, "
@@ -127,16 +130,13 @@ class Gemma4TextConfig:
                 "use_bidirectional_attention must be null, 'all' or 'vision', "
                 f"got {self.use_bidirectional_attention!r}"
             )
-        cap = self.final_logit_softcapping
-        if cap is not None and cap <= 0:
-            raise ValueError(f"final_logit_softcapping must be null or positive, got {cap}")
+        if self.final_logit_softcapping is not None:
+            _check_positive("final_logit_softcapping", self.final_logit_softcapping)
         if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < 1:
             raise ValueError("hidden_size_per_layer_input needs a vocab_size_per_layer_input")
         if self.enable_moe_block:
             for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-                value = getattr(self, name)
-                if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"enable_moe_block needs a positive {name}, got {value!r}")
+                _check_integer(f"enable_moe_block: {name}", getattr(self, name), 1)
             if self.top_k_experts > self.num_experts:
                 raise ValueError(
                     f"top_k_experts ({self.top_k_experts}) must not exceed num_experts "
@@ -253,6 +253,16 @@ class Gemma4TextConfig:
         return cls(**_PRESETS[name])
 
 
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
 def _checked_rope(rope: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     checked = {}
     for kind in (SLIDING, FULL):
@@ -267,9 +277,11 @@ def _checked_rope(rope: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 f"rope_parameters[{kind}]: rope_type must be default or proportional, "
                 f"got {entry['rope_type']!r}"
             )
-        entry["rope_theta"] = entry.get("rope_theta") or _DEFAULT_ROPE[kind]["rope_theta"]
+        entry.setdefault("rope_theta", _DEFAULT_ROPE[kind]["rope_theta"])
         part = entry.get("partial_rotary_factor", 1.0)
-        if not 0 < part <= 1 or (entry["rope_type"] == "default" and part != 1):
+        for name in ("rope_theta", "factor", "partial_rotary_factor"):
+            _check_positive(f"rope_parameters[{kind}]: {name}", entry.get(name, 1.0))
+        if part > 1 or (entry["rope_type"] == "default" and part != 1):
             raise ValueError(
                 f"rope_parameters[{kind}]: partial_rotary_factor must lie in (0, 1] and needs "
                 f"rope_type proportional, got {part} with {entry['rope_type']}"
@@ -284,7 +296,12 @@ def _per_layer(text: dict[str, Any]) -> dict[str, Any]:
     if not table:
         return {}
     # Keys are decimal strings, zero-padded to the width of the layer count.
-    overrides = {int(index): dict(entry) for index, entry in table.items()}
+    try:
+        overrides = {int(index): dict(entry) for index, entry in table.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"per_layer_config must map layer numbers to overrides, got {table!r}"
+        ) from None
     first = next(iter(overrides.values()))
     kinds = text.get("layer_types")
     if kinds is not None:

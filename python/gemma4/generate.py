@@ -58,6 +58,8 @@ class GenerationConfig:
             data = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"{file} must hold a JSON object")
         names = {field.name for field in fields(self)}
         known = {k: v for k, v in data.items() if k in names and v is not None}
         return replace(self, **known)
@@ -113,7 +115,13 @@ def generate(
     if model.config.bidirectional:
         raise ValueError("use_bidirectional_attention 'all' models do not generate")
     prompt = input_ids if input_ids is not None else inputs_embeds
-    if prompt is None or prompt.ndim < 2 or prompt.shape[1] == 0:
+    dimensions = 2 if input_ids is not None else 3
+    if prompt is not None and prompt.ndim != dimensions:
+        raise ValueError(
+            f"the prompt must be input_ids [B, S] or inputs_embeds [B, S, D], "
+            f"got {list(prompt.shape)}"
+        )
+    if prompt is None or prompt.shape[1] == 0:
         raise ValueError("the prompt is empty: it must hold at least one token per row")
     batch, width = prompt.shape[:2]
     device = model.device

@@ -227,7 +227,8 @@ def _segments(
         breaks = ((run[1:] - run[:-1]) != 1).nonzero().flatten().add(1).tolist()
         if breaks and cached:
             raise ValueError(
-                f"position_ids of row {row} restart: packed rows have no cache (use_cache=False)"
+                f"position_ids of row {row} must go up by one with a cache; "
+                "rows that pack several sequences have none (use_cache=False)"
             )
         edges = [0, *breaks, length]
         for begin, end in pairwise(edges):

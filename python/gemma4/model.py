@@ -142,6 +142,8 @@ class Gemma4ForCausalLM(nn.Module):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
         columns = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        if columns < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all) or a column count, got {columns}")
         x_TD, layout, cache, states = self.model.run(
             input_ids=input_ids,
             attention_mask=attention_mask,
