@@ -4,18 +4,13 @@ A check reads shapes, dtypes and devices only, never a value, so that it costs n
 and holds under `torch.compile`.
 """
 
+import torch
 from torch import Tensor
 
 
-def _require(condition: bool, error: type[Exception], sentence: str) -> None:
-    if not condition:
-        raise error(sentence)
-
-
 def _floating(name: str, x: Tensor) -> None:
-    _require(
-        x.is_floating_point(), TypeError, f"{name} must be a floating-point tensor, got {x.dtype}"
-    )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
 def _integral(name: str, x: Tensor) -> None:
@@ -79,22 +74,21 @@ def qkv_norm_rope(
     inv_freq: Tensor,
 ) -> None:
     _floating("q", q)
-    _require(q.ndim == 3, ValueError, f"q must be [T, H, C], got {list(q.shape)}")
+    if q.ndim != 3:
+        raise ValueError(f"q must be [T, H, C], got {list(q.shape)}")
     num_tokens, _, head_dim = q.shape
-    _require(head_dim % 2 == 0, ValueError, f"q must have an even head_dim, got {head_dim}")
+    if head_dim % 2 != 0:
+        raise ValueError(f"q must have an even head_dim, got {head_dim}")
     _like("q_weight", q_weight, "q", q)
     _shape("q_weight", q_weight, (head_dim,))
-    _require(
-        (k is None) == (k_weight is None), ValueError, "k and k_weight must come together or not"
-    )
-    _require(v is None or k is not None, ValueError, "v must not come without k")
+    if (k is None) != (k_weight is None):
+        raise ValueError("k and k_weight must come together or not")
+    if v is not None and k is None:
+        raise ValueError("v must not come without k")
     if k is not None:
         _like("k", k, "q", q)
-        _require(
-            k.ndim == 3 and k.shape[0] == num_tokens and k.shape[2] == head_dim,
-            ValueError,
-            f"k must be [{num_tokens}, G, {head_dim}], got {list(k.shape)}",
-        )
+        if k.ndim != 3 or k.shape[0] != num_tokens or k.shape[2] != head_dim:
+            raise ValueError(f"k must be [{num_tokens}, G, {head_dim}], got {list(k.shape)}")
         _like("k_weight", k_weight, "q", q)
         _shape("k_weight", k_weight, (head_dim,))
     if v is not None:
@@ -103,11 +97,10 @@ def qkv_norm_rope(
     _integral("positions", positions)
     _same_device("positions", positions, "q", q)
     _shape("positions", positions, (num_tokens,))
-    _require(
-        str(inv_freq.dtype) == "torch.float32",
-        TypeError,
-        f"inv_freq must be torch.float32 whatever the dtype of q, got {inv_freq.dtype}",
-    )
+    if inv_freq.dtype != torch.float32:
+        raise TypeError(
+            f"inv_freq must be torch.float32 whatever the dtype of q, got {inv_freq.dtype}"
+        )
     _same_device("inv_freq", inv_freq, "q", q)
     _shape("inv_freq", inv_freq, (head_dim // 2,))
 
@@ -115,12 +108,12 @@ def qkv_norm_rope(
 def cache_write(k: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _like(name, cache, "q", k)
-        _require(
-            cache.ndim >= 3 and cache.shape[-2:] == k.shape[1:],
-            ValueError,
-            f"{name} must end in [G, C] = {list(k.shape[1:])}, got {list(cache.shape)}",
-        )
-        _require(cache.is_contiguous(), ValueError, f"{name} must be contiguous")
+        if cache.ndim < 3 or cache.shape[-2:] != k.shape[1:]:
+            raise ValueError(
+                f"{name} must end in [G, C] = {list(k.shape[1:])}, got {list(cache.shape)}"
+            )
+        if not cache.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
     _shape("v_cache", v_cache, k_cache.shape)
     _integral("slots", slots)
     _same_device("slots", slots, "q", k)
@@ -129,11 +122,10 @@ def cache_write(k: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> N
 
 def geglu(gate_up: Tensor) -> None:
     _floating("gate_up", gate_up)
-    _require(
-        gate_up.ndim >= 1 and gate_up.shape[-1] % 2 == 0,
-        ValueError,
-        f"gate_up must end in an even width, gate then up, got {list(gate_up.shape)}",
-    )
+    if gate_up.ndim < 1 or gate_up.shape[-1] % 2 != 0:
+        raise ValueError(
+            f"gate_up must end in an even width, gate then up, got {list(gate_up.shape)}"
+        )
 
 
 def _attention(
@@ -148,33 +140,28 @@ def _attention(
     _floating("q", q)
     for name, x in ((k_name, k), (v_name, v)):
         _like(name, x, "q", q)
-        _require(
-            x.shape[-1] == q.shape[-1],
-            ValueError,
-            f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}",
-        )
+        if x.shape[-1] != q.shape[-1]:
+            raise ValueError(
+                f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}"
+            )
     _shape(v_name, v, k.shape)
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    _require(
-        kv_heads > 0 and heads % kv_heads == 0,
-        ValueError,
-        f"the query heads must be a multiple of the KV heads, got {heads} and {kv_heads}",
-    )
-    _require(window >= 0, ValueError, f"window must be 0 (none) or a key count, got {window}")
+    if kv_heads <= 0 or heads % kv_heads != 0:
+        raise ValueError(
+            f"the query heads must be a multiple of the KV heads, got {heads} and {kv_heads}"
+        )
+    if window < 0:
+        raise ValueError(f"window must be 0 (none) or a key count, got {window}")
     if block_table is not None:
         _integral("block_table", block_table)
         _same_device("block_table", block_table, "q", q)
-        _require(
-            block_table.ndim == 2,
-            ValueError,
-            f"block_table must be [B, pages], got {list(block_table.shape)}",
-        )
-        _require(
-            k.ndim == 4,
-            ValueError,
-            f"with a block_table {k_name} and {v_name} must be [pages, page_size, G, C], "
-            f"got {list(k.shape)}",
-        )
+        if block_table.ndim != 2:
+            raise ValueError(f"block_table must be [B, pages], got {list(block_table.shape)}")
+        if k.ndim != 4:
+            raise ValueError(
+                f"with a block_table {k_name} and {v_name} must be [pages, page_size, G, C], "
+                f"got {list(k.shape)}"
+            )
 
 
 def attention_prefill(
@@ -188,32 +175,28 @@ def attention_prefill(
     causal: bool,
     block_table: Tensor | None,
 ) -> None:
-    _require(q.ndim == 3, ValueError, f"q must be [T, H, C], got {list(q.shape)}")
-    if block_table is None:
-        _require(k.ndim == 3, ValueError, f"k must be [T, G, C], got {list(k.shape)}")
+    if q.ndim != 3:
+        raise ValueError(f"q must be [T, H, C], got {list(q.shape)}")
+    if block_table is None and k.ndim != 3:
+        raise ValueError(f"k must be [T, G, C], got {list(k.shape)}")
     _attention(q, k, v, block_table, window)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _require(str(cu.dtype) == "torch.int32", TypeError, f"{name} must be int32, got {cu.dtype}")
+        if cu.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {cu.dtype}")
         _same_device(name, cu, "q", q)
-        _require(
-            cu.ndim == 1 and cu.shape[0] >= 1,
-            ValueError,
-            f"{name} must be [B + 1], got {list(cu.shape)}",
-        )
+        if cu.ndim != 1 or cu.shape[0] < 1:
+            raise ValueError(f"{name} must be [B + 1], got {list(cu.shape)}")
     _shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
-    if block_table is not None:
-        _require(
-            block_table.shape[0] == cu_seqlens_q.shape[0] - 1,
-            ValueError,
+    if block_table is not None and block_table.shape[0] != cu_seqlens_q.shape[0] - 1:
+        raise ValueError(
             f"block_table must have one row per sequence, {cu_seqlens_q.shape[0] - 1}, "
-            f"got {block_table.shape[0]}",
+            f"got {block_table.shape[0]}"
         )
-    _require(
-        window_right >= -1 and not (causal and window_right > 0),
-        ValueError,
-        f"window_right must be -1 (no bound) or a key count, and is for causal=False alone, "
-        f"got {window_right}",
-    )
+    if window_right < -1 or (causal and window_right > 0):
+        raise ValueError(
+            f"window_right must be -1 (no bound) or a key count, and is for causal=False alone, "
+            f"got {window_right}"
+        )
 
 
 def attention_decode(
@@ -225,64 +208,58 @@ def attention_decode(
     window: int,
     ring: bool,
 ) -> None:
-    _require(q.ndim == 4, ValueError, f"q must be [B, N, H, C], got {list(q.shape)}")
-    _require(k_cache.ndim == 4, ValueError, f"k_cache must be 4-d, got {list(k_cache.shape)}")
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, N, H, C], got {list(q.shape)}")
+    if k_cache.ndim != 4:
+        raise ValueError(f"k_cache must be 4-d, got {list(k_cache.shape)}")
     _attention(q, k_cache, v_cache, block_table, window, "k_cache", "v_cache")
-    _require(
-        str(seq_lens.dtype) == "torch.int32",
-        TypeError,
-        f"seq_lens must be int32, got {seq_lens.dtype}",
-    )
+    if seq_lens.dtype != torch.int32:
+        raise TypeError(f"seq_lens must be int32, got {seq_lens.dtype}")
     _same_device("seq_lens", seq_lens, "q", q)
     _shape("seq_lens", seq_lens, q.shape[:1])
     rows, rows_name = (k_cache, "k_cache") if block_table is None else (block_table, "block_table")
-    _require(
-        rows.shape[0] == q.shape[0],
-        ValueError,
-        f"{rows_name} must have one row per sequence, {q.shape[0]}, got {rows.shape[0]}",
-    )
-    if ring:
-        _require(block_table is None, ValueError, "a ring cache takes no block_table")
-        need = window + q.shape[1] - 1
-        _require(
-            window > 0 and need <= k_cache.shape[1],
-            ValueError,
-            f"a ring cache needs a window and window + new tokens - 1 slots, "
-            f"got window {window} and {k_cache.shape[1]} slots for {q.shape[1]} new tokens",
+    if rows.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{rows_name} must have one row per sequence, {q.shape[0]}, got {rows.shape[0]}"
         )
+    if ring:
+        if block_table is not None:
+            raise ValueError("a ring cache takes no block_table")
+        need = window + q.shape[1] - 1
+        if window <= 0 or need > k_cache.shape[1]:
+            raise ValueError(
+                f"a ring cache needs a window and window + new tokens - 1 slots, "
+                f"got window {window} and {k_cache.shape[1]} slots for {q.shape[1]} new tokens"
+            )
 
 
 def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> None:
     _floating("logits", logits)
-    _require(logits.ndim == 2, ValueError, f"logits must be [T, E], got {list(logits.shape)}")
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [T, E], got {list(logits.shape)}")
     _floating("per_expert_scale", per_expert_scale)
     _same_device("per_expert_scale", per_expert_scale, "logits", logits)
     _shape("per_expert_scale", per_expert_scale, logits.shape[1:])
-    _require(
-        1 <= k <= logits.shape[1],
-        ValueError,
-        f"k must lie in 1..E = {logits.shape[1]}, got {k}",
-    )
+    if not (1 <= k <= logits.shape[1]):
+        raise ValueError(f"k must lie in 1..E = {logits.shape[1]}, got {k}")
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor) -> None:
     _floating("x", x)
-    _require(x.ndim == 2, ValueError, f"x must be [T, D], got {list(x.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
     _like("gate_up", gate_up, "x", x)
     _like("down", down, "x", x)
-    _require(down.ndim == 3, ValueError, f"down must be [E, D, F], got {list(down.shape)}")
+    if down.ndim != 3:
+        raise ValueError(f"down must be [E, D, F], got {list(down.shape)}")
     num_experts, width, hidden = down.shape
-    _require(
-        width == x.shape[1], ValueError, f"down must be [E, {x.shape[1]}, F], got [E, {width}, F]"
-    )
+    if width != x.shape[1]:
+        raise ValueError(f"down must be [E, {x.shape[1]}, F], got [E, {width}, F]")
     _shape("gate_up", gate_up, (num_experts, 2 * hidden, width))
     _integral("experts", experts)
     _same_device("experts", experts, "x", x)
-    _require(
-        experts.ndim == 2 and experts.shape[0] == x.shape[0],
-        ValueError,
-        f"experts must be [{x.shape[0]}, K], got {list(experts.shape)}",
-    )
+    if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
+        raise ValueError(f"experts must be [{x.shape[0]}, K], got {list(experts.shape)}")
     _floating("weights", weights)
     _same_device("weights", weights, "x", x)
     _shape("weights", weights, experts.shape)
@@ -290,19 +267,18 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weigh
 
 def ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> None:
     _integral("ids", ids)
-    _require(ids.ndim == 1, ValueError, f"ids must be [T], got {list(ids.shape)}")
+    if ids.ndim != 1:
+        raise ValueError(f"ids must be [T], got {list(ids.shape)}")
     _floating("projected", projected)
-    _require(
-        table.ndim == 2 and weight.ndim == 1 and table.shape[1] % max(weight.shape[0], 1) == 0,
-        ValueError,
-        f"table must be [V, L * P] and weight [P], got {list(table.shape)} and "
-        f"{list(weight.shape)}",
-    )
-    _require(
-        table.dtype == projected.dtype,
-        TypeError,
-        f"table must have the dtype of projected, {projected.dtype}, got {table.dtype}",
-    )
+    if table.ndim != 2 or weight.ndim != 1 or table.shape[1] % max(weight.shape[0], 1) != 0:
+        raise ValueError(
+            f"table must be [V, L * P] and weight [P], got {list(table.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if table.dtype != projected.dtype:
+        raise TypeError(
+            f"table must have the dtype of projected, {projected.dtype}, got {table.dtype}"
+        )
     _like("weight", weight, "projected", projected)
     _same_device("ids", ids, "projected", projected)
     _shape("projected", projected, (ids.shape[0], table.shape[1]))
@@ -311,28 +287,23 @@ def ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> 
 def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> None:
     _floating("gate", gate)
     _like("ple", ple, "gate", gate)
-    _require(gate.ndim == 2, ValueError, f"gate must be [T, P], got {list(gate.shape)}")
-    _require(
-        ple.ndim == 3 and ple.shape[0] == gate.shape[0] and ple.shape[2] == gate.shape[1],
-        ValueError,
-        f"ple must be [{gate.shape[0]}, L, {gate.shape[1]}], got {list(ple.shape)}",
-    )
-    _require(
-        0 <= layer < ple.shape[1],
-        ValueError,
-        f"layer must lie in 0..L-1 = {ple.shape[1] - 1}, got {layer}",
-    )
+    if gate.ndim != 2:
+        raise ValueError(f"gate must be [T, P], got {list(gate.shape)}")
+    if ple.ndim != 3 or ple.shape[0] != gate.shape[0] or ple.shape[2] != gate.shape[1]:
+        raise ValueError(
+            f"ple must be [{gate.shape[0]}, L, {gate.shape[1]}], got {list(ple.shape)}"
+        )
+    if not (0 <= layer < ple.shape[1]):
+        raise ValueError(f"layer must lie in 0..L-1 = {ple.shape[1] - 1}, got {layer}")
 
 
 def softcap(logits: Tensor, cap: float) -> None:
     _floating("logits", logits)
-    _require(cap > 0, ValueError, f"cap must be positive, got {cap}")
+    if not cap > 0:
+        raise ValueError(f"cap must be positive, got {cap}")
 
 
 def softcap_argmax(logits: Tensor, cap: float) -> None:
     softcap(logits, cap)
-    _require(
-        logits.ndim >= 1 and logits.shape[-1] > 0,
-        ValueError,
-        f"logits must end in a non-empty vocabulary, got {list(logits.shape)}",
-    )
+    if logits.ndim < 1 or logits.shape[-1] <= 0:
+        raise ValueError(f"logits must end in a non-empty vocabulary, got {list(logits.shape)}")

@@ -1,8 +1,8 @@
 """The eager twin of each op: plain torch, differentiable, right on every device.
 
 These are what runs where no kernel is compiled, what defines the numbers, and what a reader of a
-kernel should read first. Arithmetic is fp32 (fp64 for fp64 inputs) inside and cast where the
-Gemma 4 reference casts.
+kernel should read first; over 400 lines, so that all of them stand in one place. Arithmetic is fp32
+(fp64 for fp64 inputs) inside and cast where the Gemma 4 reference casts.
 
 Shape letters: T tokens (all sequences, packed), B sequences, N new tokens of a sequence, S key
 positions, D model width, H query heads, G key-value heads, R = H / G, C head channels, F
@@ -91,10 +91,9 @@ def qkv_norm_rope_cache(
     v_cache: Tensor,
     slots_T: Tensor,
 ) -> Tensor:
-    checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
+    q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
     checks.cache_write(k_TGC, k_cache, v_cache, slots_T)
     slots_T = slots_T.long()
-    q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
     if (slots_T < 0).any():
         keep = slots_T >= 0
         slots_T, k, v = slots_T[keep], k[keep], v[keep]
@@ -186,6 +185,20 @@ def _sequences(
             yield b, slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
 
 
+def _blocks(
+    queries: slice, num_keys: int, rows: int, causal: bool, window: int, window_right: int
+) -> Iterator[tuple[slice, int, int, int, int | None]]:
+    """(its queries, position of the first, keys [lo, hi), right bound) of each block of `rows`
+    queries that sees a key. Positions count keys: the queries are the tail of the keys."""
+    right = 0 if causal else None if window_right < 0 else window_right
+    for begin in range(queries.start, queries.stop, rows):
+        block = slice(begin, min(begin + rows, queries.stop))
+        first = num_keys - (queries.stop - begin)
+        lo, hi = _visible(first, first + block.stop - begin, num_keys, window, right)
+        if lo < hi:
+            yield block, first, lo, hi, right
+
+
 def _pages(cache: Tensor, pages: list[int], num_keys: int) -> Tensor:
     """The first num_keys keys [S, G, C] on `pages`; a view where the pages lie in order."""
     if pages == list(range(pages[0], pages[0] + len(pages))):
@@ -213,7 +226,7 @@ def attention_prefill(
         q_THC, k, v, cu_seqlens_q, cu_seqlens_k, window, window_right, causal, block_table
     )
     acc = torch.promote_types(q_THC.dtype, torch.float32)
-    kv_heads, right = k.shape[-2], 0 if causal else None if window_right < 0 else window_right
+    kv_heads = k.shape[-2]
     fused = q_THC.is_cpu and not softcap and not return_lse
     out_THC = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
     lse_HT = q_THC.new_full(
@@ -221,7 +234,7 @@ def attention_prefill(
     )
     held = k.shape[0] if block_table is None else None
     for b, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0], held):
-        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        num_keys = keys.stop - keys.start
         if num_keys == 0:
             continue
         if block_table is None:
@@ -232,14 +245,9 @@ def attention_prefill(
         if not fused:
             k_SGC, v_SGC = k_SGC.to(acc), v_SGC.to(acc)
         rows = FUSED_ROWS if fused else max(16, SCORE_ELEMENTS // (num_keys * q_THC.shape[1]))
-        for i in range(0, num_queries, rows):
-            block = slice(queries.start + i, queries.start + min(i + rows, num_queries))
-            # Positions count keys: the queries are the tail of the keys.
-            first = num_keys - num_queries + i
+        blocks = _blocks(queries, num_keys, rows, causal, window, window_right)
+        for block, first, lo, hi, right in blocks:
             last = first + block.stop - block.start
-            lo, hi = _visible(first, last, num_keys, window, right)
-            if lo == hi:
-                continue
             mask = _mask(first, last, lo, hi, window, right, q_THC.device)
             if fused and first >= 0:
                 out_THC[block] = (
@@ -283,21 +291,17 @@ def attention_prefill_backward(
     dv = pᵀ do, ds = p (do vᵀ - rowsum(do out) + dlse), dq = ds k, dk = dsᵀ q.
     """
     acc = lse_HT.dtype
-    kv_heads, right = k_SGC.shape[1], 0 if causal else None if window_right < 0 else window_right
+    kv_heads = k_SGC.shape[1]
     dq = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(k_SGC, dtype=acc, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(v_SGC, dtype=acc, memory_format=torch.contiguous_format)
     sizes = q_THC.shape[0], k_SGC.shape[0]
     for _, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, *sizes):
-        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        num_keys = keys.stop - keys.start
         rows = max(16, SCORE_ELEMENTS // (max(num_keys, 1) * q_THC.shape[1]))
-        for i in range(0, num_queries, rows):
-            block = slice(queries.start + i, queries.start + min(i + rows, num_queries))
-            first = num_keys - num_queries + i
+        blocks = _blocks(queries, num_keys, rows, causal, window, window_right)
+        for block, first, lo, hi, right in blocks:
             last = first + block.stop - block.start
-            lo, hi = _visible(first, last, num_keys, window, right)
-            if lo == hi:
-                continue
             seen = slice(keys.start + lo, keys.start + hi)
             k, v = k_SGC[seen].to(acc), v_SGC[seen].to(acc)
             q, do, o = (_grouped(x[block].to(acc), kv_heads) for x in (q_THC, grad_out, out_THC))

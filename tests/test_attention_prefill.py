@@ -1,3 +1,8 @@
+"""Prefill attention: forward, backward, pages, memory.
+
+Longer than 400 lines because one table of cases serves all of these tests.
+"""
+
 import subprocess
 import sys
 from itertools import accumulate

@@ -1,4 +1,7 @@
-"""What holds for all ops alike: names, registration, compilation, gradients."""
+"""What holds for all ops alike: names, registration, compilation, gradients.
+
+Longer than 400 lines because one table of arguments of every op serves all of these tests.
+"""
 
 import inspect
 from itertools import pairwise

@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma4_kernels import ops
 
 from .config import SLIDING, Gemma4TextConfig
-from .layout import Layout
+from .layout import Layout, cumulative
 
 # Slots of a full layer come in pages of this many, so that the same memory can be read as rows
 # [B, S, G, C] or as pages through a block table.
@@ -77,7 +77,7 @@ class Cache:
         max_length: int = 0,
         rollback: int = DECODE_TOKENS,
     ):
-        self.signature = _signature(config)
+        self.config, self.signature = config, _signature(config)
         self.window, self.rollback = config.sliding_window, rollback
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch_size
@@ -107,7 +107,11 @@ class Cache:
 
     def check(self, config: Gemma4TextConfig, batch_size: int, dtype: torch.dtype) -> None:
         """Raises ValueError if this is not a cache of this model and batch."""
-        if self.signature != _signature(config) or self.window != config.sliding_window:
+        # The model that made the cache hands it back every step: its own config needs no look.
+        same = config is self.config or (
+            self.signature == _signature(config) and self.window == config.sliding_window
+        )
+        if not same:
             raise ValueError("cache belongs to a model of another shape")
         if self.dtype != dtype:
             raise ValueError(f"cache holds {self.dtype}, the model computes in {dtype}")
@@ -150,8 +154,7 @@ class Cache:
     def begin(self, layout: Layout) -> "CacheStep":
         """Prepares the writing of the tokens of `layout`; `CacheStep.commit` makes it count."""
         self._reserve(layout.max_seqlen_k)
-        totals = [p + n for p, n in zip(layout.pasts, layout.lengths, strict=True)]
-        self._written = [max(pair) for pair in zip(self._written, totals, strict=True)]
+        self._written = [max(pair) for pair in zip(self._written, layout.totals, strict=True)]
         return CacheStep(self, layout)
 
 
@@ -169,7 +172,6 @@ class CacheStep:
 
     def __init__(self, cache: Cache, layout: Layout):
         self.cache, self.layout = cache, layout
-        self.totals = [p + n for p, n in zip(layout.pasts, layout.lengths, strict=True)]
         length = layout.uniform_length
         self.decoding = length is not None and 0 < length <= min(DECODE_TOKENS, cache.rollback + 1)
         self.seq_lens = layout.cu_seqlens_k.diff() if self.decoding else None
@@ -181,7 +183,7 @@ class CacheStep:
             runs = [
                 torch.arange(past, total).remainder(per_row) + row * per_row
                 for row, (past, total) in enumerate(
-                    zip(self.layout.pasts, self.totals, strict=True)
+                    zip(self.layout.pasts, self.layout.totals, strict=True)
                 )
             ]
             self._slots[per_row] = torch.cat(runs).to(self.cache.device)
@@ -229,8 +231,7 @@ class CacheStep:
             ks += [k_cache[row, tail], k[new]]
             vs += [v_cache[row, tail], v[new]]
             lengths.append(len(tail) + layout.lengths[row])
-        cu_seqlens_k = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(k.device)
-        return Keys(torch.cat(ks), torch.cat(vs), cu_seqlens_k, max(lengths))
+        return Keys(torch.cat(ks), torch.cat(vs), cumulative(lengths, k.device), max(lengths))
 
     def _write_ring(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         """The new tokens into the ring; of a run longer than the ring only its last slots."""
@@ -250,5 +251,5 @@ class CacheStep:
 
     def commit(self) -> None:
         """Makes the tokens count, once every layer has written them."""
-        self.cache.lengths = self.totals
+        self.cache.lengths = self.layout.totals
         self.cache.columns += self.layout.shape[1]

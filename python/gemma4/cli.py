@@ -113,7 +113,7 @@ def generate(args: argparse.Namespace) -> None:
     else:
         ids = tokenizer.encode(prompt, add_bos=True)
     _room(config, ids)
-    if _reply(args, _load(args), tokenizer, ids).interrupted:
+    if _reply(args, _load(args, folder), tokenizer, ids).interrupted:
         raise KeyboardInterrupt
 
 
@@ -121,9 +121,10 @@ def chat(args: argparse.Namespace) -> None:
     """A conversation: every turn runs the whole of it again."""
     _sampling(args)
     history = _system(args)
-    tokenizer = Gemma4Tokenizer.from_pretrained(_folder(args.model))
+    folder = _folder(args.model)
+    tokenizer = Gemma4Tokenizer.from_pretrained(folder)
     tokenizer.apply_chat_template([*history, {"role": "user", "content": "."}])  # fails early
-    model = _load(args)
+    model = _load(args, folder)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         print(f"{args.model}: /reset starts over, /exit or ctrl-d leaves", file=sys.stderr)
@@ -176,11 +177,12 @@ def info(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Tokens per second of prompt and decode, as median, least and most of --repeat runs."""
-    config = Gemma4TextConfig.from_pretrained(_folder(args.model))
+    folder = _folder(args.model)
+    config = Gemma4TextConfig.from_pretrained(folder)
     positions, wanted = config.max_position_embeddings, args.prompt_tokens + args.new_tokens
     if wanted > positions:
         raise ValueError(f"{wanted} tokens do not fit the model's {positions} positions")
-    model = _load(args)
+    model = _load(args, folder)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (1, args.prompt_tokens), generator=draw)
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
@@ -207,9 +209,9 @@ def _folder(model: str) -> Path:
     return resolve(model)
 
 
-def _load(args: argparse.Namespace) -> Gemma4ForCausalLM:
+def _load(args: argparse.Namespace, folder: Path) -> Gemma4ForCausalLM:
     return Gemma4ForCausalLM.from_pretrained(
-        args.model,
+        folder,
         dtype=None if args.dtype == "auto" else args.dtype,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         ple_device=args.ple_device,

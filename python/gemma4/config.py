@@ -205,9 +205,8 @@ class Gemma4TextConfig:
         text = dict(data.get("text_config") or data)
         if text.get("attn_logit_softcapping"):
             raise ValueError("attn_logit_softcapping is not a Gemma 4 option")
-        text.setdefault("dtype", text.get("torch_dtype") or data.get("dtype") or "bfloat16")
-        if text["dtype"] is None:
-            text["dtype"] = "bfloat16"
+        other = text.get("torch_dtype") or data.get("dtype")
+        text["dtype"] = text.get("dtype", other) or "bfloat16"
         if "tie_word_embeddings" in data:
             text.setdefault("tie_word_embeddings", data["tie_word_embeddings"])
         names = {field.name for field in fields(cls)}
@@ -226,13 +225,7 @@ class Gemma4TextConfig:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{path} holds no config.json")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{file} must hold a JSON object")
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(file))
 
     def to_dict(self) -> dict[str, Any]:
         """The flat spelling, ready for config.json."""
@@ -251,6 +244,17 @@ class Gemma4TextConfig:
         if name not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, naming the file, if it holds none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return data
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

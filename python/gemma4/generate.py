@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .config import read_json
 from .layout import make_layout
 
 
@@ -54,14 +55,8 @@ class GenerationConfig:
         file = folder / "generation_config.json"
         if not file.is_file():
             return self
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{file} must hold a JSON object")
         names = {field.name for field in fields(self)}
-        known = {k: v for k, v in data.items() if k in names and v is not None}
+        known = {k: v for k, v in read_json(file).items() if k in names and v is not None}
         return replace(self, **known)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -125,8 +120,11 @@ def generate(
         raise ValueError("the prompt is empty: it must hold at least one token per row")
     batch, width = prompt.shape[:2]
     device = model.device
-    inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-    inputs["per_layer_inputs"] = per_layer_inputs
+    inputs = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "per_layer_inputs": per_layer_inputs,
+    }
     inputs, mask = _left_padded(inputs, attention_mask, (batch, width))
     if streamer is not None:
         streamer.put(

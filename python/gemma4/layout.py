@@ -34,8 +34,13 @@ class Layout:
         return max(self.lengths)
 
     @property
+    def totals(self) -> list[int]:
+        """Keys of each sequence: its cached tokens and its new ones."""
+        return [past + length for past, length in zip(self.pasts, self.lengths, strict=True)]
+
+    @property
     def max_seqlen_k(self) -> int:
-        return max(p + n for p, n in zip(self.pasts, self.lengths, strict=True))
+        return max(self.totals)
 
     @property
     def uniform_length(self) -> int | None:
@@ -81,13 +86,10 @@ class Layout:
             rows=self.rows,
             columns=[start - first for start in starts],
             lengths=kept,
-            pasts=[
-                past + length - n
-                for past, length, n in zip(self.pasts, self.lengths, kept, strict=True)
-            ],
+            pasts=[total - n for total, n in zip(self.totals, kept, strict=True)],
             positions=self.positions[chosen],
             index=_flat_index((self.shape[0], columns), self.rows, starts, kept, first, device),
-            cu_seqlens_q=_cumulative(kept, device),
+            cu_seqlens_q=cumulative(kept, device),
             cu_seqlens_k=self.cu_seqlens_k,
         )
         return layout, chosen
@@ -147,12 +149,13 @@ def make_layout(
         pasts=list(pasts),
         positions=positions,
         index=index,
-        cu_seqlens_q=_cumulative(lengths, device),
-        cu_seqlens_k=_cumulative(totals, device),
+        cu_seqlens_q=cumulative(lengths, device),
+        cu_seqlens_k=cumulative(totals, device),
     )
 
 
-def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
+def cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens [B + 1] int32 of these lengths."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 

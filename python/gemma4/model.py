@@ -3,16 +3,14 @@
 Everything between the embedding and the head works on packed tokens (see layout.py) and speaks to
 `gemma4_kernels` for all that is not a matrix product. Each norm that opens a branch is computed by
 the op that closes the branch before it, across layers too, so a layer takes and returns the
-residual x and its normed form y.
+residual x and its normed form y. Longer than 400 lines so that the whole model is one file to read.
 
 Shape letters: B rows, S columns of the padded batch, T packed tokens, D model width, H query
 heads, G KV heads, C head channels, F feed-forward width, E experts, K experts per token, P PLE
 width, L layers, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from gemma4_kernels import ops
 
 from .cache import Cache, CacheStep, Keys
-from .config import FULL, SLIDING, Gemma4TextConfig
+from .config import FULL, Gemma4TextConfig
 from .generate import GenerationConfig, generate
 from .layout import Layout, make_layout
+from .modules import PackedLinear, RMSNorm, RotaryFrequencies, linear
 from .weights import load_pretrained, save_pretrained
 
 # Tokens whose loss is computed at once: the fp32 copy of their logits is all that exists of it.
@@ -89,7 +88,7 @@ class Gemma4ForCausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+        return self.model.dtype
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -155,17 +154,15 @@ class Gemma4ForCausalLM(nn.Module):
             output_hidden_states=output_hidden_states,
             columns=columns,
         )
-        if columns and layout.shape[1] > columns:
-            x_TD, layout = layout.unpack(x_TD)[:, -columns:].flatten(0, 1), None
-        elif not isinstance(logits_to_keep, int):
-            x_TD, layout = layout.unpack(x_TD)[:, logits_to_keep].flatten(0, 1), None
-        logits = self.logits(x_TD)
-        loss = None if labels is None else self._loss(logits, labels, layout)
-        if layout is None:
-            batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-            logits = logits.unflatten(0, (batch, -1))
+        loss = None
+        if not isinstance(logits_to_keep, int):
+            logits = self.logits(layout.unpack(x_TD)[:, logits_to_keep])
+        elif columns and layout.shape[1] > columns:
+            logits = self.logits(layout.unpack(x_TD)[:, -columns:])
         else:
-            logits = layout.unpack(logits)
+            logits_TV = self.logits(x_TD)
+            loss = None if labels is None else self._loss(logits_TV, labels, layout)
+            logits = layout.unpack(logits_TV)
         return CausalLMOutput(logits, loss, cache, states)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -221,7 +218,7 @@ class Gemma4TextModel(nn.Module):
             packed = config.num_hidden_layers * self.ple_width
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, packed)
             nn.init.normal_(self.embed_tokens_per_layer.weight, std=std)
-            self.per_layer_model_projection = _linear(width, packed, config)
+            self.per_layer_model_projection = linear(width, packed, config)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, config.rms_norm_eps)
 
     from_pretrained = classmethod(load_pretrained)
@@ -297,15 +294,14 @@ class Gemma4TextModel(nn.Module):
         shape = self._checked_shape(input_ids, inputs_embeds, per_layer_inputs)
         device = self.norm.weight.device
         if cache is not None:
-            cache.check(self.config, shape[0], self.norm.weight.dtype)
+            cache.check(self.config, shape[0], self.dtype)
             layout = make_layout(
                 shape, device, attention_mask, position_ids, cache.lengths, cache.columns
             )
         else:
             layout = make_layout(shape, device, attention_mask, position_ids)
             if self._wants_cache(use_cache, layout):
-                dtype = self.norm.weight.dtype
-                cache = Cache(self.config, shape[0], dtype, device, layout.max_seqlen_q)
+                cache = Cache(self.config, shape[0], self.dtype, device, layout.max_seqlen_q)
         if cache is not None and self.config.bidirectional:
             raise ValueError("use_bidirectional_attention 'all' has no cache: every token sees all")
         if input_ids is not None:
@@ -453,8 +449,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm_1 = RMSNorm(width, self.eps)
             self.post_feedforward_layernorm_2 = RMSNorm(width, self.eps)
         if self.ple_width:
-            self.per_layer_input_gate = _linear(width, self.ple_width, config)
-            self.per_layer_projection = _linear(self.ple_width, width, config)
+            self.per_layer_input_gate = linear(width, self.ple_width, config)
+            self.per_layer_projection = linear(self.ple_width, width, config)
             self.post_per_layer_input_norm = RMSNorm(width, self.eps)
 
     def forward(
@@ -531,7 +527,7 @@ class Attention(nn.Module):
             if not self.k_eq_v:
                 parts["v_proj"] = self.kv_heads * self.head_dim
         self.qkv_proj = PackedLinear(self, parts, config)
-        self.o_proj = _linear(
+        self.o_proj = linear(
             self.heads * self.head_dim, config.hidden_size, config, config.attention_bias
         )
         self.q_norm = RMSNorm(self.head_dim, self.eps)
@@ -579,7 +575,7 @@ class MLP(nn.Module):
         super().__init__()
         width = config.mlp_width(index)
         self.gate_up_proj = PackedLinear(self, {"gate_proj": width, "up_proj": width}, config)
-        self.down_proj = _linear(width, config.hidden_size, config)
+        self.down_proj = linear(width, config.hidden_size, config)
 
     def forward(self, y_TD: Tensor) -> Tensor:
         return self.down_proj(ops.geglu(self.gate_up_proj(y_TD)))
@@ -592,7 +588,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
         self.factor = config.hidden_size**-0.5
-        self.proj = _linear(config.hidden_size, config.num_experts, config)
+        self.proj = linear(config.hidden_size, config.num_experts, config)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
@@ -614,98 +610,3 @@ class Experts(nn.Module):
 
     def forward(self, y_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return ops.moe_experts(y_TD, self.gate_up_proj, self.down_proj, experts_TK, weights_TK)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
-
-
-class PackedLinear(nn.Module):
-    """Several projections of one input as one matrix; the state dict shows them apart.
-
-    The parts appear under their own names beside this module (`q_proj.weight`), as views, and are
-    joined again on load, so checkpoints keep transformers' names and nothing is held twice.
-    """
-
-    def __init__(self, parent: nn.Module, parts: dict[str, int], config: Gemma4TextConfig):
-        super().__init__()
-        self.parts = parts
-        rows = sum(parts.values())
-        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.initializer_range)
-        attention_bias = config.attention_bias and "q_proj" in parts
-        self.bias = nn.Parameter(torch.zeros(rows)) if attention_bias else None
-        parent.register_state_dict_post_hook(_split_packed)
-        parent.register_load_state_dict_pre_hook(_join_packed)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-# Functions and not methods, so that a copied or pickled model does not drag along the first one.
-def _packed(parent: nn.Module, prefix: str) -> Iterator[tuple[str, list[str], list[int]]]:
-    """(packed name, names of its parts, their rows) of each tensor packed under `parent`."""
-    for child, module in parent.named_children():
-        if isinstance(module, PackedLinear):
-            for kind, _ in module.named_parameters():
-                names = [f"{prefix}{part}.{kind}" for part in module.parts]
-                yield f"{prefix}{child}.{kind}", names, list(module.parts.values())
-
-
-def _split_packed(parent: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for packed, names, rows in _packed(parent, prefix):
-        state.update(zip(names, state.pop(packed).split(rows), strict=True))
-
-
-def _join_packed(parent: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for packed, names, _rows in _packed(parent, prefix):
-        if all(name in state for name in names):
-            state[packed] = torch.cat([state.pop(name) for name in names])
-
-
-class RotaryFrequencies(nn.Module):
-    """inv_freq [C / 2] of each layer kind: fp32 whatever the model's dtype, in no state dict.
-
-    default: theta^(-2i / C). proportional: the same for the first partial_rotary_factor · C / 2
-    pairs (the exponent divides by the whole head size), 0 for the rest, which do not turn.
-    """
-
-    def __init__(self, config: Gemma4TextConfig):
-        super().__init__()
-        self.config = config
-        self._fill(torch.get_default_device())
-
-    def _fill(self, device: torch.device) -> None:
-        self.tables = {kind: self._table(kind).to(device) for kind in (SLIDING, FULL)}
-
-    def _table(self, kind: str) -> Tensor:
-        rope, size = self.config.rope_parameters[kind], self.config.head_size(kind)
-        pairs = size // 2
-        if rope["rope_type"] == "proportional":
-            pairs = int(rope.get("partial_rotary_factor", 1.0) * size // 2)
-        # In fp32 from the start, as the reference does: the last bit decides far positions.
-        exponent = torch.arange(0, 2 * pairs, 2, dtype=torch.float32, device="cpu") / size
-        turning = 1.0 / rope["rope_theta"] ** exponent / rope.get("factor", 1.0)
-        return F.pad(turning, (0, size // 2 - pairs))
-
-    def _apply(self, fn, recurse=True):
-        # A cast or a move of the model: follow the device, never the dtype.
-        self._fill(fn(torch.empty(0, device=self.tables[FULL].device)).device)
-        return self
-
-    def __getitem__(self, kind: str) -> Tensor:
-        return self.tables[kind]
-
-
-def _linear(inputs: int, outputs: int, config: Gemma4TextConfig, bias: bool = False) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.normal_(linear.weight, std=config.initializer_range)
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear

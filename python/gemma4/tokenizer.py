@@ -16,6 +16,7 @@ import torch
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .config import read_json
 from .weights import resolve
 
 TURN_START, TURN_END = "<|turn>", "<turn|>"
@@ -219,13 +220,7 @@ def _content(token: str | dict[str, Any] | None, default: str) -> str:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return config
+    return read_json(file)
 
 
 def _read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
