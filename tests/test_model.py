@@ -72,7 +72,9 @@ def test_a14_trim_equals_a_straight_run(options: dict) -> None:
         cache = model(start, use_cache=True).cache
         model(tokens[:, :1], cache=cache)
         cache.trim(1)
-        found = model(tokens[:, 2:4], cache=cache).logits
+        assert cache.get_seq_length() == prefix
+        mask = torch.ones(1, prefix + 2, dtype=torch.int64)
+        found = model(tokens[:, 2:4], attention_mask=mask, cache=cache).logits
         whole = torch.cat([start, tokens[:, 2:4]], 1)
         close(found, model(whole, use_cache=False).logits[:, -2:], atol=1e-5, rtol=0)
 
@@ -115,10 +117,11 @@ def test_p01_padding_is_finite(options: dict, dtype: torch.dtype) -> None:
 
 
 @each
+@pytest.mark.parametrize("start", [0, 9])
 @torch.no_grad()
-def test_p03_packed_segments_are_isolated(options: dict) -> None:
+def test_p03_packed_segments_are_isolated(options: dict, start: int) -> None:
     model, row = tiny(options), ids(1, 12)
-    positions = torch.tensor([[*range(5), *range(7)]])
+    positions = torch.tensor([[*range(5), *range(start, start + 7)]])
     mask = torch.ones(1, 12, dtype=torch.int64)
     packed = model(row, attention_mask=mask, position_ids=positions).logits
     close(packed[:, 5:], model(row[:, 5:]).logits, atol=1e-5, rtol=0)
