@@ -1,33 +1,265 @@
-"""Packages and version; the compiled extension will be added to `ext_modules` here.
+"""Packages and version, and whether and for which GPUs the CUDA kernels are compiled.
 
 setup.py and not pyproject.toml names the packages because two import packages from two folders,
 `gemma4_kernels` and `gemma4` (in `python/`), make one distribution.
 """
 
 import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-SOURCE = Path(__file__).parent / "gemma4_kernels" / "__init__.py"
+ROOT = Path(__file__).parent
+PACKAGE = "gemma4_kernels"
+# By major compute capability. sm_80, sm_100 and sm_120 code runs on every card of its major
+# number; sm_90a, the only target with wgmma, on 9.0 alone.
+CODE = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
+# The one PTX worth keeping: every later card can compile it.
+PTX = "compute_80"
+ALL = [*CODE.values(), PTX]
+USUAL_PREFIX = Path("/usr/local/cuda")
+# The oldest torch whose stable ABI the library uses: it loads under that one and all later ones.
+TARGET = "2.11"
+
+
+class UnavailableError(Exception):
+    """Why no kernels can be compiled here: fatal where they are forced, else CPU only."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled; without archs nothing is, and `reason` says why. `note` names GPUs that
+    the archs leave out."""
+
+    archs: tuple[str, ...] = ()
+    toolkit: Path | None = None
+    toolkit_version: str | None = None
+    torch: str | None = None
+    reason: str | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if not self.archs:
+            return f"CPU only, because {self.reason}"
+        return f"building CUDA kernels for {', '.join(self.archs)}{self.note}"
+
+
+def import_torch() -> ModuleType:
+    """The torch that the kernels will run under.
+
+    pip's build isolation hides it, yet leaves the interpreter the environment's own: then it is
+    found where that keeps its packages. A torch of the build's own would be gigabytes, and another.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ImportError as error:
+            raise UnavailableError(
+                f"torch cannot be imported while building ({error}); install torch, then run "
+                "pip install --no-build-isolation ."
+            ) from None
+    return torch
+
+
+def listed_archs(arch_list: str) -> list[str]:
+    """Our targets for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
+    archs = []
+    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
+        if not match or int(match[1]) not in CODE:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST must name compute capabilities with the major number "
+                f"{', '.join(map(str, CODE))}, such as 8.0;9.0a+PTX; got {entry!r}"
+            )
+        archs += [CODE[int(match[1])]] + [PTX] * bool(match[2])
+    return [arch for arch in ALL if arch in archs]
+
+
+def visible_archs(capabilities: Iterable[tuple[int, int]]) -> tuple[list[str], list[str]]:
+    """Our targets for these GPUs, and the capabilities that have none."""
+    capabilities = sorted(set(capabilities))
+    archs = {CODE[major] for major, _ in capabilities if major in CODE}
+    missing = [f"{major}.{minor}" for major, minor in capabilities if major not in CODE]
+    return [arch for arch in ALL if arch in archs], missing
+
+
+def toolkit_version(prefix: Path) -> str | None:
+    """The CUDA version at a prefix that holds a compiler and headers, else None."""
+    nvcc = prefix / "bin" / "nvcc"
+    if not nvcc.is_file() or not (prefix / "include" / "cuda_runtime_api.h").is_file():
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+\.\d+)", said)
+    return match[1] if match else None
+
+
+def find_toolkit(env: Mapping[str, str]) -> tuple[Path, str]:
+    """The first candidate that really holds a toolkit, and its version.
+
+    nvcc on the PATH may be a wrapper far from the toolkit; what it would run tells the place.
+    """
+    candidates = [Path(env[name]) for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
+    nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
+    if nvcc:
+        candidates.append(Path(nvcc).resolve().parent.parent)
+        said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        candidates += [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", said, re.MULTILINE)]
+    candidates.append(USUAL_PREFIX)
+    for prefix in candidates:
+        version = toolkit_version(prefix)
+        if version:
+            return prefix.resolve(), version
+    looked = ", ".join(dict.fromkeys(map(str, candidates)))
+    raise UnavailableError(
+        f"no CUDA toolkit (bin/nvcc and include/cuda_runtime_api.h) is in {looked}"
+    )
+
+
+def plan_cuda(env: Mapping[str, str], forced: bool) -> Plan:
+    torch = import_torch()
+    if not torch.version.cuda:
+        raise UnavailableError(f"torch {torch.__version__} is a build without CUDA")
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    archs, missing = visible_archs(gpus)
+    note = f" (there are none for capability {', '.join(missing)})" if missing else ""
+    if not gpus and env.get("TORCH_CUDA_ARCH_LIST"):
+        archs = listed_archs(env["TORCH_CUDA_ARCH_LIST"])
+    elif not gpus and forced:
+        archs = ALL
+    elif not gpus:
+        raise UnavailableError("torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set")
+    elif not archs:
+        raise UnavailableError(f"there are no kernels for compute capability {', '.join(missing)}")
+    toolkit, version = find_toolkit(env)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise UnavailableError(
+            f"the toolkit in {toolkit} is CUDA {version}, but torch {torch.__version__} "
+            f"is built for CUDA {torch.version.cuda}"
+        )
+    return Plan(tuple(archs), toolkit, version, torch.__version__, note=note)
+
+
+def plan(env: Mapping[str, str]) -> Plan:
+    """What to compile on this machine; GEMMA4_KERNELS_BUILD=cuda or cpu forces either."""
+    wanted = env.get("GEMMA4_KERNELS_BUILD", "")
+    if wanted not in ("", "cuda", "cpu"):
+        raise ValueError(f"GEMMA4_KERNELS_BUILD must be cuda or cpu, got {wanted!r}")
+    if wanted == "cpu":
+        return Plan(reason="GEMMA4_KERNELS_BUILD is cpu")
+    try:
+        return plan_cuda(env, forced=wanted == "cuda")
+    except UnavailableError as why:
+        if wanted == "cuda":
+            raise ValueError(f"GEMMA4_KERNELS_BUILD is cuda, but {why}") from None
+        return Plan(reason=str(why))
+
+
+def gencode(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch.partition('_')[2]},code={arch}"
+
+
+def compile_flags() -> list[str]:
+    major, minor = map(int, TARGET.split("."))
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    return ["-std=c++20", "-O3", "-DUSE_CUDA", target]
+
+
+def nvcc_flags(archs: Iterable[str]) -> list[str]:
+    shown = ["-lineinfo", "-Xptxas=-v"]
+    packed = ["-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"]
+    return [*compile_flags(), *shown, *packed, *map(gencode, archs)]
+
+
+def extension_arguments(plan: Plan) -> dict[str, Any]:
+    """What setup() gets for the compiled library: no PyInit, torch.ops.load_library opens it."""
+    os.environ["CUDA_HOME"] = str(plan.toolkit)  # torch reads it when the next line runs
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.cu"))
+    threads = ["--threads=2"] if len(plan.archs) > 1 else []
+    library = CUDAExtension(
+        f"{PACKAGE}._C",
+        ["csrc/bindings.cpp", *kernels],
+        extra_compile_args={
+            "cxx": [*compile_flags(), "-fvisibility=hidden"],
+            "nvcc": [*nvcc_flags(plan.archs), *threads],
+        },
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [library],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def build_py_with(plan: Plan) -> type[build_py]:
+    """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says."""
+    facts = {
+        "archs": plan.archs,
+        "toolkit": plan.toolkit_version,
+        "built_with": plan.torch,
+        "abi_target": TARGET if plan.archs else None,
+        "reason": plan.reason,
+    }
+
+    class BuildPy(build_py):
+        def run(self) -> None:
+            super().run()
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            (folder / PACKAGE / "_build.json").write_text(json.dumps(facts) + "\n")
+
+    return BuildPy
 
 
 def version() -> str:
     """The string assigned to `__version__`, read without importing (torch may be absent here)."""
-    for node in ast.parse(SOURCE.read_text()).body:
+    source = ROOT / PACKAGE / "__init__.py"
+    for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
             return ast.literal_eval(node.value)
-    raise RuntimeError(f"{SOURCE} assigns no __version__")
+    raise RuntimeError(f"{source} assigns no __version__")
 
 
-setup(
-    version=version(),
-    packages=["gemma4_kernels", "gemma4", "gemma4.demo"],
-    package_dir={"gemma4_kernels": "gemma4_kernels", "gemma4": "python/gemma4"},
-    package_data={
-        "gemma4_kernels": ["py.typed"],
-        "gemma4": ["py.typed"],
-        "gemma4.demo": ["*.json", "*.jinja", "*.safetensors", "README.md"],
-    },
-    ext_modules=[],
-)
+def main() -> None:
+    arguments: dict[str, Any] = {}
+    # The commands that make metadata or an sdist compile nothing.
+    if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+        try:
+            chosen = plan(os.environ)
+        except ValueError as error:
+            sys.exit(f"gemma4-kernels: {error}")
+        print(f"gemma4-kernels: {chosen}", file=sys.stderr, flush=True)
+        if chosen.archs:
+            arguments = extension_arguments(chosen)
+        arguments.setdefault("cmdclass", {})["build_py"] = build_py_with(chosen)
+    setup(
+        version=version(),
+        packages=[PACKAGE, f"{PACKAGE}.integrations", "gemma4", "gemma4.demo"],
+        package_dir={PACKAGE: PACKAGE, "gemma4": "python/gemma4"},
+        package_data={
+            PACKAGE: ["py.typed"],
+            "gemma4": ["py.typed"],
+            "gemma4.demo": ["*.json", "*.jinja", "*.safetensors", "README.md"],
+        },
+        **arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

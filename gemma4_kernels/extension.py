@@ -1,28 +1,107 @@
 """Finds the compiled CUDA library and says which build it is, or why there is none."""
 
+import functools
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# The eager twins serve every device until a compiled library registers CUDA kernels over them.
-_REASON = "this build holds no compiled CUDA kernels; every op runs its eager twin"
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Build:
+    """The compiled library as it was built and, if `reason` is None, loaded."""
+
+    archs: tuple[str, ...] = ()  # as nvcc names them: sm_80 is code, compute_80 is PTX
+    toolkit: str | None = None
+    abi_target: str | None = None
+    reason: str | None = None
+
+
+def load(folder: Path = _FOLDER) -> Build:
+    """Loads the library in `folder`; what stands in the way is the reason, never an error.
+
+    Neither a GPU nor a driver is needed, and CUDA is not initialised. torch is imported first, for
+    the library finds its own and CUDA's shared objects where torch has put them.
+    """
+    facts, library = folder / "_build.json", folder / "_C.abi3.so"
+    try:
+        build = json.loads(facts.read_text())
+    except (OSError, ValueError):
+        return Build(reason="this is a source tree that was never installed: run pip install")
+    # Not the library's presence decides: an editable install may have left one of an earlier build.
+    if not build["archs"]:
+        return Build(reason=f"installed without CUDA kernels, because {build['reason']}")
+    made = Build(tuple(build["archs"]), build["toolkit"], build["abi_target"])
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
+        reason = f"the CUDA kernels, built with torch {build['built_with']}, do not load: {why}"
+        return Build(made.archs, made.toolkit, made.abi_target, reason)
+    return made
+
+
+BUILD = load()
+
+
+def ops_in(namespace: str) -> list[str]:
+    """The ops of a torch.library namespace that the library implements."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    split = (name.partition("::") for name in registered)
+    return sorted(op for space, _, op in split if space == namespace)
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    kind, _, number = arch.partition("_")
+    target = divmod(int(number.removesuffix("a")), 10)
+    if kind == "compute":
+        return capability >= target
+    if number.endswith("a"):
+        return capability == target
+    return capability[0] == target[0] and capability[1] >= target[1]
+
+
+@functools.cache
+def covers(device: torch.device) -> bool:
+    """Whether the loaded library holds code for this device; if not, a warning says so once."""
+    if BUILD.reason or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs_on(arch, capability) for arch in BUILD.archs):
+        return True
+    warnings.warn(
+        f"gemma4-kernels runs eager torch on {device} ({torch.cuda.get_device_name(device)}): its "
+        f"compute capability is {capability[0]}.{capability[1]}, and the kernels are compiled for "
+        f"{', '.join(BUILD.archs)}",
+        stacklevel=2,
+    )
+    return False
 
 
 def build_info() -> dict[str, Any]:
     """What this installation is made of.
 
-    Returns a dict: `version`, `torch` (its version), `cuda` (True if compiled kernels are in use),
-    `reason` (why they are not, or None), `archs` (compiled compute capabilities), `device` (the
-    GPU's name, or None).
+    Returns a dict: `version`, `torch` (its version), `cuda` (True if the compiled kernels are
+    loaded), `reason` (why they are not, or None), `archs` (what they are compiled for, as nvcc
+    names it), `kernels` (the ops that have one; the others run their eager twins), `toolkit` (the
+    CUDA version they are compiled with), `abi_target` (the oldest torch that they load under),
+    `device` (the GPU's name, or None).
     """
-    from . import __version__
+    from . import __version__, library
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "cuda": False,
-        "reason": _REASON,
-        "archs": [],
-        "device": device,
+        "cuda": BUILD.reason is None,
+        "reason": BUILD.reason,
+        "archs": list(BUILD.archs),
+        "kernels": ops_in(library.COMPILED),
+        "toolkit": BUILD.toolkit,
+        "abi_target": BUILD.abi_target,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

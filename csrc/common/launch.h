@@ -1,0 +1,96 @@
+// How a launcher starts a kernel: one signature, a body for each compiler.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../ops.h"
+#include "platform.h"
+
+namespace gemma4 {
+
+constexpr int kWarpSize = 32;
+
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+constexpr int round_up(int x, int multiple) { return ceil_div(x, multiple) * multiple; }
+
+// Calls f.operator()<T>() with the C++ type of `dtype`.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f.template operator()<float>();
+    case DType::kBFloat16:
+      return f.template operator()<bf16>();
+    case DType::kFloat16:
+      return f.template operator()<fp16>();
+  }
+}
+
+// The same for ops whose products tensor cores compute.
+template <class F>
+void with_half_type(const char* name, DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f.template operator()<bf16>();
+  if (dtype == DType::kFloat16) return f.template operator()<fp16>();
+  throw std::runtime_error(std::string(name) +
+                           ": there are kernels for bfloat16 and float16 alone");
+}
+
+// Whether rows of T can be read and written 16 bytes at a time.
+template <class T>
+bool in_pieces_of_16(const void* p, int64_t row_stride, int64_t width) {
+  constexpr int kWidth = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_stride % kWidth == 0 &&
+         width % kWidth == 0;
+}
+
+#ifdef GEMMA4_EMULATION
+
+template <class Params>
+void launch(const Device&, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
+            size_t smem_bytes, const std::type_identity_t<Params>& params) {
+  struct Context {
+    void (*kernel)(Params);
+    Params params;
+  } context{kernel, params};
+  emulation::launch(
+      name, grid, block, smem_bytes,
+      [](void* c) { static_cast<Context*>(c)->kernel(static_cast<Context*>(c)->params); }, &context,
+      sizeof context);
+}
+
+inline void clear(const Device&, void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
+
+#else
+
+inline void check(cudaError_t status, const char* name) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+}
+
+template <class Params>
+void launch(const Device& device, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
+            size_t smem_bytes, const std::type_identity_t<Params>& params) {
+  if (smem_bytes > 48 * 1024)  // more than every card grants unasked
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(smem_bytes)),
+          name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = static_cast<cudaStream_t>(device.stream);
+  check(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+inline void clear(const Device& device, void* p, size_t bytes) {
+  check(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(device.stream)), "clear");
+}
+
+#endif
+
+}  // namespace gemma4

@@ -1,0 +1,232 @@
+"""The `emulated` backend: csrc compiled by g++ with the emulator, loaded beside the real ops.
+
+The library is built once and kept in build/; ninja compiles again what has changed, headers
+included. Its ops live in a torch.library namespace of their own, under copies of
+`gemma4_kernels.library` and `gemma4_kernels.ops`, so that one test body runs the public wrappers
+over the emulated kernels. Every call runs under several schedules, which must agree to the bit.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+import gemma4_kernels.library
+import gemma4_kernels.ops
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build"
+NAME = "gemma4_emulated"
+given_library: Path | None = None
+SCHEDULES = [(1, "RUN_AHEAD"), (2, "ADVERSARIAL"), (3, "FAIR")]  # seed, policy
+
+FLAGS = (
+    "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-tsan"
+    f" -DGEMMA4_EMULATION={NAME}"
+)
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+INSTRUMENTS = {
+    # Its calls go to emulation/hooks.cpp, and its library is not linked.
+    "hooks": "-fsanitize=thread",
+    # Must be loaded before Python; takes the place of the hooks, as does
+    "address": "-fsanitize=address",
+    # what counts the lines that run.
+    "coverage": "--coverage",
+}
+
+
+def _flags(instrument: str) -> tuple[str, str, str]:
+    """For kernels, for what runs them, and for linking both.
+
+    Vectorised code would make accesses wider than the source's.
+    """
+    flag = INSTRUMENTS[instrument]
+    kernels = f"{FLAGS} -x c++ -fno-tree-vectorize {flag}"
+    host = f"{FLAGS} {flag}" if instrument == "address" else FLAGS
+    return kernels, host, "" if instrument == "hooks" else flag
+
+
+def has_compiler() -> bool:
+    return shutil.which("c++") is not None
+
+
+def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Path:
+    """Compiles each source with its flags, links them, and returns the target; does what is out of
+    date and no more.
+
+    Raises RuntimeError with the compiler's words if that fails.
+    """
+    import ninja
+
+    compiler = "ccache c++" if shutil.which("ccache") else "c++"
+    lines = [
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = c++ $in -o $out {link} -ldl",
+    ]
+    objects = []
+    for source, flags in sources.items():
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"{target} does not build:\n{run.stdout[-4000:]}{run.stderr}")
+    return folder / target
+
+
+def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str = "hooks") -> Path:
+    """The library of the emulated kernels, a Python module too."""
+    import pybind11
+
+    torch_root = Path(torch.__file__).parent
+    include = " ".join(
+        f"-isystem {path}"
+        for path in (
+            torch_root / "include",
+            sysconfig.get_path("include"),
+            pybind11.get_include(),
+        )
+    )
+    kernels, host, link = _flags(instrument)
+    sources = [csrc / "bindings.cpp", *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
+    flags = {
+        source: kernels if source.suffix == ".cu" else f"{host} {TORCH_TARGET} {include}"
+        for source in sorted(sources)
+    }
+    link = f"{link} -shared -L{torch_root / 'lib'} -ltorch_cpu"
+    return _ninja(folder, f"{NAME}.so", link, flags)
+
+
+def rebuild(op: str, csrc: Path, folder: Path) -> Path:
+    """The library with one op's objects compiled from another source tree."""
+    library = build()
+    names = [op.removesuffix("_cache"), *["attention"] * op.startswith("attention")]
+    objects = {path.name: path for path in library.parent.glob("*.o")}
+    for name in names:
+        (source,) = csrc.glob(f"*/{name}.cu")
+        replaced = folder / f"{source.parent.name}_{name}.o"
+        command = f"c++ {_flags('hooks')[0]} -c {source} -o {replaced}"
+        subprocess.run(command.split(), check=True)
+        objects[replaced.name] = replaced
+    torch_lib = Path(torch.__file__).parent / "lib"
+    command = ["c++", *objects.values(), "-o", folder / library.name]
+    subprocess.run([*command, "-shared", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"], check=True)
+    return folder / library.name
+
+
+def build_checks(instrument: str = "hooks") -> Path:
+    """The program of tests/emulation_checks.cpp."""
+    kernels, host, link = _flags(instrument)
+    sources = dict.fromkeys(sorted(CSRC.glob("emulation/*.cpp")), host)
+    del sources[CSRC / "emulation" / "module.cpp"]
+    sources[ROOT / "tests" / "emulation_checks.cpp"] = f"{kernels} -I{CSRC}"
+    folder = BUILD / f"emulation_checks_{instrument}"
+    return _ninja(folder, "emulation_checks", link, sources)
+
+
+def ops_with_kernels() -> list[str]:
+    """The ops that bindings.cpp registers, in its order."""
+    return re.findall(r'm\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
+
+
+def _copy(module: ModuleType, lines: dict[str, str], **names: Any) -> ModuleType:
+    """The module's source run once more, with some lines of it replaced and some names given."""
+    source = Path(module.__file__).read_text()
+    for old, new in lines.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    copy = ModuleType(f"{module.__name__}_of_{NAME}")
+    copy.__dict__.update(names, __package__=module.__package__, __file__=module.__file__)
+    exec(compile(source, module.__file__, "exec"), copy.__dict__)
+    return copy
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return all(map(_same_bits, a, b))
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+@contextlib.contextmanager
+def one_schedule() -> Iterator[None]:
+    """Calls run once, so that what they do can be counted."""
+    others = SCHEDULES[1:]
+    del SCHEDULES[1:]
+    yield
+    SCHEDULES.extend(others)
+
+
+def _scheduled(compiled: Callable[..., Any], control: ModuleType) -> Callable[..., Any]:
+    """Calls compiled ops under each schedule and demands the same bits of all."""
+
+    def call(*args: Any) -> Any:
+        results = []
+        for control.settings.seed, policy in SCHEDULES:
+            control.settings.policy = getattr(control.Policy, policy)
+            results.append(compiled(*args))
+        for other in results[1:]:
+            assert _same_bits(results[0], other), f"{args[0]}: the schedules disagree"
+        return results[0]
+
+    return call
+
+
+@functools.cache
+def control() -> ModuleType:
+    """The emulator's controls (settings, counts), from `given_library` or a fresh build."""
+    spec = importlib.util.spec_from_file_location(NAME, given_library or build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kernel_names() -> dict[int, str]:
+    """The signature of each function of the library, by its address there."""
+    library = control().__file__
+    command = ["nm", "-C", "--defined-only", library]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = (line.split(" ", 2) for line in listed.splitlines())
+    return {int(address, 16): name for address, _, name in rows}
+
+
+@functools.cache
+def ops() -> ModuleType:
+    """`gemma4_kernels.ops` over the emulated kernels; what has none runs its eager twin."""
+    library = _copy(
+        gemma4_kernels.library,
+        {
+            'NAMESPACE = "gemma4_kernels"': f'NAMESPACE = "{NAME}_public"',
+            'COMPILED = "gemma4_kernels_compiled"': f'COMPILED = "{NAME}"',
+            "from . import checks, extension, reference": "from . import checks, reference",
+        },
+        extension=SimpleNamespace(covers=lambda device: True),
+    )
+    library.compiled_once = library.compiled
+    library.compiled = _scheduled(library.compiled, control())
+    library.use_compiled(ops_with_kernels(), "CPU")
+    module = _copy(
+        gemma4_kernels.ops,
+        {"from . import library, reference": "from . import reference"},
+        library=library,
+    )
+    module._on_cpu = lambda x: False
+    return module

@@ -1,0 +1,548 @@
+// Tiny kernels, right and wrong, that the emulator must let pass or must name. Run with the name of
+// one; prints the finding, or "clean". The expected findings stand in test_emulation.py.
+#include <cstdio>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "common/launch.h"
+#include "common/ptx.h"
+
+using namespace gemma4;
+
+namespace {
+
+struct Bytes {
+  alignas(1024) unsigned char data[16384];
+};
+struct Words {
+  int data[1024];
+};
+
+template <class F>
+void run(dim3 grid, int threads, F body) {
+  emulation::launch(
+      "check", grid, threads, 16384, [](void* f) { (*static_cast<F*>(f))(); }, &body, sizeof body);
+}
+template <class F>
+void run(int threads, F body) {
+  run(1, threads, body);
+}
+
+template <class T>
+void keep(T value) {
+  asm volatile("" ::"r,m"(value) : "memory");
+}
+
+alignas(256) unsigned global_memory[1024];
+alignas(256) unsigned global_output[1024];
+
+void allow_globals() {
+  emulation::allow(global_memory, sizeof global_memory, "input", false);
+  emulation::allow(global_output, sizeof global_output, "output", true);
+}
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::runtime_error(std::string("wrong: ") + what);
+}
+
+// ---- shared memory and barriers
+
+void exchange(bool synced) {
+  run(64, [=] {
+    auto& words = shared_memory<Words>().data;
+    words[threadIdx.x] = 1;
+    if (synced) __syncthreads();
+    keep(words[63 - threadIdx.x]);
+  });
+}
+
+void reuse(bool synced) {
+  run(64, [=] {
+    auto& words = shared_memory<Words>().data;
+    for (int turn = 0; turn < 3; turn++) {
+      words[threadIdx.x] = turn;
+      __syncthreads();
+      keep(words[63 - threadIdx.x]);
+      if (synced) __syncthreads();
+    }
+  });
+}
+
+void warp_exchange(bool synced) {
+  run(32, [=] {
+    auto& words = shared_memory<Words>().data;
+    words[threadIdx.x] = 1;
+    if (synced)
+      __syncwarp();
+    else
+      __shfl_xor_sync(~0u, 1, 1);
+    keep(words[31 - threadIdx.x]);
+  });
+}
+
+void named_barriers(int threads_of_second) {
+  run(96, [=] {
+    auto& words = shared_memory<Words>().data;
+    if (threadIdx.x < 32) {
+      words[threadIdx.x] = 7;
+      ptx::barrier_arrive(1, 96);
+    } else {
+      ptx::barrier_sync(1, threadIdx.x < 64 ? 96 : threads_of_second);
+      keep(words[threadIdx.x - 32 & 31]);
+    }
+  });
+}
+
+void neighbouring_bytes() {
+  run(64, [] {
+    auto& bytes = shared_memory<Bytes>().data;
+    bytes[threadIdx.x] = 1;
+    __syncthreads();
+    keep(bytes[63 - threadIdx.x]);
+  });
+}
+
+void poisoned_shared() {
+  run(32, [] {
+    require(shared_memory<Words>().data[threadIdx.x] == -1, "shared memory is not poisoned");
+  });
+}
+
+void poisoned_at_every_block() {
+  run(8, 32, [] {
+    auto& words = shared_memory<Words>().data;
+    require(words[threadIdx.x] == -1, "a block sees its predecessor's shared memory");
+    words[threadIdx.x] = 5;
+  });
+}
+
+// ---- warps
+
+void shuffles() {
+  run(32, [] {
+    const int lane = threadIdx.x;
+    require(__shfl_sync(~0u, lane, 5) == 5, "shfl");
+    require(__shfl_sync(~0u, lane, 5, 8) == (lane & 24) + 5, "shfl within 8");
+    require(__shfl_xor_sync(~0u, lane, 3) == (lane ^ 3), "shfl_xor");
+    require(__shfl_up_sync(~0u, lane, 2) == (lane < 2 ? lane : lane - 2), "shfl_up");
+    require(__shfl_down_sync(~0u, lane, 2) == (lane > 29 ? lane : lane + 2), "shfl_down");
+    require(__shfl_down_sync(~0u, lane, 2, 8) == (lane % 8 > 5 ? lane : lane + 2), "down within 8");
+    require(__ballot_sync(~0u, lane % 2) == 0xaaaaaaaa, "ballot");
+    if (lane < 16) {
+      require(__shfl_xor_sync(0xffffu, lane, 8) == (lane ^ 8), "half a warp");
+      require(__shfl_xor_sync(0xffffu, lane, 16) == -1, "a lane outside the mask");
+    }
+  });
+}
+
+// ---- matrix fragments, by the tables of the PTX ISA
+
+int row_of_a(int lane, int i) { return i / 2 % 2 == 0 ? lane / 4 : lane / 4 + 8; }
+int column_of_a(int lane, int i) { return lane % 4 * 2 + i % 2 + (i < 4 ? 0 : 8); }
+int row_of_b(int lane, int i) { return lane % 4 * 2 + i % 2 + (i < 2 ? 0 : 8); }
+int column_of_b(int lane, int) { return lane / 4; }
+int row_of_c(int lane, int i) { return i < 2 ? lane / 4 : lane / 4 + 8; }
+int column_of_c(int lane, int i) { return lane % 4 * 2 + i % 2; }
+
+template <class T>
+uint32_t pair(float low, float high) {
+  const T values[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  __builtin_memcpy(&bits, values, 4);
+  return bits;
+}
+
+template <class T>
+void mma_elements() {
+  run(32, [] {
+    const int lane = threadIdx.x;
+    // A one at (m, k) of A and at (k, n) of B makes a one at (m, n), for each m, k, n.
+    for (int m = 0; m < 16; m++)
+      for (int k = 0; k < 16; k++)
+        for (int n = 0; n < 8; n++) {
+          uint32_t a[4], b[2];
+          const auto in_a = [&](int i) {
+            return row_of_a(lane, i) == m && column_of_a(lane, i) == k ? 1.0f : 0.0f;
+          };
+          const auto in_b = [&](int i) {
+            return row_of_b(lane, i) == k && column_of_b(lane, i) == n ? 1.0f : 0.0f;
+          };
+          for (int i = 0; i < 4; i++) a[i] = pair<T>(in_a(2 * i), in_a(2 * i + 1));
+          for (int i = 0; i < 2; i++) b[i] = pair<T>(in_b(2 * i), in_b(2 * i + 1));
+          float d[4] = {2, 2, 2, 2};
+          ptx::mma_16816<T>(d, a, b[0], b[1]);
+          for (int i = 0; i < 4; i++)
+            require(d[i] == (row_of_c(lane, i) == m && column_of_c(lane, i) == n ? 3 : 2), "mma");
+        }
+  });
+}
+
+void ldmatrix_elements() {
+  run(32, [] {
+    struct Matrices {
+      alignas(16) uint16_t values[4][8][8];
+    };
+    auto& m = shared_memory<Matrices>().values;
+    const int lane = threadIdx.x;
+    for (int i = lane; i < 256; i += 32) m[i / 64][i / 8 % 8][i % 8] = static_cast<uint16_t>(i);
+    __syncwarp();
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, ptx::shared_address(m[lane / 8][lane % 8]));
+    for (int i = 0; i < 4; i++) {
+      const uint32_t first = i * 64 + lane / 4 * 8 + lane % 4 * 2;
+      require(r[i] == (first | (first + 1) << 16), "ldmatrix");
+    }
+    ptx::ldmatrix_x4_trans(r, ptx::shared_address(m[lane / 8][lane % 8]));
+    for (int i = 0; i < 4; i++) {
+      const uint32_t first = i * 64 + lane % 4 * 2 * 8 + lane / 4;
+      require(r[i] == (first | (first + 8) << 16), "ldmatrix.trans");
+    }
+    ptx::ldmatrix_x4(r, ptx::shared_address(m[lane / 8][lane % 8]));
+    for (uint32_t& pair : r) pair += 0x00010001;
+    __syncwarp();
+    ptx::stmatrix_x4(ptx::shared_address(m[lane / 8][lane % 8]), r);
+    __syncwarp();
+    for (int i = lane; i < 256; i += 32) require(m[i / 64][i / 8 % 8][i % 8] == i + 1, "stmatrix");
+  });
+}
+
+// ---- asynchronous copies
+
+void copy(int groups_left, bool synced, int bytes_read = 16) {
+  allow_globals();
+  run(64, [=] {
+    auto& words = shared_memory<Words>().data;
+    ptx::cp_async<16>(ptx::shared_address(&words[threadIdx.x * 4]), &global_memory[threadIdx.x * 4],
+                      bytes_read);
+    ptx::cp_async_commit();
+    if (groups_left == 0) ptx::cp_async_wait<0>();
+    if (synced) __syncthreads();
+    const int neighbour = 63 - threadIdx.x;
+    keep(words[neighbour * 4]);
+    if (groups_left == 0 && synced)
+      for (int i = 0; i < 4; i++)
+        require(words[neighbour * 4 + i] == (i * 4 < bytes_read ? neighbour * 4 + i : 0),
+                "cp.async");
+    ptx::cp_async_wait<0>();
+  });
+}
+
+// ---- wgmma
+
+struct Operands {
+  alignas(1024) uint16_t a[64 * 64], b[128 * 64];
+};
+
+enum class Wgmma {
+  kRight,
+  kWaitedTooLittle,
+  kNoFence,
+  kNoProxyFence,
+  kNotWaited,
+  kNotCommitted,
+  kOverwritten,
+  kMode
+};
+
+// The product of whole numbers, which every type holds exactly, against its definition.
+template <class T>
+void wgmma(Wgmma kind) {
+  auto body = [=] {
+    auto& smem = shared_memory<Operands>();
+    const auto a = [](int row, int column) { return float((row * 7 + column * 3) % 11 - 5); };
+    const auto b = [](int row, int column) { return float((row * 5 + column * 2) % 13 - 6); };
+    const auto fill = [](uint16_t* tile, int rows, auto value) {
+      for (int i = threadIdx.x; i < rows * 64; i += 128) {
+        const T x = from_float<T>(value(i / 64, i % 64));
+        __builtin_memcpy(tile + (i / 64 * 64 + ((i % 64 / 8) ^ (i / 64 & 7)) * 8 + i % 8), &x, 2);
+      }
+    };
+    fill(smem.a, 64, a);
+    fill(smem.b, 128, b);
+    if (kind != Wgmma::kNoProxyFence) ptx::fence_async_proxy();
+    __syncthreads();
+
+    float d[16][4] = {};
+    for (auto& four : d) four[0] = 1.0f;
+    const uint64_t mode = kind == Wgmma::kMode ? uint64_t{3} << 62 : 0;
+    const uint64_t tile_a = ptx::wgmma_tile(ptx::shared_address(smem.a)) ^ mode;
+    const uint64_t tile_b = ptx::wgmma_tile(ptx::shared_address(smem.b)) ^ mode;
+    if (kind != Wgmma::kNoFence) ptx::wgmma_fence();
+    for (int k = 0; k < 64; k += 16) {
+      ptx::wgmma_64x128x16<T>(d, tile_a + k / 8, tile_b + k / 8);
+      if (kind != Wgmma::kNotCommitted) ptx::wgmma_commit();
+    }
+    if (kind == Wgmma::kOverwritten && threadIdx.x == 0) smem.a[0] = 0;
+    if (kind != Wgmma::kNotWaited) ptx::wgmma_wait<1>();
+    if (kind != Wgmma::kNotWaited && kind != Wgmma::kWaitedTooLittle) ptx::wgmma_wait<0>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int n = 0; n < 16; n++)
+      for (int e = 0; e < 4; e++) {
+        const int row = warp * 16 + lane / 4 + e / 2 * 8, column = n * 8 + lane % 4 * 2 + e % 2;
+        float sum = e == 0;
+        for (int k = 0; k < 64; k++) sum += a(row, k) * b(column, k);
+        if (kind == Wgmma::kRight) require(d[n][e] == sum, "wgmma");
+        keep(d[n][e]);
+      }
+  };
+  emulation::launch(
+      "check", 1, 128, sizeof(Operands), [](void* f) { (*static_cast<decltype(body)*>(f))(); },
+      &body, sizeof body);
+}
+
+// ---- counts
+
+void bank_conflicts(int stride, int expected) {
+  emulation::settings().profile = true;
+  run(32, [=] {
+    auto& words = shared_memory<Words>().data;
+    words[threadIdx.x * stride] = 1;
+  });
+  uint64_t wavefronts = 0;
+  for (const auto& site : emulation::counts().sites) wavefronts += site.wavefronts;
+  require(int(wavefronts) == expected, ("wavefronts: " + std::to_string(wavefronts)).c_str());
+}
+
+void sectors(int stride, int expected) {
+  allow_globals();
+  emulation::settings().profile = true;
+  run(32, [=] { keep(global_memory[threadIdx.x * stride]); });
+  uint64_t sectors = 0;
+  for (const auto& site : emulation::counts().sites) sectors += site.sectors;
+  require(int(sectors) == expected, ("sectors: " + std::to_string(sectors)).c_str());
+}
+
+const std::map<std::string, void (*)()> kChecks = {
+    {"exchange", [] { exchange(true); }},
+    {"exchange without barrier", [] { exchange(false); }},
+    {"reuse", [] { reuse(true); }},
+    {"reuse without barrier", [] { reuse(false); }},
+    {"warp exchange", [] { warp_exchange(true); }},
+    {"a shuffle orders no memory", [] { warp_exchange(false); }},
+    {"named barriers", [] { named_barriers(96); }},
+    {"barrier counts differ", [] { named_barriers(64); }},
+    {"neighbouring bytes", neighbouring_bytes},
+    {"poisoned shared memory", poisoned_shared},
+    {"poisoned at every block", poisoned_at_every_block},
+    {"shared memory out of bounds",
+     [] {
+       run(32, [] { *(volatile int*)(shared_memory<Words>().data + 4096 + threadIdx.x) = 1; });
+     }},
+    {"more shared memory than launched with",
+     [] {
+       struct Large {
+         int data[8192];
+       };
+       run(32, [] { shared_memory<Large>().data[0] = 1; });
+     }},
+    {"barrier under a branch",
+     [] {
+       run(64, [] {
+         if (threadIdx.x < 32) __syncthreads();
+       });
+     }},
+    {"two barriers for one",
+     [] {
+       run(64, [] {
+         if (threadIdx.x < 32)
+           __syncthreads();
+         else
+           __syncthreads();
+       });
+     }},
+    {"endless loop without calls",
+     [] {
+       emulation::settings().max_seconds = 0.3;
+       const uint64_t end = ~uint64_t{0};
+       run(64, [=] {
+         uint64_t sum = 0;
+         for (uint64_t i = 0; i < end; i++) keep(sum += i);
+       });
+     }},
+    {"waiting for a later block",
+     [] {
+       emulation::settings().max_seconds = 0.3;
+       allow_globals();
+       global_output[0] = 0;
+       run(2, 32, [] {
+         if (threadIdx.x == 0) atomicAdd(&global_output[0], 1u);
+         while (atomicAdd(&global_output[0], 0u) < 2u) {
+         }
+       });
+     }},
+    {"endless spinning",
+     [] {
+       emulation::settings().max_seconds = 0.3;
+       allow_globals();
+       run(2, 32, [] {
+         while (atomicAdd(&global_output[0], 0u) < 99u) __syncwarp(1u << threadIdx.x);
+       });
+     }},
+    {"shuffles", shuffles},
+    {"shuffle under a branch",
+     [] {
+       run(32, [] {
+         if (threadIdx.x < 16)
+           __shfl_xor_sync(~0u, 1, 1);
+         else
+           __syncthreads();
+       });
+     }},
+    {"shuffle with exited lanes",
+     [] {
+       run(32, [] {
+         if (threadIdx.x >= 16) return;
+         __shfl_xor_sync(~0u, 1, 1);
+       });
+     }},
+    {"shuffle outside its mask", [] { run(32, [] { __shfl_xor_sync(0xffffu, 1, 1); }); }},
+    {"mma bf16", mma_elements<bf16>},
+    {"mma fp16", mma_elements<fp16>},
+    {"matrix loads and stores", ldmatrix_elements},
+    {"misaligned matrix row",
+     [] {
+       run(32, [] {
+         uint32_t r[4];
+         ptx::ldmatrix_x4(r, ptx::shared_address(&shared_memory<Words>().data[threadIdx.x]));
+       });
+     }},
+    {"copy", [] { copy(0, true); }},
+    {"copy with zero fill", [] { copy(0, true, 8); }},
+    {"copy of nothing", [] { copy(0, true, 0); }},
+    {"copy not waited for", [] { copy(1, true); }},
+    {"copy without barrier", [] { copy(0, false); }},
+    {"copy never waited for",
+     [] {
+       allow_globals();
+       run(32, [] {
+         ptx::cp_async<16>(ptx::shared_address(&shared_memory<Words>().data[threadIdx.x * 4]),
+                           &global_memory[threadIdx.x * 4], 16);
+         ptx::cp_async_commit();
+       });
+     }},
+    {"misaligned copy",
+     [] {
+       allow_globals();
+       run(32, [] {
+         ptx::cp_async<16>(ptx::shared_address(&shared_memory<Words>().data[threadIdx.x]),
+                           &global_memory[threadIdx.x * 4], 16);
+       });
+     }},
+    {"global memory out of bounds",
+     [] {
+       allow_globals();
+       run(32, [] { keep(global_memory[1024 + threadIdx.x]); });
+     }},
+    {"copy out of bounds",
+     [] {
+       allow_globals();
+       run(32, [] {
+         ptx::cp_async<16>(ptx::shared_address(&shared_memory<Words>().data[threadIdx.x * 4]),
+                           &global_memory[1000 + threadIdx.x * 4], 16);
+       });
+     }},
+    {"write to an input",
+     [] {
+       allow_globals();
+       run(32, [] { global_memory[threadIdx.x] = 1; });
+     }},
+    {"memory of an earlier call",
+     [] {
+       allow_globals();
+       emulation::forget();
+       run(32, [] { keep(global_memory[threadIdx.x]); });
+     }},
+    {"misaligned global load",
+     [] {
+       allow_globals();
+       run(32, [] { ptx::load_16(&global_memory[threadIdx.x]); });
+     }},
+    {"blocks write apart",
+     [] {
+       allow_globals();
+       run(4, 32, [] { global_output[blockIdx.x * 32 + threadIdx.x] = 1; });
+     }},
+    {"blocks write the same",
+     [] {
+       allow_globals();
+       run(4, 32, [] { global_output[threadIdx.x] = 1; });
+     }},
+    {"a block reads what another writes",
+     [] {
+       allow_globals();
+       run(4, 32, [] {
+         if (blockIdx.x == 0) global_output[threadIdx.x] = 1;
+         if (blockIdx.x == 1) keep(global_output[threadIdx.x]);
+       });
+     }},
+    {"blocks add atomically",
+     [] {
+       allow_globals();
+       global_output[0] = 0;
+       run(4, 32, [] { atomicAdd(&global_output[0], 1u); });
+       require(global_output[0] == 128, "atomicAdd");
+     }},
+    {"the last block gathers",
+     [] {
+       allow_globals();
+       global_output[512] = 0;
+       run(4, 32, [] {
+         global_output[blockIdx.x * 32 + threadIdx.x] = 1;
+         __syncwarp();
+         __threadfence();
+         unsigned done = 0;
+         if (threadIdx.x == 0) done = atomicAdd(&global_output[512], 1u);
+         if (__shfl_sync(~0u, done, 0) == 3)
+           for (int i = 0; i < 4; i++) keep(global_output[i * 32 + threadIdx.x]);
+       });
+     }},
+    {"the last block gathers without fence",
+     [] {
+       allow_globals();
+       global_output[512] = 0;
+       run(4, 32, [] {
+         global_output[blockIdx.x * 32 + threadIdx.x] = 1;
+         __syncwarp();
+         unsigned done = 0;
+         if (threadIdx.x == 0) done = atomicAdd(&global_output[512], 1u);
+         if (__shfl_sync(~0u, done, 0) == 3)
+           for (int i = 0; i < 4; i++) keep(global_output[i * 32 + threadIdx.x]);
+       });
+     }},
+    {"wgmma bf16", [] { wgmma<bf16>(Wgmma::kRight); }},
+    {"wgmma fp16", [] { wgmma<fp16>(Wgmma::kRight); }},
+    {"wgmma without fence", [] { wgmma<bf16>(Wgmma::kNoFence); }},
+    {"wgmma without proxy fence", [] { wgmma<bf16>(Wgmma::kNoProxyFence); }},
+    {"wgmma not waited for", [] { wgmma<bf16>(Wgmma::kNotWaited); }},
+    {"wgmma waited for too little", [] { wgmma<bf16>(Wgmma::kWaitedTooLittle); }},
+    {"wgmma not committed", [] { wgmma<bf16>(Wgmma::kNotCommitted); }},
+    {"operand overwritten under a wgmma", [] { wgmma<bf16>(Wgmma::kOverwritten); }},
+    {"wgmma in another mode", [] { wgmma<bf16>(Wgmma::kMode); }},
+    {"banks: stride 1", [] { bank_conflicts(1, 1); }},
+    {"banks: stride 2", [] { bank_conflicts(2, 2); }},
+    {"banks: stride 32", [] { bank_conflicts(32, 32); }},
+    {"banks: stride 31", [] { bank_conflicts(31, 1); }},
+    {"sectors: stride 1", [] { sectors(1, 4); }},
+    {"sectors: stride 2", [] { sectors(2, 8); }},
+    {"sectors: stride 8", [] { sectors(8, 32); }},
+    {"too many threads", [] { run(1025, [] {}); }},
+    {"empty grid", [] { run(dim3(0), 32, [] {}); }},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3 || !kChecks.count(argv[1])) {
+    std::fprintf(stderr, "usage: emulation_checks NAME POLICY\n");
+    return 2;
+  }
+  for (unsigned i = 0; i < 1024; i++) global_memory[i] = i;
+  emulation::settings().policy = static_cast<emulation::Policy>(std::stoi(argv[2]));
+  try {
+    kChecks.at(argv[1])();
+    std::puts("clean");
+  } catch (const std::exception& error) {
+    std::puts(error.what());
+  }
+}
