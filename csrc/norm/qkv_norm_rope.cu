@@ -1,0 +1,55 @@
+#include "qkv_norm_rope.cuh"
+
+#include "../common/launch.h"
+
+namespace gemma4 {
+
+namespace {
+
+// Few tokens: the heads of each go to several blocks, so that a single token does not wait for one.
+dim3 plan_grid(const QkvNormRopeParams& p, int heads_in_block, const Device& device) {
+  const int heads = p.q_heads + (p.k ? p.kv_heads : 0) + (p.v ? p.kv_heads : 0);
+  const int64_t most = ceil_div(heads, heads_in_block);
+  const int64_t wanted = ceil_div<int64_t>(2 * device.sm_count, p.tokens);
+  const int64_t resident = 64LL * device.sm_count;  // more than fit: no tail of half-idle cards
+  return dim3(static_cast<unsigned>(p.tokens < resident ? p.tokens : resident),
+              static_cast<unsigned>(wanted < most ? wanted : most));
+}
+
+template <class T>
+bool heads_in_pieces(const QkvNormRopeParams& p) {
+  const auto fits = [&](const void* x, int64_t stride, int64_t head_stride) {
+    return in_pieces_of_16<T>(x, stride, head_stride);
+  };
+  bool all = fits(p.q, p.q_stride, p.q_head_stride) && fits(p.k, p.k_stride, p.k_head_stride) &&
+             fits(p.v, p.v_stride, p.v_head_stride) &&
+             in_pieces_of_16<float>(p.inv_freq, p.head_dim / 2, p.head_dim / 2);
+  for (const void* dense : {p.q_weight, p.k_weight, static_cast<const void*>(p.q_out),
+                            static_cast<const void*>(p.k_out), static_cast<const void*>(p.v_out)})
+    all = all && fits(dense, p.head_dim, p.head_dim);
+  return all;
+}
+
+template <class T, int kHeadDim>
+void launch_heads(const QkvNormRopeParams& p, const Device& device) {
+  constexpr int kThreads = 256;
+  const dim3 grid = plan_grid(p, kThreads / HeadLanes<T, kHeadDim>::kLanes, device);
+  launch(device, "qkv_norm_rope", qkv_norm_rope_kernel<T, kHeadDim>, grid, kThreads, 0, p);
+}
+
+}  // namespace
+
+void qkv_norm_rope(const QkvNormRopeParams& p, DType dtype, const Device& device) {
+  if (p.tokens == 0 || p.head_dim == 0 || p.q_heads + p.kv_heads == 0) return;
+  with_type(dtype, [&]<class T>() {
+    const int head_dim = heads_in_pieces<T>(p) ? p.head_dim : 0;
+    if (head_dim == 64) return launch_heads<T, 64>(p, device);
+    if (head_dim == 128) return launch_heads<T, 128>(p, device);
+    if (head_dim == 256) return launch_heads<T, 256>(p, device);
+    if (head_dim == 512) return launch_heads<T, 512>(p, device);
+    launch(device, "qkv_norm_rope", qkv_norm_rope_ragged_kernel<T>, plan_grid(p, 8, device), 256, 0,
+           p);
+  });
+}
+
+}  // namespace gemma4

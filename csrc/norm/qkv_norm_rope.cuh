@@ -1,0 +1,164 @@
+// q = rope(rms_norm(q) q_weight), k = rope(rms_norm(k) k_weight), v = rms_norm(v or raw k).
+//
+// rope turns the pairs (i, i + C/2) by position · inv_freq[i]. A block owns a token; each group of
+// neighbouring lanes owns one head at a time and walks over the token's heads: q's, then k's, then
+// v's. A lane holds a piece of the head's first half and the piece that pairs with it, so that the
+// rotation never leaves the lane, and the angles' sin and cos, the same for every head, stay in
+// registers. Without v, a k head gives both outputs from one read. No shared memory, no barrier.
+// Bound: 2 (H + 2G) C sizeof(T) bytes of DRAM a token.
+#pragma once
+
+#include "../common/indices.cuh"
+#include "../common/math.cuh"
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "../ops.h"
+
+namespace gemma4 {
+
+// One head's journey: where it comes from, where it goes, and what is done to it.
+template <class T>
+struct Head {
+  const T* in;
+  const T* weight;  // null: a v head, neither weighted nor turned
+  T* out;           // null: nowhere
+  T* raw_out;       // the same head as v, null if v comes by itself
+};
+
+// The number of heads a token has: v's are absent where they are made from k's.
+DEVICE int num_heads(const QkvNormRopeParams& p) {
+  return p.q_heads + (p.k ? p.kv_heads : 0) + (p.v ? p.kv_heads : 0);
+}
+
+template <class T>
+DEVICE Head<T> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slot, int h) {
+  const bool kept = slot >= 0 && slot < p.num_slots;
+  if (h < p.q_heads)
+    return {static_cast<const T*>(p.q) + token * p.q_stride + h * p.q_head_stride,
+            static_cast<const T*>(p.q_weight),
+            static_cast<T*>(p.q_out) + (token * p.q_heads + h) * p.head_dim, nullptr};
+  h -= p.q_heads;
+  const bool is_v = h >= p.kv_heads;
+  if (is_v) h -= p.kv_heads;
+  const int64_t to = (slot * p.kv_heads + h) * p.head_dim;
+  T* v_out = kept ? static_cast<T*>(p.v_out) + to : nullptr;
+  if (is_v)
+    return {static_cast<const T*>(p.v) + token * p.v_stride + h * p.v_head_stride, nullptr, v_out,
+            nullptr};
+  return {static_cast<const T*>(p.k) + token * p.k_stride + h * p.k_head_stride,
+          static_cast<const T*>(p.k_weight), kept ? static_cast<T*>(p.k_out) + to : nullptr,
+          p.v ? nullptr : v_out};
+}
+
+template <class T, int kHeadDim>
+struct HeadLanes {
+  static constexpr int kWidth = kFullWidth<T>;
+  static constexpr int kPiecesOfHalf = kHeadDim / 2 / kWidth;
+  static constexpr int kLanes = kPiecesOfHalf < 32 ? kPiecesOfHalf : 32;
+  static constexpr int kPieces = kPiecesOfHalf / kLanes;  // of each half, a lane
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(256)
+    qkv_norm_rope_kernel(const __grid_constant__ QkvNormRopeParams p) {
+  using Lanes = HeadLanes<T, kHeadDim>;
+  constexpr int kWidth = Lanes::kWidth, kPieces = Lanes::kPieces, kHalf = kHeadDim / 2;
+  const int lane = threadIdx.x % Lanes::kLanes;
+  const int groups = blockDim.x / Lanes::kLanes;
+  const int group = blockIdx.y * groups + threadIdx.x / Lanes::kLanes;
+  const auto column = [&](int piece) { return (piece * Lanes::kLanes + lane) * kWidth; };
+
+  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    const float position = static_cast<float>(index_at(p.positions, token));
+    const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
+    float sin[kPieces][kWidth], cos[kPieces][kWidth];
+#pragma unroll
+    for (int i = 0; i < kPieces; i++)
+#pragma unroll
+      for (int j = 0; j < kWidth; j += 4) {
+        const auto frequency = load<4>(p.inv_freq + column(i) + j);
+#pragma unroll
+        for (int l = 0; l < 4; l++) sin_cos(position * frequency[l], sin[i][j + l], cos[i][j + l]);
+      }
+
+    // Every group takes every turn: the sums are the whole warp's.
+    for (int first = 0; first < num_heads(p); first += groups * gridDim.y) {
+      const bool has_head = first + group < num_heads(p);
+      const Head<T> head = has_head ? head_at<T>(p, token, slot, first + group) : Head<T>{};
+      Vec<T, kWidth> a[kPieces] = {}, b[kPieces] = {};
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        if (!has_head) continue;
+        a[i] = load_once<kWidth>(head.in + column(i));
+        b[i] = load_once<kWidth>(head.in + kHalf + column(i));
+      }
+#pragma unroll
+      for (int i = 0; i < kPieces; i++)
+        sum += sum_of_squares<kWidth>(a[i]) + sum_of_squares<kWidth>(b[i]);
+      const float scale = 1.0f / sqrtf(lane_sum<Lanes::kLanes>(sum) / kHeadDim + p.eps);
+
+      const auto store_both = [&](T* out, int i, const auto& first_half, const auto& second_half) {
+        store(out + column(i), first_half);
+        store(out + kHalf + column(i), second_half);
+      };
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        Vec<T, kWidth> raw_a, raw_b, out_a, out_b;
+        T* raw_out = head.weight ? head.raw_out : head.out;
+        if (raw_out) {
+#pragma unroll
+          for (int j = 0; j < kWidth; j++) {
+            raw_a.set(j, a[i][j] * scale);
+            raw_b.set(j, b[i][j] * scale);
+          }
+          store_both(raw_out, i, raw_a, raw_b);
+        }
+        if (!head.weight || !head.out) continue;
+        const auto weight_a = load<kWidth>(head.weight + column(i));
+        const auto weight_b = load<kWidth>(head.weight + kHalf + column(i));
+#pragma unroll
+        for (int j = 0; j < kWidth; j++) {
+          const float x = a[i][j] * scale * weight_a[j], y = b[i][j] * scale * weight_b[j];
+          out_a.set(j, x * cos[i][j] - y * sin[i][j]);
+          out_b.set(j, y * cos[i][j] + x * sin[i][j]);
+        }
+        store_both(head.out, i, out_a, out_b);
+      }
+    }
+  }
+}
+
+// Any even head size and alignment: a warp owns a head and reads it twice.
+template <class T>
+__global__ void __launch_bounds__(256)
+    qkv_norm_rope_ragged_kernel(const __grid_constant__ QkvNormRopeParams p) {
+  const int lane = threadIdx.x % 32, half = p.head_dim / 2;
+  const int warps = blockDim.x / 32;
+  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    const float position = static_cast<float>(index_at(p.positions, token));
+    const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
+    for (int h = blockIdx.y * warps + threadIdx.x / 32; h < num_heads(p); h += warps * gridDim.y) {
+      const Head<T> head = head_at<T>(p, token, slot, h);
+      float sum = 0.0f;
+      for (int i = lane; i < p.head_dim; i += 32)
+        sum += to_float(head.in[i]) * to_float(head.in[i]);
+      const float scale = 1.0f / sqrtf(lane_sum(sum) / p.head_dim + p.eps);
+      T* raw_out = head.weight ? head.raw_out : head.out;
+      if (raw_out)
+        for (int i = lane; i < p.head_dim; i += 32)
+          raw_out[i] = from_float<T>(to_float(head.in[i]) * scale);
+      if (!head.weight || !head.out) continue;
+      for (int i = lane; i < half; i += 32) {
+        float sin, cos;
+        sin_cos(position * p.inv_freq[i], sin, cos);
+        const float x = to_float(head.in[i]) * scale * to_float(head.weight[i]);
+        const float y = to_float(head.in[i + half]) * scale * to_float(head.weight[i + half]);
+        head.out[i] = from_float<T>(x * cos - y * sin);
+        head.out[i + half] = from_float<T>(y * cos + x * sin);
+      }
+    }
+  }
+}
+
+}  // namespace gemma4
