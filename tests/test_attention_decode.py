@@ -9,6 +9,9 @@ CASES = {  # layout, slots of a row or page, seq_lens, new tokens, query heads, 
     "below a tile": ("rows", 8, [5, 8], 1, 4, 2, 64, {}),
     "exact tile": ("rows", 64, [64, 63], 1, 4, 2, 64, {}),
     "many tiles": ("rows", 300, [257, 3, 300], 1, 4, 2, 64, {}),
+    "rows alike": ("rows", 40, [33, 33, 33], 3, 4, 2, 64, {}),
+    "rows alike, window": ("rows", 40, [33, 33], 3, 4, 2, 64, dict(window=8)),
+    "rows alike, softcap": ("rows", 40, [33, 33], 3, 4, 2, 64, dict(softcap=4.0)),
     "rows left out": ("rows", 16, [0, 9, 0, 16, 0], 1, 4, 2, 64, {}),
     "all rows left out": ("rows", 16, [0, 0], 2, 4, 2, 64, {}),
     "new tokens": ("rows", 40, [40, 17, 5], 5, 4, 2, 64, {}),
@@ -27,6 +30,8 @@ CASES = {  # layout, slots of a row or page, seq_lens, new tokens, query heads, 
     "ring, new tokens": ("ring", 12, [5, 12, 13, 24, 25, 77], 5, 4, 2, 64, dict(window=8)),
     "ring, sixteen new tokens": ("ring", 23, [16, 40, 46, 99], 16, 4, 2, 64, dict(window=8)),
     "ring, more new than keys": ("ring", 12, [2, 4], 5, 4, 2, 64, dict(window=8)),
+    "ring, rows alike": ("ring", 13, [40, 40, 40], 1, 4, 2, 64, dict(window=8)),
+    "ring, rows alike, new tokens": ("ring", 12, [77, 77], 5, 4, 2, 64, dict(window=8)),
     "ring of one": ("ring", 1, [1, 2, 9], 1, 4, 2, 64, dict(window=1)),
     "ring, softcap": ("ring", 8, [30, 3], 1, 4, 2, 64, dict(window=8, softcap=4.0, scale=2.0)),
     "pages": ("paged", 4, [9, 4, 1, 0, 16], 1, 4, 2, 64, {}),
@@ -95,7 +100,11 @@ def assert_decode(actual, arguments, keys, values, dtype):
 def test_attention_decode(backend, poisoned_memory, case, dtype):
     """Slots that no new token sees hold NaN; among them those of rows that are left out."""
     arguments, keys, values = inputs(backend, CASES[case], dtype)
-    assert_decode(backend.ops.attention_decode(**arguments), arguments, keys, values, dtype)
+    out, lse = backend.ops.attention_decode(**arguments)
+    assert_decode((out, lse), arguments, keys, values, dtype)
+    out, none = backend.ops.attention_decode(**arguments, return_lse=False)
+    assert none is None
+    assert_decode((out, lse), arguments, keys, values, dtype)
 
 
 @pytest.mark.parametrize("num_new", range(1, 17))

@@ -1,0 +1,53 @@
+// Which tile an attention launch gets.
+#pragma once
+
+#include "attention.cuh"
+
+namespace gemma4 {
+
+// Calls f.operator()<Tile>() with the tile for this head size, this many rows of a sequence and
+// this much shared memory. 16 rows where that is all there are; else as many as fit, and where two
+// blocks fit a multiprocessor, warps that need no exchange.
+template <class T, class F>
+void with_tile(int head_dim, int64_t rows, size_t max_smem_bytes, F&& f) {
+  const auto fits = [&]<class Tile>(int blocks) {
+    // A multiprocessor has 1 KB more than one block may take, and keeps 1 KB for each block.
+    return blocks * (sizeof(AttentionSmem<T, Tile>) + 1024) <= max_smem_bytes + 1024;
+  };
+  const auto use = [&]<class Tile>() {
+    if (!fits.template operator()<Tile>(1))
+      throw std::runtime_error("attention: no tile of head_dim " + std::to_string(head_dim) +
+                               " fits in " + std::to_string(max_smem_bytes) +
+                               " bytes of shared memory");
+    f.template operator()<Tile>();
+  };
+  const bool few = rows <= 16;
+  switch (head_dim) {
+    case 64:
+      return few ? use.template operator()<AttentionTile<64, 16, 64, 4>>()
+                 : use.template operator()<AttentionTile<64, 64, 64, 1>>();
+    case 128:
+      return few ? use.template operator()<AttentionTile<128, 16, 32, 4>>()
+                 : use.template operator()<AttentionTile<128, 64, 64, 1>>();
+    case 256:
+      if (few) return use.template operator()<AttentionTile<256, 16, 32, 4>>();
+      return fits.template operator()<AttentionTile<256, 64, 32, 1>>(2)
+                 ? use.template operator()<AttentionTile<256, 64, 32, 1>>()
+                 : use.template operator()<AttentionTile<256, 64, 32, 2>>();
+    case 512:
+      if (few) return use.template operator()<AttentionTile<512, 16, 32, 4>>();
+      return fits.template operator()<AttentionTile<512, 64, 32, 2>>(1)
+                 ? use.template operator()<AttentionTile<512, 64, 32, 2>>()
+                 : use.template operator()<AttentionTile<512, 48, 16, 2>>();
+    default:
+      throw std::runtime_error(
+          "attention: there are kernels for head_dim 64, 128, 256 and 512, got " +
+          std::to_string(head_dim));
+  }
+}
+
+// One launch of attention_kernel over all rows, heads and splits; in attention.cu, so that its
+// instances are compiled once.
+void attention(const char* name, const AttentionParams& params, DType dtype, const Device& device);
+
+}  // namespace gemma4

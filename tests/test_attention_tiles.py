@@ -1,0 +1,111 @@
+"""Every tile that the attention planner may choose, and scores that strain the running softmax."""
+
+import float64
+import pytest
+import torch
+from conftest import assert_close_to_float64
+
+# KB of shared memory: the cards with 99 KB get other tiles than those with 227 KB.
+CARDS_KB = (99, 227)
+OPTIONS = {
+    "causal": {},
+    "window and softcap": dict(window=50, softcap=3.0),
+    "window both ways": dict(causal=False, window=20, window_right=30),
+}
+
+
+def check(actual, q, k, v, dtype=torch.bfloat16, **options):
+    """Against the exact result; unavoidable is the error of p and out rounded once each."""
+    out, lse = actual
+    exact_out, exact_lse = float64.attention(q, k, v, **options)
+    rounded, _ = float64.attention(q, k, v, **options, dtype=dtype)
+    assert_close_to_float64(out, exact_out, dtype, rounded=rounded, magnitude=v.abs().max())
+    if lse is not None:
+        size = 1 + exact_lse.abs().max()
+        assert_close_to_float64(lse, exact_lse, torch.float32, terms=k.shape[0], magnitude=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("kb", CARDS_KB)
+def test_prefill_tiles(on_card, kb, head_dim, options, dtype):
+    """3 heads a key head: rows of a tile belong to no whole number of tokens."""
+    backend, options = on_card(kb), OPTIONS[options]
+    tokens, keys = 45, 107
+    q = backend.randn(tokens, 6, head_dim, dtype=dtype, std=head_dim**-0.25)
+    k = backend.randn(keys, 2, head_dim, dtype=dtype, std=head_dim**-0.25)
+    v = backend.randn(keys, 2, head_dim, dtype=dtype)
+    cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
+    actual = backend.ops.attention_prefill(
+        q, k, v, cu_q, cu_k, tokens, keys, return_lse=True, **options
+    )
+    check(actual, q, k, v, dtype, **options)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_decode_over_splits(on_card, head_dim, new_tokens):
+    """Lengths at, before and past the bounds of the splits of 256 keys; a batch of one gives the
+    bits of the batch."""
+    backend = on_card(99)
+    lengths = (600, 256, 257, 512, 7)
+    dtype, heads = torch.bfloat16, 4
+    q = backend.randn(len(lengths), new_tokens, heads, head_dim, dtype=dtype, std=head_dim**-0.25)
+    k = backend.nan(len(lengths), 600, 1, head_dim, dtype=dtype)
+    v = k.clone()
+    for b, length in enumerate(lengths):
+        k[b, :length] = backend.randn(length, 1, head_dim, dtype=dtype, std=head_dim**-0.25)
+        v[b, :length] = backend.randn(length, 1, head_dim, dtype=dtype)
+    out, lse = backend.ops.attention_decode(q, k, v, backend.int32(*lengths))
+    for b, length in enumerate(lengths):
+        check((out[b], lse[b]), q[b], k[b, :length], v[b, :length])
+    alone, _ = backend.ops.attention_decode(q[1:2], k[1:2], v[1:2], backend.int32(lengths[1]))
+    assert torch.equal(alone[0], out[1])
+
+
+def decode(backend, q, k, v):
+    return backend.ops.attention_decode(q[None], k[None], v[None], backend.int32(len(k)))
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 3e4])
+def test_large_scores(on_card, size):
+    """Equal scores of any size weigh all keys alike; one that is larger takes all."""
+    backend = on_card(99)
+    q = torch.full((1, 2, 64), 4.0, dtype=torch.bfloat16)
+    k = torch.full((300, 1, 64), size / 256, dtype=torch.bfloat16)
+    v = backend.randn(300, 1, 64, dtype=torch.bfloat16)
+    out, lse = decode(backend, q, k, v)
+    check((out[0], lse[0]), q, k, v)
+    k[271] += 4.0
+    out, lse = decode(backend, q, k, v)
+    assert torch.equal(out[0, 0, 0], v[271, 0])
+
+
+def test_a_single_visible_key(on_card):
+    backend = on_card(99)
+    q = backend.randn(40, 2, 256, dtype=torch.bfloat16)
+    k, v = backend.randn(2, 40, 1, 256, dtype=torch.bfloat16).unbind(0)
+    cu = backend.int32(0, 40)
+    out, lse = backend.ops.attention_prefill(q, k, v, cu, cu, 40, 40, window=1, return_lse=True)
+    assert torch.equal(out, v.expand(-1, 2, -1))
+    scores = (q.double() * k.double()).sum(-1).T
+    assert torch.allclose(lse.double(), scores, rtol=1e-5, atol=1e-3)
+
+
+def test_many_keys(on_card):
+    """Half of the weight on the first key, the rest spread thin over the others, which are no
+    multiple of any tile or split: a sum that bf16 or a lost rescaling would not hold."""
+    backend = on_card(99)
+    keys = 33000
+    q = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    q[..., 0] = 1.0
+    k = torch.zeros(keys, 1, 64, dtype=torch.bfloat16)
+    k[0, 0, 0] = 10.375  # about ln 33000
+    v = torch.ones(keys, 1, 64, dtype=torch.bfloat16)
+    v[0] = -1.0
+    out, lse = decode(backend, q, k, v)
+    first = torch.tensor(10.375, dtype=torch.float64).exp()
+    expected = (keys - 1 - first) / (keys - 1 + first)
+    assert out.double().flatten()[0].item() == pytest.approx(expected.item(), abs=2e-3)
+    assert lse.item() == pytest.approx((keys - 1 + first).log().item(), rel=1e-6)
