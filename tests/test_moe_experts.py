@@ -1,10 +1,16 @@
+import warnings
+
+import emulated
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import Backend, NoHostReads, all_dtypes, assert_close_to_float64, assert_refused
 
 CASES = {  # T, E, K, D, F, how experts are drawn
     "no tokens": (0, 4, 2, 16, 8, "random"),
+    "no choices": (5, 4, 0, 16, 8, "random"),
+    "no experts": (5, 0, 0, 16, 8, "random"),
+    "no hidden width": (5, 4, 2, 16, 0, "random"),
     "one token": (1, 8, 2, 64, 24, "random"),
     "one expert": (5, 1, 1, 16, 8, "random"),
     "all experts": (5, 4, 4, 16, 8, "random"),
@@ -15,7 +21,12 @@ CASES = {  # T, E, K, D, F, how experts are drawn
     "some skipped": (20, 6, 3, 32, 16, "half skipped"),
     "all skipped": (4, 6, 2, 32, 16, "all skipped"),
     "more tokens than a tile": (150, 8, 2, 32, 16, "random"),
-    "26B-A4B, narrow": (4, 128, 8, 88, 44, "random"),
+    "26B-A4B, narrow": (4, 128, 8, 88, 48, "random"),
+    "eight tokens, wider than a block's step": (8, 40, 8, 520, 136, "random"),
+    "nine tokens": (9, 128, 8, 72, 24, "random"),
+    "several tiles of 32": (70, 16, 1, 72, 24, "expert 2"),
+    "several tiles of 64, skipped": (150, 6, 3, 136, 72, "half skipped"),
+    "several tiles of 128": (300, 2, 1, 136, 72, "random"),
     "m06 width 24": (9, 4, 2, 64, 24, "random"),
     "m06 width 44": (9, 4, 2, 64, 44, "random"),
     "m06 width 88": (9, 4, 2, 64, 88, "random"),
@@ -39,7 +50,7 @@ def inputs(backend, case, dtype):
         chosen = chosen.masked_fill(skipped, num_experts)
         weights = weights.masked_fill(skipped, float("nan"))
     gate_up = backend.randn(num_experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
-    down = backend.randn(num_experts, width, hidden, dtype=dtype, std=hidden**-0.5)
+    down = backend.randn(num_experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5)
     idle = [e for e in range(num_experts) if e not in chosen]
     gate_up[idle] = float("nan")
     down[idle] = float("nan")
@@ -67,6 +78,21 @@ def check(backend, arguments, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_moe_experts(backend, poisoned_memory, case, dtype):
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", [n for n in CASES if CASES[n][0] > 60])
+def test_tiles_on_hopper(poisoned_memory, case, dtype):
+    """The same tiles with the products that sm_90a is compiled with."""
+    if not emulated.has_compiler():
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    settings = emulated.control().settings
+    settings.has_wgmma = True
+    backend = Backend("emulated", "cpu", emulated.ops())
+    try:
+        check(backend, inputs(backend, case, dtype), dtype)
+    finally:
+        settings.has_wgmma = False
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -128,7 +154,47 @@ def test_same_bits_every_time(backend):
         assert torch.equal(backend.ops.moe_experts(**arguments), first)
 
 
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+def test_bits_of_a_token_do_not_depend_on_the_others(backend):
+    """While the weights are streamed past the tokens (up to 8 an expert), and again among tiles."""
+    arguments = inputs(backend, "more tokens than a tile", torch.bfloat16)
+    by_token = ("x", "experts", "weights")
+    many = arguments["x"].shape[0]
+    for counts in ((1, 5, 8, 9, 30), (40, many)):
+        first = {n: a[: counts[0]] if n in by_token else a for n, a in arguments.items()}
+        expected = backend.ops.moe_experts(**first)
+        for count in counts[1:]:
+            part = {n: a[:count] if n in by_token else a for n, a in arguments.items()}
+            assert torch.equal(backend.ops.moe_experts(**part)[: counts[0]], expected)
+
+
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+@pytest.mark.parametrize("case", ["one token", "idle experts", "more tokens than a tile"])
+def test_routing_stays_on_the_device(backend, case):
+    """What a CUDA graph needs: the host waits for nothing."""
+    arguments = inputs(backend, case, torch.bfloat16)
+    backend.ops.moe_experts(**arguments)
+    with NoHostReads():
+        backend.ops.moe_experts(**arguments)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            arguments["experts"].flatten()[0].item()
+
+
+def test_a_call_without_a_kernel_is_named(backend):
+    """Where there is a kernel, but not for this width, a warning says so; the CPU has none."""
+    backend.ops.library.warn.cache_clear()
+    arguments = inputs(backend, "m06 width 44", torch.bfloat16)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            backend.ops.moe_experts(**arguments)
+    words = [str(w.message) for w in seen]
+    expected = "moe_experts runs eager torch, without a kernel: it is for widths that are multiples"
+    assert [w[: len(expected)] for w in words] == [expected] * (backend.name != "eager")
+
+
 FLOATING = ("x", "gate_up", "down", "weights")
+NOTHING = [n for n, (*sizes, draw) in CASES.items() if 0 in sizes or draw == "all skipped"]
 
 
 def gradients(function, arguments, grad):
@@ -138,7 +204,7 @@ def gradients(function, arguments, grad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [n for n in CASES if n not in ("no tokens", "all skipped")])
+@pytest.mark.parametrize("case", [n for n in CASES if n not in NOTHING])
 def test_m08_gradient(backend, poisoned_memory, case, dtype):
     arguments = inputs(backend, case, dtype)
     grad = backend.randn(*arguments["x"].shape, dtype=dtype)
@@ -157,7 +223,7 @@ def test_m08_gradient(backend, poisoned_memory, case, dtype):
         )
 
 
-@pytest.mark.parametrize("case", ["no tokens", "all skipped"])
+@pytest.mark.parametrize("case", NOTHING)
 def test_gradient_of_nothing_is_zero(backend, poisoned_memory, case):
     arguments = inputs(backend, case, torch.float32)
     grad = backend.randn(*arguments["x"].shape)

@@ -11,6 +11,8 @@ CASES = {  # T, E, K
     "all experts": (5, 8, 8),
     "odd count": (7, 37, 5),
     "26B-A4B": (9, 128, 8),
+    "more experts than four a lane": (5, 200, 8),
+    "most experts": (3, 512, 32),
     "more tokens than a tile": (200, 16, 4),
 }
 
@@ -64,6 +66,15 @@ def test_large_logits_do_not_overflow(backend):
     weights, experts = backend.ops.moe_route(logits, backend.to(torch.ones(3)), 2)
     assert experts.tolist() == [[0, 1], [2, 0]]
     assert weights.flatten().tolist() == pytest.approx([0.731059, 0.268941] * 2, abs=1e-6)
+
+
+def test_not_a_number_stays_in_its_row(backend):
+    """Its weights are NaN, and its experts still are k different ones."""
+    logits = backend.randn(3, 40)
+    logits[1, 7] = float("nan")
+    weights, experts = backend.ops.moe_route(logits, backend.to(torch.ones(40)), 4)
+    assert weights[1].isnan().all() and weights[[0, 2]].isfinite().all()
+    assert len(set(experts[1].tolist())) == 4 and experts.min() >= 0 and experts.max() < 40
 
 
 def test_m04_equals_softmax_over_the_chosen(backend):

@@ -1,0 +1,69 @@
+#include "../common/pieces.h"
+#include "moe_stream.cuh"
+#include "moe_tiles.cuh"
+
+namespace gemma4 {
+
+namespace {
+
+// Eight tokens fill one column block, whatever they choose; up to 32 of an expert's share a load.
+using Few = MoeStream<8, 128>;
+using Some = MoeStream<32, 1024>;
+
+bool are_few(int64_t tokens, int64_t k) {
+  return tokens <= Few::kTokens && tokens * k <= Few::kAssignments;
+}
+
+template <class T, class Stream>
+void stream(const MoeExpertsParams& p, const Device& device) {
+  const dim3 grid(ceil_div(p.hidden_width, kStreamRows),
+                  static_cast<unsigned>(most_moe_tiles(p, Stream::kTokens)));
+  launch(device, "moe_stream_gate_up", moe_stream_gate_up_kernel<T, Stream>, grid,
+         kStreamWarps * 32, sizeof(GateUpSmem<T, Stream>), p);
+  launch(device, "moe_stream_down", moe_stream_down_kernel<T, Stream>,
+         ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Stream>), p);
+}
+
+template <class T, int kRows>
+void tiles(const MoeExpertsParams& p, const Device& device) {
+  const int64_t row_tiles = most_moe_tiles(p, kRows);
+  launch(device, "moe_tiles_gate_up", moe_tiles_kernel<T, kRows, true>,
+         static_cast<unsigned>(row_tiles * ceil_div(p.hidden_width, kTileWeightRows / 2)),
+         kTileThreads, sizeof(MoeTilesSmem<T, kRows>), p);
+  launch(device, "moe_tiles_down", moe_tiles_kernel<T, kRows, false>,
+         static_cast<unsigned>(row_tiles * ceil_div(p.width, kTileWeightRows)), kTileThreads,
+         sizeof(MoeTilesSmem<T, kRows>), p);
+  const PiecePlan plan = plan_pieces(p.tokens, p.width / 8);
+  launch(device, "moe_combine", moe_combine_kernel<T>, plan.grid, plan.block, 0, p);
+}
+
+}  // namespace
+
+bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
+  const int64_t assignments = tokens * k;
+  return are_few(tokens, k) ||
+         (assignments <= Some::kAssignments && assignments <= 8 * num_experts);
+}
+
+void moe_experts(const MoeExpertsParams& p, DType dtype, const Device& device) {
+  const int64_t assignments = int64_t{p.tokens} * p.k;
+  if (p.tokens == 0 || p.width == 0) return;
+  if (assignments == 0 || p.num_experts == 0 || p.hidden_width == 0) {
+    clear(device, p.y, size_t{2} * p.tokens * p.width);
+    return;
+  }
+  const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
+  launch(device, "moe_sort", moe_sort_kernel<>, p.num_experts, threads, sizeof(MoeSortSmem), p);
+  with_half_type("moe_experts", dtype, [&]<class T>() {
+    if (are_few(p.tokens, p.k))
+      stream<T, Few>(p, device);
+    else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
+      stream<T, Some>(p, device);
+    else if (assignments <= int64_t{64} * p.num_experts)
+      tiles<T, 64>(p, device);
+    else
+      tiles<T, 128>(p, device);
+  });
+}
+
+}  // namespace gemma4

@@ -1,0 +1,212 @@
+// Experts for few tokens: hidden = geglu(gate_up x), y = Σ_k weight down hidden, weights streamed.
+//
+// What must be read is every touched expert's weights, once; all else is small. So weights go from
+// DRAM into registers, 16 bytes a lane, without shared memory and its barriers, and are the 16-row
+// side of mma.sync, with up to 8 tokens a column block on the other: tensor cores are idle here
+// anyway, and one load of a weight serves all tokens of its expert. Columns may be permuted in a
+// sum of products as long as both sides agree: a lane's 8 neighbouring values are taken as the
+// operands of two products, so that rows are read in whole sectors and nothing is exchanged.
+//
+// gate_up: a block owns 16 gate rows, the 16 up rows that belong to them, and one tile of an
+// expert's assignments; its warps take turns along D and add up through shared memory in the order
+// of the warps, then GEGLU in registers. down: a block owns 16 rows of all touched experts; a warp
+// takes an expert's tile whole; products wait in shared memory, by assignment, to be weighed and
+// added in the order of the slots. A token's bits therefore do not depend on the others'.
+//
+// Shared memory: sizeof(GateUpSmem), sizeof(DownSmem). Bound: the touched experts' weights, 6 D F
+// bytes each, from DRAM.
+#pragma once
+
+#include "../common/math.cuh"
+#include "../common/tile.cuh"
+#include "../common/vec.cuh"
+#include "moe_sort.cuh"
+
+namespace gemma4 {
+
+constexpr int kStreamWarps = 8, kStreamRows = 16;
+constexpr int kStreamColumns = 64;  // of a warp at a time: a line of 128 bytes of each row
+
+// kTokens columns; kAssignments bounds A.
+template <int kTokens_, int kAssignments_>
+struct MoeStream {
+  static constexpr int kTokens = kTokens_, kAssignments = kAssignments_;
+};
+
+template <class T, class Stream>
+struct GateUpSmem {
+  float4 partial[kStreamWarps][2 * Stream::kTokens / 8][32];
+  alignas(16) T hidden[Stream::kTokens * kStreamRows];
+
+  // Every other four tokens have their halves swapped, or the lanes that hold them would meet.
+  DEVICE T* hidden_at(int token, int row) {
+    return hidden + token * kStreamRows + (row ^ token / 4 % 2 * 8);
+  }
+};
+
+template <class Stream>
+struct DownSmem {
+  alignas(16) float product[Stream::kAssignments][kStreamRows];
+};
+
+DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
+}
+DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
+}
+
+// d [16 rows x 8 tokens] += 32 columns of both: a lane holds 8 of its row, of row + 8 and of its
+// token.
+template <class T>
+DEVICE void multiply(float (&d)[4], uint4 row, uint4 row_8, uint4 token FROM_HERE) {
+  ptx::mma_16816<T>(d, {row.x, row_8.x, row.y, row_8.y}, token.x, token.y HERE);
+  ptx::mma_16816<T>(d, {row.z, row_8.z, row.w, row_8.w}, token.z, token.w HERE);
+}
+
+template <class T, class Stream>
+__global__ void __launch_bounds__(kStreamWarps * 32, 2)
+    moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
+  constexpr int kBlocks = Stream::kTokens / 8;
+  auto& smem = shared_memory<GateUpSmem<T, Stream>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const MoeTile tile = moe_tile(p, blockIdx.y, Stream::kTokens);
+  if (tile.rows == 0) return;
+
+  const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
+  const T* gate_row = static_cast<const T*>(p.gate_up) +
+                      (int64_t{2} * tile.expert * p.hidden_width + row) * p.width;
+  const T* up_row = gate_row + int64_t{p.hidden_width} * p.width;
+  const T* token[kBlocks];
+#pragma unroll
+  for (int n = 0; n < kBlocks; n++) {
+    const int i = min(n * 8 + lane / 4, tile.rows - 1);
+    token[n] = static_cast<const T*>(p.x) + p.order[tile.begin + i] / p.k * p.x_stride;
+  }
+
+  float gate[kBlocks][4] = {}, up[kBlocks][4] = {};
+  for (int first = warp * kStreamColumns; first < p.width; first += kStreamWarps * kStreamColumns) {
+    uint4 weight[2][4], x[2][kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int column = first + i * 32 + lane % 4 * 8;
+      const bool low = column < p.width && row < p.hidden_width;
+      const bool high = column < p.width && row + 8 < p.hidden_width;
+      weight[i][0] = load_once_if(low, gate_row + column);
+      weight[i][1] = load_once_if(high, gate_row + int64_t{8} * p.width + column);
+      weight[i][2] = load_once_if(low, up_row + column);
+      weight[i][3] = load_once_if(high, up_row + int64_t{8} * p.width + column);
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++)
+        x[i][n] = load_if(column < p.width && n * 8 + lane / 4 < tile.rows, token[n] + column);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++) {
+        if (n * 8 >= tile.rows) break;
+        multiply<T>(gate[n], weight[i][0], weight[i][1], x[i][n]);
+        multiply<T>(up[n], weight[i][2], weight[i][3], x[i][n]);
+      }
+  }
+
+#pragma unroll
+  for (int n = 0; n < kBlocks; n++) {
+    store_shared(&smem.partial[warp][2 * n][lane],
+                 {gate[n][0], gate[n][1], gate[n][2], gate[n][3]});
+    store_shared(&smem.partial[warp][2 * n + 1][lane], {up[n][0], up[n][1], up[n][2], up[n][3]});
+  }
+  __syncthreads();
+  if (warp < kBlocks) {
+    float g[4] = {}, u[4] = {};
+#pragma unroll
+    for (int w = 0; w < kStreamWarps; w++) {
+      const float4 a = load_shared(&smem.partial[w][2 * warp][lane]);
+      const float4 b = load_shared(&smem.partial[w][2 * warp + 1][lane]);
+      g[0] += a.x, g[1] += a.y, g[2] += a.z, g[3] += a.w;
+      u[0] += b.x, u[1] += b.y, u[2] += b.z, u[3] += b.w;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      *smem.hidden_at(warp * 8 + lane % 4 * 2 + e % 2, lane / 4 + e / 2 * 8) =
+          from_float<T>(gelu_tanh(g[e]) * u[e]);
+  }
+  __syncthreads();
+  const int i = threadIdx.x / 2, part = threadIdx.x % 2 * 8;
+  if (i < tile.rows && first_row + part < p.hidden_width)
+    ptx::store_16(
+        static_cast<T*>(p.hidden) + int64_t{tile.begin + i} * p.hidden_width + first_row + part,
+        load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
+}
+
+template <class T, class Stream>
+__global__ void __launch_bounds__(kStreamWarps * 32, 2)
+    moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
+  constexpr int kBlocks = Stream::kTokens / 8;
+  auto& smem = shared_memory<DownSmem<Stream>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
+
+  for (int t = warp;; t += kStreamWarps) {
+    const MoeTile tile = moe_tile(p, t, Stream::kTokens);
+    if (tile.rows == 0) break;
+    const T* weight_row =
+        static_cast<const T*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
+    const T* hidden =
+        static_cast<const T*>(p.hidden) + int64_t{tile.begin + lane / 4} * p.hidden_width;
+
+    float product[kBlocks][4] = {};
+#pragma unroll 2
+    for (int first = 0; first < p.hidden_width; first += kStreamColumns) {
+      uint4 weight[2][2], x[2][kBlocks];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int column = first + i * 32 + lane % 4 * 8;
+        const bool exists = column < p.hidden_width;
+        weight[i][0] = load_once_if(exists && row < p.width, weight_row + column);
+        weight[i][1] = load_once_if(exists && row + 8 < p.width,
+                                    weight_row + int64_t{8} * p.hidden_width + column);
+#pragma unroll
+        for (int n = 0; n < kBlocks; n++)
+          x[i][n] = load_if(exists && n * 8 + lane / 4 < tile.rows,
+                            hidden + int64_t{n} * 8 * p.hidden_width + column);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int n = 0; n < kBlocks; n++) {
+          if (n * 8 >= tile.rows) break;
+          multiply<T>(product[n], weight[i][0], weight[i][1], x[i][n]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = n * 8 + lane % 4 * 2 + e % 2;
+        if (i < tile.rows)
+          smem.product[p.order[tile.begin + i]][lane / 4 + e / 2 * 8] = product[n][e];
+      }
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < 2 * p.tokens; i += blockDim.x) {
+    const int token = i / 2, column = i % 2 * 8;
+    if (first_row + column >= p.width) continue;
+    float sum[8] = {};
+    for (int slot = 0; slot < p.k; slot++) {
+      const int a = token * p.k + slot;
+      const int64_t expert = index_at(p.experts, a);
+      if (expert < 0 || expert >= p.num_experts) continue;
+      const float weight = float_at(p.weights, a);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] += weight * smem.product[a][column + j];
+    }
+    Vec<T, 8> y;
+#pragma unroll
+    for (int j = 0; j < 8; j++) y.set(j, sum[j]);
+    store(static_cast<T*>(p.y) + int64_t{token} * p.width + first_row + column, y);
+  }
+}
+
+}  // namespace gemma4

@@ -1,0 +1,123 @@
+import float64
+import pytest
+import torch
+from conftest import all_dtypes, assert_close_to_float64, assert_refused
+
+CASES = {  # shape, eps
+    "no rows": ((0, 64), 1e-6),
+    "no width": ((3, 0), 1e-6),
+    "one row": ((1, 256), 1e-6),
+    "one dimension": ((640,), 1e-6),
+    "odd width": ((7, 37), 1e-6),
+    "batch": ((2, 3, 96), 1e-6),
+    "26B-A4B width": ((3, 2816), 1e-6),
+    "wide": ((2, 5376), 1e-6),
+    "beyond 16 KB a row": ((2, 8448), 1e-6),
+    "large eps": ((3, 128), 0.3),
+}
+
+
+def inputs(backend, shape, dtype):
+    return {
+        "x": backend.randn(*shape, dtype=dtype, std=2.0),
+        "weight": backend.weight(shape[-1], dtype=dtype),
+        "scale": backend.weight(shape[-1], dtype=dtype),
+    }
+
+
+def check(backend, arguments, eps, dtype):
+    results = backend.ops.moe_norm(**arguments, eps=eps)
+    exact = float64.moe_norm(**arguments, eps=eps)
+    rounded = float64.moe_norm(**arguments, eps=eps, dtype=dtype)
+    for result, e, r in zip(results, exact, rounded, strict=True):
+        assert result.is_contiguous()
+        assert_close_to_float64(result, e, dtype, rounded=r, terms=arguments["x"].shape[-1])
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_moe_norm(backend, poisoned_memory, case, dtype):
+    shape, eps = CASES[case]
+    check(backend, inputs(backend, shape, dtype), eps, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", ["columns", "transposed", "rows apart"])
+def test_strided(backend, view, dtype):
+    arguments = inputs(backend, (64, 64), dtype)
+    packed = backend.randn(64, 3 * 64, dtype=dtype)
+    views = {"columns": packed[:, 64:128], "transposed": packed[:, :64].T}
+    arguments["x"] = views.get(view, packed.view(3 * 64, 64)[::3])
+    check(backend, arguments, 1e-6, dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (3, 129)])
+def test_weights_may_be_strided(backend, shape):
+    arguments = inputs(backend, shape, torch.float32)
+    for name in ("weight", "scale"):
+        arguments[name] = backend.weight(2 * shape[1])[::2]
+    check(backend, arguments, 1e-6, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "scale"])
+def test_memory_that_16_byte_loads_cannot_read(backend, name):
+    arguments = inputs(backend, (3, 128), torch.float32)
+    arguments[name] = backend.weight(1 + arguments[name].numel())[1:].view_as(arguments[name])
+    check(backend, arguments, 1e-6, torch.float32)
+
+
+@pytest.mark.parametrize("width", [512, 511])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_x_is_rounded_after_each_product(backend, width, dtype):
+    """The reference's bits, but where the norm's own last place differs."""
+    arguments = inputs(backend, (64, width), dtype)
+    _, router_x = backend.ops.moe_norm(**arguments)
+    norm = float64.rms_norm(arguments["x"], None, 1e-6).to(dtype)
+    expected = norm * arguments["scale"].cpu() * width**-0.5
+    assert (router_x.cpu() == expected).double().mean() > 0.99
+
+
+def test_inputs_stay_as_they_are(backend):
+    arguments = inputs(backend, (4, 96), torch.float32)
+    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    backend.ops.moe_norm(**arguments)
+    assert all(torch.equal(arguments[name], before[name]) for name in before)
+
+
+BAD = {
+    "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
+    "scalar x": ({"x": lambda x: x[0, 0]}, ValueError, "x must have at least one dimension"),
+    "weight dtype": (
+        {"weight": lambda w: w.half()},
+        TypeError,
+        "weight must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    "weight shape": (
+        {"weight": lambda w: w[:32]},
+        ValueError,
+        r"weight must have shape \[64\], got \[32\]",
+    ),
+    "scale dtype": (
+        {"scale": lambda s: s.half()},
+        TypeError,
+        "scale must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    "scale shape": (
+        {"scale": lambda s: s[:1]},
+        ValueError,
+        r"scale must have shape \[64\], got \[1\]",
+    ),
+    "scale device": (
+        {"scale": lambda s: s.to("meta")},
+        ValueError,
+        "scale must be on the device of x, c.*, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case):
+    changes, error, sentence = BAD[case]
+    arguments = inputs(backend, (3, 64), torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    assert_refused(backend.ops.moe_norm, arguments, error, sentence)
