@@ -233,6 +233,12 @@ def attention_decode(
             )
 
 
+def moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    rms_norm(x, weight)
+    _like("scale", scale, "x", x)
+    _shape("scale", scale, x.shape[-1:])
+
+
 def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> None:
     _floating("logits", logits)
     if logits.ndim != 2:

@@ -1,18 +1,22 @@
 """The ops as PyTorch's dispatcher knows them: schema, eager twin, fake and gradient of each.
 
 Plain `Library.define`/`impl` and not the `custom_op` decorator, which costs three times as much a
-call. A compiled library overrides the CUDA implementations; everything here stays as it is.
+call. The compiled library implements the same schemas in a namespace of its own, and
+`use_compiled` puts it under the public ops, for the calls that `covers` says it serves.
 """
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, extension, reference
 
 NAMESPACE = "gemma4_kernels"
+COMPILED = "gemma4_kernels_compiled"
 
 SCHEMAS = (
     "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
@@ -28,11 +32,13 @@ SCHEMAS = (
     " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, int window,"
     " int window_right, float softcap, Tensor? block_table, bool return_lse) -> (Tensor, Tensor)",
     "attention_prefill_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v,"
-    " Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal,"
-    " int window, int window_right, float softcap) -> (Tensor, Tensor, Tensor)",
+    " Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float scale, bool causal, int window, int window_right, float softcap)"
+    " -> (Tensor, Tensor, Tensor)",
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,"
-    " Tensor? block_table, float scale, int window, bool ring, float softcap)"
+    " Tensor? block_table, float scale, int window, bool ring, float softcap, bool return_lse)"
     " -> (Tensor, Tensor)",
+    "moe_norm(Tensor x, Tensor weight, Tensor scale, float eps) -> (Tensor, Tensor)",
     "moe_route(Tensor logits, Tensor per_expert_scale, int k) -> (Tensor, Tensor)",
     "moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights) -> Tensor",
     "moe_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor experts,"
@@ -44,10 +50,94 @@ SCHEMAS = (
 )
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_compiled_library = torch.library.Library(COMPILED, "DEF")
 for _schema in SCHEMAS:
     _name = _schema.partition("(")[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _compiled_library.define(_schema)
+
+_public = getattr(torch.ops, NAMESPACE)
+_HALF = (torch.bfloat16, torch.float16)
+_HEAD_DIMS = (64, 128, 256, 512)
+_MOST_ROUTED_EXPERTS, _MOST_ROUTES = 512, 32
+# Ops whose kernels compute in 16-bit types alone, with their matrix products on tensor cores.
+_ATTENTION = ("attention_prefill", "attention_prefill_backward", "attention_decode")
+_HALF_OPS = (*_ATTENTION, "moe_experts")
+_compiled_names: set[str] = set()
+
+
+def use_compiled(names: Iterable[str], key: str = "CUDA") -> None:
+    """Lets the compiled implementations of these ops serve the public ones."""
+    for name in names:
+        _compiled_names.add(name)
+        _library.impl(name, _compiled_or_twin(name), key)
+
+
+def main_tensor(name: str, args: tuple[Any, ...]) -> Tensor:
+    """The argument whose device and dtype are the op's."""
+    return args[2] if name == "ple_embed" else args[0]
+
+
+def covers(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a compiled kernel serves this call of an op; else the eager twin does, and where it
+    is this call that no kernel serves, a warning says why, once."""
+    if name not in _compiled_names or not extension.covers(main_tensor(name, args).device):
+        return False
+    reason = why_eager(name, args)
+    if reason is not None:
+        warn(f"{name} runs eager torch, without a kernel: {reason}")
+    return reason is None
+
+
+def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
+    """What keeps the op's kernel, where there is one, from serving this call; None if nothing."""
+    x = main_tensor(name, args)
+    dtypes = _HALF if name in _HALF_OPS else (torch.float32, *_HALF)
+    if x.dtype not in dtypes:
+        return f"it is for {', '.join(map(str, dtypes))}, got {x.dtype}"
+    if name in _ATTENTION and x.shape[-1] not in _HEAD_DIMS:
+        return f"it is for head_dim {_HEAD_DIMS}, got {x.shape[-1]}"
+    if name == "ple_embed" and args[1].is_cpu and not x.is_cpu and not args[1].is_pinned():
+        return "the table is in host memory that is not pinned"
+    if name == "moe_route" and (x.shape[-1] > _MOST_ROUTED_EXPERTS or args[2] > _MOST_ROUTES):
+        most = f"{_MOST_ROUTED_EXPERTS} experts and k = {_MOST_ROUTES}"
+        return f"it is for at most {most}, got {x.shape[-1]} and {args[2]}"
+    if name == "moe_experts":
+        _, gate_up, down, *_ = args
+        if down.shape[-2] % 8 or down.shape[-1] % 8:
+            return f"it is for widths that are multiples of 8, got {tuple(down.shape[-2:])}"
+        if not (gate_up.is_contiguous() and down.is_contiguous()):
+            return "gate_up and down are not contiguous"
+        if gate_up.storage_offset() % 8 or down.storage_offset() % 8:
+            return "gate_up and down do not begin on a multiple of 16 bytes"
+    return None
+
+
+@functools.cache
+def warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=5)
+
+
+def compiled(name: str, *args: Any) -> Any:
+    """The compiled op; what it refuses is refused in the words of checks.py."""
+    try:
+        return getattr(getattr(torch.ops, COMPILED), name)(*args)
+    except RuntimeError as error:
+        refusal = error
+    globals()[name](*args)  # the fake
+    raise refusal
+
+
+def _compiled_or_twin(name: str) -> Callable[..., Any]:
+    twin = getattr(reference, name)
+
+    def call(*args: Any) -> Any:
+        if covers(name, args):
+            return compiled(name, *args)
+        return twin(*args)
+
+    return call
 
 
 def _new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,9 +148,11 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fake(function: Callable[..., Any]) -> None:
+def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     name = function.__name__
-    torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+    for namespace, library in ((NAMESPACE, _library), (COMPILED, _compiled_library)):
+        torch.library.register_fake(f"{namespace}::{name}", function, lib=library)
+    return function
 
 
 @_fake
@@ -127,10 +219,19 @@ def attention_prefill_backward(grad_out, grad_lse, q, k, v, *_):
 
 
 @_fake
-def attention_decode(q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap):
+def attention_decode(
+    q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse
+):
     checks.attention_decode(q, k_cache, v_cache, seq_lens, block_table, window, ring)
     batch, num_new, heads, _ = q.shape
-    return _new(q, *q.shape), _new(q, batch, heads, num_new, dtype=_lse_dtype(q))
+    lse = _new(q, batch, heads, num_new if return_lse else 0, dtype=_lse_dtype(q))
+    return _new(q, *q.shape), lse
+
+
+@_fake
+def moe_norm(x, weight, scale, eps):
+    checks.moe_norm(x, weight, scale)
+    return _new(x, *x.shape), _new(x, *x.shape)
 
 
 @_fake
@@ -228,29 +329,26 @@ def _autograd(name: str, backward: Callable, setup: Callable | None = None) -> N
 
 
 def _attention_prefill_save(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, _, _, scale, causal, window, window_right, softcap, table, lse = inputs
+    q, k, v, *rest, table, lse = inputs
     if table is not None:
         raise RuntimeError("attention_prefill has no backward for K and V in pages (block_table)")
     if not lse:
         raise RuntimeError("attention_prefill needs return_lse=True to be differentiated")
-    _save(ctx, (q, k, v, *output, cu_q, cu_k, scale, causal, window, window_right, softcap))
+    _save(ctx, (q, k, v, *output, *rest))
 
 
 def _attention_prefill_backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, *rest = _saved(ctx)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    grads = torch.ops.gemma4_kernels.attention_prefill_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *rest
-    )
+    grads = _public.attention_prefill_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
     return (*grads, *[None] * 11)
 
 
 def _moe_experts_backward(ctx, grad):
     x, gate_up, down, experts, weights = _saved(ctx)
-    dx, d_gate_up, d_down, d_weights = torch.ops.gemma4_kernels.moe_experts_backward(
-        grad, x, gate_up, down, experts, weights
-    )
+    grads = _public.moe_experts_backward(grad, x, gate_up, down, experts, weights)
+    dx, d_gate_up, d_down, d_weights = grads
     return dx, d_gate_up, d_down, None, d_weights
 
 
@@ -271,7 +369,7 @@ def _no_backward(name: str, reason: str) -> None:
     _autograd(name, backward)
 
 
-for _name in ("rms_norm", "add_rms_norm", "qkv_norm_rope", "geglu", "moe_route"):
+for _name in ("rms_norm", "add_rms_norm", "qkv_norm_rope", "geglu", "moe_norm", "moe_route"):
     _recomputed(_name)
 for _name in ("ple_embed", "ple_gate"):
     _recomputed(_name)

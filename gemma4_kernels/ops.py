@@ -8,6 +8,8 @@ Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device
 sentence names the argument, what it must be and what came.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,29 @@ from . import library, reference
 _ops = getattr(torch.ops, library.NAMESPACE)
 
 
-def _eager(x: Tensor) -> bool:
-    """Whether to call the twin itself: on the CPU the dispatcher would only lead back to it.
+def _run(name: str, *args: Any, saves: tuple[Tensor | None, ...] = ()) -> Any:
+    """Runs an op by the shortest way: the dispatcher is for the compiler and for gradients.
 
     Under the compiler the op is called, so that what depends on values (sequence lengths, expert
-    counts) stays out of the graph.
+    counts) stays out of the graph. With gradients it is called where a kernel computes, and on the
+    CPU if one is wanted of `saves`: then the registered gradient keeps less than autograd through
+    the twin would.
     """
-    return x.is_cpu and not torch.compiler.is_compiling()
+    x = library.main_tensor(name, args)
+    by_op = torch.compiler.is_compiling() or x.is_meta
+    if _on_cpu(x):
+        by_op = by_op or _needs_grad(*saves)
+    else:
+        by_op = by_op or _needs_grad(*(a for a in args if isinstance(a, Tensor)))
+    if by_op:
+        return getattr(_ops, name)(*args)
+    if not _on_cpu(x) and library.covers(name, args):
+        return library.compiled(name, *args)
+    return getattr(reference, name)(*args)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.is_cpu
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -35,8 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     x [..., D] and weight [D] of one floating dtype; the weight multiplies as it is (no 1 + w) and
     may be absent. Returns [..., D].
     """
-    call = reference.rms_norm if _eager(x) else _ops.rms_norm
-    return call(x, weight, eps)
+    return _run("rms_norm", x, weight, eps)
 
 
 def add_rms_norm(
@@ -54,8 +71,7 @@ def add_rms_norm(
     x, residual [..., D]; post_weight, next_weight [D]; scale [1] (the layer scalar, 1 if absent);
     one floating dtype. Returns (residual', y); y is None without a next_weight.
     """
-    call = reference.add_rms_norm if _eager(x) else _ops.add_rms_norm
-    residual, y = call(x, residual, post_weight, next_weight, scale, eps)
+    residual, y = _run("add_rms_norm", x, residual, post_weight, next_weight, scale, eps)
     return residual, None if next_weight is None else y
 
 
@@ -79,8 +95,8 @@ def qkv_norm_rope(
     only q is made (a layer that borrows keys). Inputs may be strided views of one projection.
     Returns contiguous (q, k, v), None for what is absent.
     """
-    call = reference.qkv_norm_rope if _eager(q) else _ops.qkv_norm_rope
-    q, new_k, new_v = call(q, k, v, q_weight, k_weight, positions, inv_freq, eps)
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps)
+    q, new_k, new_v = _run("qkv_norm_rope", *args)
     return (q, None, None) if k is None else (q, new_k, new_v)
 
 
@@ -101,14 +117,15 @@ def qkv_norm_rope_cache(
 
     k_cache, v_cache [..., G, C], contiguous, written in place: pages [pages, page_size, G, C] or
     rows [B, S, G, C], whose leading dimensions count slots. slots [T] integers; a negative one
-    drops its token. Returns q [T, H, C]. Has no backward.
+    drops its token, and so does, in a kernel, one past the cache (the eager twin raises). Returns
+    q [T, H, C]. Has no backward.
     """
     if _needs_grad(q, k, v, q_weight, k_weight):
         raise RuntimeError(
             "qkv_norm_rope_cache has no backward; use qkv_norm_rope, or torch.no_grad()"
         )
-    call = reference.qkv_norm_rope_cache if _eager(q) else _ops.qkv_norm_rope_cache
-    return call(q, k, v, q_weight, k_weight, positions, inv_freq, eps, k_cache, v_cache, slots)
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps, k_cache, v_cache, slots)
+    return _run("qkv_norm_rope_cache", *args)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -116,8 +133,7 @@ def geglu(gate_up: Tensor) -> Tensor:
 
     gate_up [..., 2F], gate first. Returns [..., F].
     """
-    call = reference.geglu if _eager(gate_up) else _ops.geglu
-    return call(gate_up)
+    return _run("geglu", gate_up)
 
 
 def attention_prefill(
@@ -152,9 +168,8 @@ def attention_prefill(
     # The registered gradient, which needs the lse, recomputes the scores block by block; plain
     # autograd through the twin would keep all of them.
     training = _needs_grad(q, k, v)
-    eager = _eager(q) and not training
-    call = reference.attention_prefill if eager else _ops.attention_prefill
-    out, lse = call(
+    out, lse = _run(
+        "attention_prefill",
         q,
         k,
         v,
@@ -169,6 +184,7 @@ def attention_prefill(
         softcap,
         block_table,
         return_lse or training,
+        saves=(q, k, v),
     )
     return out, lse if return_lse else None
 
@@ -184,7 +200,8 @@ def attention_decode(
     window: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention of the last few tokens of each sequence over its cache.
 
     q [B, N, H, C]; k_cache, v_cache [B, S, G, C] (position p in slot p, or p mod S with ring), or
@@ -192,12 +209,22 @@ def attention_decode(
     of each row, its N new ones included; 0 leaves a row out. window as in `attention_prefill`; a
     ring needs one, and S >= window + N - 1. Slots outside the visible range are never used.
 
-    Returns out [B, N, H, C] and the log-sum-exp [B, H, N] in fp32. Has no backward.
+    Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
+    Has no backward.
     """
-    call = reference.attention_decode
-    if not _eager(q) or _needs_grad(q, k_cache, v_cache):
-        call = _ops.attention_decode
-    return call(q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap)
+    args = (q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse)
+    out, lse = _run("attention_decode", *args, saves=(q, k_cache, v_cache))
+    return out, lse if return_lse else None
+
+
+def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """What the experts and what their router's projection read of the same x.
+
+    y = rms_norm(x, weight); router_x = rms_norm(x) scale D^-½, rounded after each of its products.
+
+    x [..., D]; weight, scale [D]; one floating dtype. Returns (y, router_x), each [..., D].
+    """
+    return _run("moe_norm", x, weight, scale, eps)
 
 
 def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -208,8 +235,7 @@ def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor,
 
     logits [T, E], per_expert_scale [E]. Returns weights [T, K] fp32 and experts [T, K] int32.
     """
-    call = reference.moe_route if _eager(logits) else _ops.moe_route
-    return call(logits, per_expert_scale, k)
+    return _run("moe_route", logits, per_expert_scale, k)
 
 
 def moe_experts(
@@ -222,9 +248,8 @@ def moe_experts(
     Returns [T, D]. Work is done for the experts that are chosen alone.
     """
     # The registered gradient gives zeros where no expert is chosen, and keeps no activations.
-    training = _needs_grad(x, gate_up, down, weights)
-    call = reference.moe_experts if _eager(x) and not training else _ops.moe_experts
-    return call(x, gate_up, down, experts, weights)
+    saves = (x, gate_up, down, weights)
+    return _run("moe_experts", x, gate_up, down, experts, weights, saves=saves)
 
 
 def ple_embed(
@@ -232,11 +257,11 @@ def ple_embed(
 ) -> Tensor:
     """Per-layer embeddings: (rms_norm(projected, weight) + √P table[ids]) / √2.
 
-    ids [T] integers; table [V, L P], which may stay in (pinned) host memory; projected [T, L P];
+    ids [T] integers; table [V, L P], which may stay in host memory (a kernel reads its rows in
+    place if it is pinned, else the eager twin gathers them on the host); projected [T, L P];
     weight [P]. An id outside 0..V - 1 reads nothing and adds a zero row. Returns [T, L, P].
     """
-    call = reference.ple_embed if _eager(projected) else _ops.ple_embed
-    return call(ids, table, projected, weight, eps)
+    return _run("ple_embed", ids, table, projected, weight, eps)
 
 
 def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> Tensor:
@@ -244,15 +269,13 @@ def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> Tensor:
 
     gate [T, P]; ple [T, L, P], from `ple_embed`. Returns [T, P].
     """
-    call = reference.ple_gate if _eager(gate) else _ops.ple_gate
-    return call(gate, ple, layer)
+    return _run("ple_gate", gate, ple, layer)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """cap · tanh(logits / cap); logits of any shape, cap > 0."""
-    # Through the dispatcher when training: the registered gradient needs the output alone.
-    call = reference.softcap if _eager(logits) and not _needs_grad(logits) else _ops.softcap
-    return call(logits, cap)
+    # The registered gradient needs the output alone.
+    return _run("softcap", logits, cap, saves=(logits,))
 
 
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
@@ -260,5 +283,4 @@ def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
 
     logits [..., V]. Returns [...] int64: the lowest index among equals; NaN wins, as in torch.
     """
-    call = reference.softcap_argmax if _eager(logits) else _ops.softcap_argmax
-    return call(logits, cap)
+    return _run("softcap_argmax", logits, cap)

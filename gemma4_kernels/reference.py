@@ -280,6 +280,8 @@ def attention_prefill_backward(
     lse_HT: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     causal: bool,
     window: int,
@@ -333,16 +335,24 @@ def attention_decode(
     window: int,
     ring: bool,
     softcap: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     checks.attention_decode(q_BNHC, k_cache, v_cache, seq_lens, block_table, window, ring)
+    fused = q_BNHC.is_cpu and not softcap and not return_lse
     acc = torch.promote_types(q_BNHC.dtype, torch.float32)
     _, num_new, heads, _ = q_BNHC.shape
     kv_heads = k_cache.shape[2]
-    out = torch.zeros_like(q_BNHC, memory_format=torch.contiguous_format)
-    lse_BHN = q_BNHC.new_full((q_BNHC.shape[0], heads, num_new), -math.inf, dtype=acc)
     page_size = k_cache.shape[1]
     room = page_size if block_table is None else page_size * block_table.shape[1]
-    for b, length in enumerate(seq_lens.tolist()):
+    lse_shape = (q_BNHC.shape[0], heads, num_new if return_lse else 0)
+    out = torch.zeros_like(q_BNHC, memory_format=torch.contiguous_format)
+    lse_BHN = q_BNHC.new_full(lse_shape, -math.inf, dtype=acc)
+    lengths = seq_lens.tolist()
+    groups = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
+    if fused and block_table is None and len(set(lengths)) == 1 and lengths[0] >= num_new:
+        groups = [(slice(0, len(lengths)), lengths[0])]  # one call, as for most decoding on a CPU
+    for rows, length in groups:
+        b = rows.start
         if length == 0:
             continue
         if length > room and not ring:
@@ -353,15 +363,25 @@ def attention_decode(
         if block_table is None:
             # Views, not one copied block: a wrapped ring is two spans whose scores are joined.
             spans = _spans(page_size, lo, hi) if ring else [slice(lo, hi)]
-            ks, vs = ([cache[b, span].to(acc) for span in spans] for cache in (k_cache, v_cache))
+            ks, vs = ([cache[rows, span] for span in spans] for cache in (k_cache, v_cache))
         else:
             skipped = lo // page_size
             pages = block_table[b, skipped : -(-hi // page_size)].tolist()
             seen = slice(lo - skipped * page_size, None)
             num_keys = hi - skipped * page_size
-            ks, vs = (
-                [_pages(cache, pages, num_keys)[seen].to(acc)] for cache in (k_cache, v_cache)
-            )
+            ks, vs = ([_pages(cache, pages, num_keys)[None, seen]] for cache in (k_cache, v_cache))
+        if fused and first >= 0:
+            k, v = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (ks, vs))
+            out[rows] = F.scaled_dot_product_attention(
+                q_BNHC[rows].transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                mask,
+                scale=scale,
+                enable_gqa=kv_heads != heads,
+            ).transpose(1, 2)
+            continue
+        ks, vs = ([x[0].to(acc) for x in xs] for xs in (ks, vs))
         q = _grouped(q_BNHC[b].to(acc), kv_heads)
         scores = [_scores(q, k, None, scale, softcap) for k in ks]
         s = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
@@ -373,7 +393,8 @@ def attention_decode(
         if len(vs) == 2:
             o = o + torch.matmul(parts[1], vs[1].transpose(0, 1))
         out[b] = _ungrouped(o.view(q.shape))
-        lse_BHN[b] = lse.flatten(0, 1)
+        if return_lse:
+            lse_BHN[b] = lse.flatten(0, 1)
     return out, lse_BHN
 
 
@@ -381,6 +402,13 @@ def _spans(slots: int, lo: int, hi: int) -> list[slice]:
     """The slots of positions lo..hi - 1 in a ring, oldest first."""
     begin, end = lo % slots, (hi - 1) % slots + 1
     return [slice(begin, end)] if begin < end else [slice(begin, slots), slice(0, end)]
+
+
+def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    checks.moe_norm(x, weight, scale)
+    shape = x.shape[-1:]
+    router_x = F.rms_norm(x, shape, None, eps) * scale * max(shape[0], 1) ** -0.5
+    return F.rms_norm(x, shape, weight, eps), router_x.contiguous()
 
 
 def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor, Tensor]:

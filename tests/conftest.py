@@ -3,12 +3,16 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import compiled
+import emulated
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4_kernels
 
@@ -47,21 +51,56 @@ class Backend:
         return self.to(torch.tensor(values, dtype=torch.int32))
 
 
-BACKENDS = {
-    "eager": Backend("eager", "cpu"),
-    "cuda": Backend("cuda", "cuda"),
-}
+BACKENDS = ("eager", "emulated", "cuda")
+EAGER = Backend("eager", "cpu")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    backend = BACKENDS[request.param]
-    if backend.device == "cuda" and not torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulated-library",
+        type=Path,
+        help="use this build of the emulated kernels instead of making one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    emulated.given_library = config.getoption("--emulated-library")
+
+
+def _backend(name: str) -> Backend:
+    if name == "eager":
+        return EAGER
+    if name == "emulated":
+        if not emulated.has_compiler():
+            pytest.skip("no C++ compiler to build the emulated kernels with")
+        return Backend("emulated", "cpu", emulated.ops())
+    if not torch.cuda.is_available():
         reason = "torch finds no CUDA device"
         if os.environ.get("GEMMA4_KERNELS_REQUIRE_CUDA") == "1":
             pytest.fail(f"GEMMA4_KERNELS_REQUIRE_CUDA=1, but {reason}")
         pytest.skip(reason)
-    return backend
+    return Backend("cuda", "cuda")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _backend(request.param)
+
+
+@pytest.fixture(params=("eager", "cuda"))
+def device_backend(request: pytest.FixtureRequest) -> Backend:
+    """For what depends on the device and not on the kernels' arithmetic."""
+    return _backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[compiled.Kernel]:
+    """Every kernel on every architecture, compiled once for all tests that look at them."""
+    if compiled.toolkit() is None:
+        pytest.skip("no CUDA toolkit to compile the kernels with")
+    made = compiled.compile_kernels(tmp_path_factory.mktemp("kernels"))
+    print("\n".join(map(str, made)))
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +185,28 @@ def _swap_device(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.zeros_like(value, device="cpu") if value.is_meta else value.to("meta")
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "_to_copy", "copy_"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_card():
+    """The emulated backend on a card with so many KB of shared memory a block."""
+    if not emulated.has_compiler():
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    settings = emulated.control().settings
+    before = settings.max_smem_bytes
+
+    def on_card(kb):
+        settings.max_smem_bytes = kb * 1024
+        return Backend("emulated", "cpu", emulated.ops())
+
+    yield on_card
+    settings.max_smem_bytes = before

@@ -52,6 +52,12 @@ def add_rms_norm(x, residual, post_weight, next_weight, scale, eps, dtype=None):
 
 
 @_formula
+def moe_norm(x, weight, scale, eps, dtype=None):
+    router_x = _round(rms_norm(x, None, eps, dtype) * scale, dtype)
+    return rms_norm(x, weight, eps, dtype), _round(router_x / x.shape[-1] ** 0.5, dtype)
+
+
+@_formula
 def rope(x, positions, inv_freq, dtype=None):
     """x [T, H, C]; turns the pair (i, i + C/2) of token t by positions[t] inv_freq[i]."""
     out = x.clone()

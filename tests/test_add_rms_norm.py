@@ -59,6 +59,14 @@ def test_strided(backend, view, dtype):
     check(backend, arguments, 1e-6, dtype)
 
 
+@pytest.mark.parametrize("width", [64, 37])
+def test_x_and_residual_have_strides_of_their_own(backend, width):
+    arguments = inputs(backend, (5, width), True, True, torch.float32)
+    arguments["x"] = backend.randn(5, 3 * width)[:, width : 2 * width]
+    check(backend, arguments, 1e-6, torch.float32)
+    check(backend, arguments | {"next_weight": None}, 1e-6, torch.float32)
+
+
 def test_y_is_the_norm_of_the_residual_that_is_returned(backend):
     """In bf16 the next branch must see the stored residual, not a more exact one."""
     arguments = inputs(backend, (64, 512), True, True, torch.bfloat16)

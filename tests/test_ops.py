@@ -7,15 +7,21 @@ import inspect
 from itertools import pairwise
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.library import opcheck
 
 import gemma4_kernels
 from gemma4_kernels import library, ops, reference
 
-NAMES = sorted(name for name in gemma4_kernels.__all__ if name != "build_info")
+NAMES = sorted(
+    name
+    for name in gemma4_kernels.__all__
+    if name != "build_info" and not name.startswith("flash_attn")
+)
 REGISTERED = getattr(torch.ops, library.NAMESPACE)
 PARAMETERS = {
     name: [a.name for a in getattr(REGISTERED, name).default._schema.arguments] for name in NAMES
@@ -100,9 +106,11 @@ def samples(name, dtype=torch.float32, grad=False):
             caches = [randn(2, 4, 2, 8, dtype=dtype) for _ in range(2)]
             return *(x.detach() if isinstance(x, Tensor) else x for x in rope(**options)), *caches
 
-    def decode(q, k_cache, v_cache, seq_lens, *, table=None, window=0, ring=False, cap=0.0):
+    def decode(
+        q, k_cache, v_cache, seq_lens, *, table=None, window=0, ring=False, cap=0.0, lse=True
+    ):
         caches = k_cache.detach(), v_cache.detach()
-        return q.detach(), *caches, int32(*seq_lens), table, 0.5, window, ring, cap
+        return q.detach(), *caches, int32(*seq_lens), table, 0.5, window, ring, cap, lse
 
     packed, two, three = r(7, 8, 8).split([4, 2, 2], 1), (0, 3, 7), (0, 2, 2, 5)
     pages = torch.tensor([[3, 1, 0], [2, 4, 0]], dtype=torch.int32)
@@ -122,6 +130,13 @@ def samples(name, dtype=torch.float32, grad=False):
             "columns": (columns(3, 8), columns(3, 8), r(8), r(8), r(1), 1e-6),
             "transposed": (turned(4, 8), turned(4, 8), r(8), r(8), r(1), 1e-6),
             "empty": (r(0, 8), r(0, 8), r(8), r(8), r(1), 1e-6),
+        },
+        "moe_norm": {
+            "usual": (r(3, 8), r(8), r(8), 1e-6),
+            "odd": (r(2, 3, 7), r(7), r(7), 1e-6),
+            "columns": (columns(3, 8), r(8), r(8), 1e-6),
+            "transposed": (turned(4, 8), r(8), r(8), 1e-6),
+            "empty": (r(0, 8), r(8), r(8), 1e-6),
         },
         "qkv_norm_rope": {
             "usual": rope(),
@@ -164,6 +179,7 @@ def samples(name, dtype=torch.float32, grad=False):
         },
         "attention_decode": {
             "usual": decode(r(2, 1, 4, 8), r(2, 9, 2, 8), r(2, 9, 2, 8), (3, 7)),
+            "no lse": decode(r(2, 1, 4, 8), r(2, 9, 2, 8), r(2, 9, 2, 8), (3, 7), lse=False),
             "ring": decode(
                 r(2, 2, 4, 8), r(2, 9, 2, 8), r(2, 9, 2, 8), (3, 70), window=4, ring=True, cap=3.0
             ),
@@ -255,15 +271,16 @@ BACKWARD_CASES = [
 
 @pytest.mark.parametrize(("name", "case"), BACKWARD_CASES)
 def test_opcheck_of_backward_ops(name, case):
-    arguments = samples(name)[case]
-    if name == "moe_experts":
-        backward = (torch.randn_like(arguments[0]), *arguments)
-    else:
-        out, lse = getattr(REGISTERED, name)(*arguments)
-        q, k, v, cu_q, cu_k, _, _, *options, _, _ = arguments
-        grads = torch.randn_like(out), torch.randn_like(lse)
-        backward = (*grads, q, k, v, out, lse, cu_q, cu_k, *options)
+    backward = backward_sample(name, samples(name)[case])
     opcheck(getattr(REGISTERED, f"{name}_backward").default, backward)
+
+
+def backward_sample(name, arguments):
+    if name == "moe_experts":
+        return torch.randn_like(arguments[0]), *arguments
+    out, lse = getattr(REGISTERED, name)(*arguments)
+    q, k, v, *options, _, _ = arguments
+    return torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *options
 
 
 def flat(result):
@@ -399,17 +416,19 @@ def test_gradient_without_lse_is_refused():
         REGISTERED.attention_prefill(*arguments[:-1], False)
 
 
-def test_build_info():
-    info = gemma4_kernels.build_info()
-    assert set(info) == {"version", "torch", "cuda", "reason", "archs", "device"}
-    assert info["version"] == gemma4_kernels.__version__
-    assert info["torch"] == torch.__version__
-    assert isinstance(info["cuda"], bool)
-    if info["cuda"]:
-        assert info["reason"] is None and info["archs"]
-    else:
-        assert isinstance(info["reason"], str) and info["archs"] == []
-    if torch.cuda.is_available():
-        assert info["device"] == torch.cuda.get_device_name()
-    else:
-        assert info["device"] is None and not info["cuda"]
+@pytest.mark.skipif(not emulated.has_compiler(), reason="no C++ compiler to build kernels with")
+@pytest.mark.parametrize("name", emulated.ops_with_kernels())
+def test_compiled_ops_take_fake_tensors(name):
+    """Outside the compiler too, where the wrappers call them directly."""
+    emulated.ops()
+    compiled = getattr(getattr(torch.ops, emulated.NAME), name)
+    forward = name.removesuffix("_backward")
+    given = samples(forward, torch.bfloat16)
+    if forward != name:
+        given = {n: backward_sample(forward, a) for n, a in given.items() if a[-1]}  # with an lse
+    with FakeTensorMode() as mode:
+        for arguments in given.values():
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+            results = compiled(*fakes)
+            results = results if isinstance(results, tuple) else (results,)
+            assert all(isinstance(r, FakeTensor) for r in results)

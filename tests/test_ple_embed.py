@@ -65,6 +65,8 @@ def test_int32_ids_and_strided_rows(backend):
     arguments["projected"] = backend.randn(5, 3 * 256)[:, 256:512]
     arguments["table"] = backend.randn(7, 3 * 256)[:, 256:512]
     check(backend, arguments, torch.float32)
+    arguments["table"] = backend.randn(7, 256)
+    check(backend, arguments, torch.float32)
 
 
 def test_transposed_projection(backend):

@@ -51,6 +51,13 @@ def test_strided(backend):
     check(backend, arguments, torch.float32)
 
 
+def test_layers_that_start_anywhere(backend):
+    arguments = inputs(backend, "first layer", torch.bfloat16)
+    arguments["ple"] = backend.randn(5, 4, 65, dtype=torch.bfloat16)[..., :64]
+    for layer in range(4):
+        check(backend, arguments | {"layer": layer}, torch.bfloat16)
+
+
 def test_gelu_is_the_tanh_form(backend):
     two, one = backend.to(torch.tensor([[2.0]])), backend.to(torch.ones(1, 1, 1))
     assert backend.ops.ple_gate(two, one, 0).item() == pytest.approx(1.954598, abs=1e-6)

@@ -79,6 +79,23 @@ def test_r03_the_cache_holds_a_v_that_is_not_k(backend):
     assert (k - v).abs().max() > 0.1
 
 
+def test_a_slot_past_the_cache_writes_nothing(backend):
+    """The eager twin raises; a kernel, which nobody waits for, drops the token."""
+    arguments = inputs(backend, "rows", torch.float32)
+    slots = arguments["slots"].clone()
+    slots[0] = arguments["k_cache"].flatten(0, 1).shape[0]
+    if backend.name == "eager":
+        with pytest.raises(IndexError):
+            backend.ops.qkv_norm_rope_cache(**(arguments | {"slots": slots}))
+        return
+    dropped = arguments | {"slots": slots.clone().index_fill_(0, torch.tensor([0]), -1)}
+    caches = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+    backend.ops.qkv_norm_rope_cache(**(dropped | caches))
+    backend.ops.qkv_norm_rope_cache(**(arguments | {"slots": slots}))
+    for name, cache in caches.items():
+        assert torch.equal(arguments[name].nan_to_num(), cache.nan_to_num())
+
+
 def test_is_for_inference(backend):
     arguments = inputs(backend, "rows", torch.float32)
     arguments["q_weight"].requires_grad_()

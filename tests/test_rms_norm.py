@@ -29,6 +29,15 @@ def test_rms_norm(backend, poisoned_memory, case, weighted, dtype):
     assert_close_to_float64(y, expected, dtype, terms=shape[-1], magnitude=expected.abs())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_start_anywhere(backend, dtype):
+    """Every second row is on no multiple of 16 bytes, though the first row and the width are."""
+    x, weight = backend.randn(6, 100, dtype=dtype)[:, :64], backend.weight(64, dtype=dtype)
+    y = backend.ops.rms_norm(x, weight)
+    expected = float64.rms_norm(x, weight, 1e-6)
+    assert_close_to_float64(y, expected, dtype, terms=64, magnitude=expected.abs())
+
+
 @pytest.mark.parametrize("view", ["columns", "every other row", "transposed"])
 def test_strided(backend, view):
     packed = backend.randn(12, 3 * 64)
