@@ -40,9 +40,15 @@ class Keys:
     ) -> Tensor:
         """Attention of the packed queries of `layout`, the tail of each sequence's keys."""
         if self.seq_lens is not None:
-            q_BNHC = q_THC.unflatten(0, (len(layout.lengths), -1))
+            q_BNHC = q_THC.unflatten(0, (self.seq_lens.shape[0], -1))
             out, _ = ops.attention_decode(
-                q_BNHC, self.k, self.v, self.seq_lens, window=window, ring=self.ring
+                q_BNHC,
+                self.k,
+                self.v,
+                self.seq_lens,
+                window=window,
+                ring=self.ring,
+                return_lse=False,
             )
             return out.flatten(0, 1)
         out, _ = ops.attention_prefill(
@@ -95,7 +101,7 @@ class Cache:
                     batch_size, slots, kv_heads, head_dim, dtype=dtype, device=device
                 )
             self._ring[layer] = ring
-        self._reserve(max_length)
+        self.reserve(max_length)
 
     @property
     def batch_size(self) -> int:
@@ -136,7 +142,7 @@ class Cache:
         self.lengths = [length - count for length in self.lengths]
         self.columns -= count
 
-    def _reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """Room for `length` tokens a row on the full layers, doubling so that growth is linear."""
         full = [layer for layer, ring in self._ring.items() if not ring]
         if not full or length <= self.k[full[0]].shape[1]:
@@ -151,9 +157,21 @@ class Cache:
         pages = torch.arange(self.batch_size * (slots // PAGE_SIZE), dtype=torch.int32)
         self.block_table = pages.view(self.batch_size, -1).to(self.device)
 
+    @property
+    def room(self) -> int | None:
+        """The tokens that every row can still take without new memory; None if rings are all."""
+        full = [layer for layer, ring in self._ring.items() if not ring]
+        return self.k[full[0]].shape[1] - max(self.lengths) if full else None
+
+    def count_one(self) -> None:
+        """A `DecodeStep` has written one token of each row."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self._written = [max(pair) for pair in zip(self._written, self.lengths, strict=True)]
+        self.columns += 1
+
     def begin(self, layout: Layout) -> "CacheStep":
         """Prepares the writing of the tokens of `layout`; `CacheStep.commit` makes it count."""
-        self._reserve(layout.max_seqlen_k)
+        self.reserve(layout.max_seqlen_k)
         self._written = [max(pair) for pair in zip(self._written, layout.totals, strict=True)]
         return CacheStep(self, layout)
 
@@ -253,3 +271,48 @@ class CacheStep:
         """Makes the tokens count, once every layer has written them."""
         self.cache.lengths = self.layout.totals
         self.cache.columns += self.layout.shape[1]
+
+
+class DecodeStep:
+    """One more token for each row, as often as wanted, with nothing left to the host.
+
+    Positions, lengths and slots lie in device tensors that `advance` moves on in place: every step
+    reads the same addresses, so that one CUDA graph serves all lengths. Takes the place of a
+    `CacheStep`, and of a `Layout` as far as layers look at one.
+    """
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self.rows = torch.arange(cache.batch_size, device=cache.device)
+        self.positions = torch.tensor(cache.lengths, device=cache.device)
+        self.seq_lens = torch.empty(cache.batch_size, dtype=torch.int32, device=cache.device)
+        self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
+        self._place()
+
+    def _place(self) -> None:
+        torch.add(self.positions, 1, out=self.seq_lens)
+        for per_row, slots in self.slots.items():
+            torch.remainder(self.positions, per_row, out=slots)
+            slots.add_(self.rows, alpha=per_row)
+
+    def advance(self) -> None:
+        self.positions.add_(1)
+        self._place()
+
+    def write(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        inv_freq: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Keys]:
+        """As in `CacheStep`."""
+        cache = self.cache
+        k_cache, v_cache, ring = cache.k[layer], cache.v[layer], cache._ring[layer]
+        args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
+        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, self.slots[k_cache.shape[1]], eps)
+        return q, Keys(k_cache, v_cache, self.seq_lens, 0, None, self.seq_lens, ring)

@@ -6,6 +6,7 @@ everything that a terminal, a pipe or a mistaken option brings is dealt with her
 """
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -23,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 import gemma4_kernels
 
-from . import Gemma4ForCausalLM, Gemma4TextConfig, demo
+from . import Gemma4ForCausalLM, Gemma4TextConfig, demo, measure
 from .config import FULL
 from .tokenizer import Gemma4Tokenizer, TextStreamer
 from .weights import resolve
@@ -156,15 +157,19 @@ def chat(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """What is installed, what runs, and with --model the model's sizes."""
     build = gemma4_kernels.build_info()
-    cuda, archs, reason = build.pop("cuda"), build.pop("archs"), build.pop("reason")
-    ops = [name for name in gemma4_kernels.__all__ if name != "build_info"]
+    archs, reason, device = build.pop("archs"), build.pop("reason"), build.pop("device")
+    if build.pop("cuda") and not device:
+        reason = "torch sees no CUDA device"
+    others = ("build_info", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+    ops = [name for name in gemma4_kernels.__all__ if name not in others]
     rows = {
         "gemma4-kernels": build.pop("version"),
         "torch": build.pop("torch"),
         "python": platform.python_version(),
-        "device": build.pop("device") or "cpu (torch sees no CUDA device)",
+        "device": device or "cpu (torch sees no CUDA device)",
         "compiled for": ", ".join(map(str, archs)) or "no CUDA architecture",
-        "in use": "CUDA kernels" if cuda else f"eager torch: {reason}",
+        "kernels for": ", ".join(build.pop("kernels")) or "no op",
+        "in use": f"eager torch: {reason}" if reason else "CUDA kernels",
         **{key: value for key, value in build.items() if value is not None},
         "ops": ", ".join(ops),
     }
@@ -176,7 +181,8 @@ def info(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Tokens per second of prompt and decode, as median, least and most of --repeat runs."""
+    """Tokens per second of prompt and decode, as median, least and most of --repeat runs, and what
+    memory and matrix products reach in the same process."""
     folder = _folder(args.model)
     config = Gemma4TextConfig.from_pretrained(folder)
     positions, wanted = config.max_position_embeddings, args.prompt_tokens + args.new_tokens
@@ -196,6 +202,26 @@ def bench(args: argparse.Namespace) -> None:
     _row("prompt", args.prompt_tokens, prompt, "tok/s")
     _row("decode", args.new_tokens, decode, "tok/s")
     _row("first token", 1, [seconds * 1e3 for seconds in first], "ms")
+    copy, gemm = measure.copy_bandwidth(model.device), measure.gemm_rate(model.device, model.dtype)
+    limit = copy / measure.decode_bytes(model)
+    reached = statistics.median(decode)
+    print(f"copies move {copy / 1e9:.1f} GB/s, matrix products make {gemm / 1e12:.3f} TFLOP/s")
+    print(f"reading the weights allows {limit:.1f} decode tok/s: {reached / limit:.0%} reached")
+    if args.json:
+        row = measure.machine(model.device) | {
+            "kind": "model",
+            "model": args.model,
+            "dtype": dtype,
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": args.new_tokens,
+            "prompt_tok_s": prompt,
+            "decode_tok_s": decode,
+            "decode_limit_tok_s": limit,
+            "copy_gb_s": copy / 1e9,
+            "gemm_tflop_s": gemm / 1e12,
+        }
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
@@ -426,6 +452,7 @@ def _parser() -> Parser:
     several = _bounded(int, lambda n: n > 1, "a whole number above 1")
     speed.add_argument("--new-tokens", type=several, default=64)
     speed.add_argument("--repeat", type=positive, default=3)
+    speed.add_argument("--json", type=Path, help="append all of it to this file, as one line")
     about = command(info, "what is installed, what runs and why")
     about.add_argument("--model", help="also the sizes of this one: folder or hub id")
     return parser

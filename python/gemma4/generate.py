@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .config import read_json
+from .decode import Decoder
 from .layout import make_layout
 
 
@@ -134,6 +135,7 @@ def generate(
     length = width + options.max_new_tokens
     cache = Cache(model.config, batch, model.dtype, device, length)
     logits = _prefill(model, inputs, mask, cache, prefill_chunk_size)
+    decoder = Decoder(model, cache, options.max_new_tokens - 1)
     eos = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     new: list[Tensor] = []
@@ -146,7 +148,7 @@ def generate(
         done = done | torch.isin(ids, eos)
         if len(new) == options.max_new_tokens or bool(done.all()):
             break
-        logits = model(ids[:, None], cache=cache).logits[:, -1]
+        logits = decoder(ids)
     if streamer is not None:
         streamer.end()
     ids = torch.stack(new, 1)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemma4_kernels import ops
 
-from .cache import Cache, CacheStep, Keys
+from .cache import Cache, CacheStep, DecodeStep, Keys
 from .config import FULL, Gemma4TextConfig
 from .generate import GenerationConfig, generate
 from .layout import Layout, make_layout
@@ -313,9 +313,12 @@ class Gemma4TextModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             ple_TLP = self._ple(ids_T, x_TD, token_part) if self.ple_width else None
             columns = 0 if output_hidden_states else columns
+            step = None if cache is None else cache.begin(layout)
             y_TD, layout, states = self._stack(
-                x_TD, ple_TLP, layout, cache, columns, output_hidden_states
+                x_TD, ple_TLP, layout, step, columns, output_hidden_states
             )
+            if step is not None:
+                step.commit()
         return y_TD, layout, cache, states
 
     def _wants_cache(self, use_cache: bool | None, layout: Layout) -> bool:
@@ -380,13 +383,12 @@ class Gemma4TextModel(nn.Module):
         self,
         x_TD: Tensor,
         ple_TLP: Tensor | None,
-        layout: Layout,
-        cache: Cache | None,
+        layout: Layout | DecodeStep,
+        step: CacheStep | DecodeStep | None,
         columns: int,
         output_hidden_states: bool,
     ) -> tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
         config = self.config
-        step = None if cache is None else cache.begin(layout)
         # The last layer that makes keys: after it, nothing reads the states of dropped columns.
         last_owner = config.num_hidden_layers - config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
@@ -418,9 +420,15 @@ class Gemma4TextModel(nn.Module):
                 ple_TLP = None if ple_TLP is None else ple_TLP[chosen]
             if states is not None:
                 states.append(layout.unpack(y_TD if last else x_TD))
-        if step is not None:
-            step.commit()
         return y_TD, layout, None if states is None else tuple(states)
+
+    def decode(self, ids_B: Tensor, step: DecodeStep) -> Tensor:
+        """Normed states [B, D] of one more token of each row, which `step` places; no host reads,
+        no argument checks, no gradients."""
+        x_TD = self.embed(ids_B)
+        ple_TLP = self._ple(ids_B, x_TD, None) if self.ple_width else None
+        y_TD, _, _ = self._stack(x_TD, ple_TLP, step, step, 0, False)
+        return y_TD
 
 
 class DecoderLayer(nn.Module):
@@ -458,10 +466,10 @@ class DecoderLayer(nn.Module):
         x_TD: Tensor,
         y_TD: Tensor,
         ple_TLP: Tensor | None,
-        layout: Layout,
+        layout: Layout | DecodeStep,
         cut: tuple[Layout, Tensor] | None,
         borrowed: Keys | None,
-        step: CacheStep | None,
+        step: CacheStep | DecodeStep | None,
         inv_freq: Tensor,
         next_weight: Tensor,
     ) -> tuple[Tensor, Tensor, Keys]:
@@ -495,8 +503,11 @@ class DecoderLayer(nn.Module):
 
     def _with_experts(self, x_TD: Tensor, dense_TD: Tensor) -> Tensor:
         """norm_1(dense) + norm_2(experts); the router reads the raw residual."""
-        weights_TK, experts_TK = self.router(x_TD)
-        routed_TD = self.experts(self.pre_feedforward_layernorm_2(x_TD), experts_TK, weights_TK)
+        y_TD, router_x_TD = ops.moe_norm(
+            x_TD, self.pre_feedforward_layernorm_2.weight, self.router.scale, self.eps
+        )
+        weights_TK, experts_TK = self.router(router_x_TD)
+        routed_TD = self.experts(y_TD, experts_TK, weights_TK)
         both_TD, _ = ops.add_rms_norm(
             routed_TD,
             self.post_feedforward_layernorm_1(dense_TD),
@@ -537,10 +548,10 @@ class Attention(nn.Module):
     def forward(
         self,
         y_TD: Tensor,
-        layout: Layout,
+        layout: Layout | DecodeStep,
         cut: tuple[Layout, Tensor] | None,
         borrowed: Keys | None,
-        step: CacheStep | None,
+        step: CacheStep | DecodeStep | None,
         inv_freq: Tensor,
     ) -> tuple[Tensor, Keys]:
         heads = self.qkv_proj(y_TD).unflatten(1, (-1, self.head_dim))
@@ -582,19 +593,17 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores of the experts, rounded where the reference rounds: norm, scale, D^-½, projection."""
+    """Chooses each token's experts from what `moe_norm` made of the residual with `scale`."""
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
-        self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
-        self.factor = config.hidden_size**-0.5
+        self.top_k = config.top_k_experts
         self.proj = linear(config.hidden_size, config.num_experts, config)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        scaled_TD = ops.rms_norm(x_TD, None, self.eps) * self.scale * self.factor
-        return ops.moe_route(self.proj(scaled_TD), self.per_expert_scale, self.top_k)
+    def forward(self, router_x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.moe_route(self.proj(router_x_TD), self.per_expert_scale, self.top_k)
 
 
 class Experts(nn.Module):

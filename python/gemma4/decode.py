@@ -1,0 +1,82 @@
+"""Decoding step by step over one cache: fixed memory, nothing read on the host, a CUDA graph."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import Cache, DecodeStep
+
+
+class Decoder:
+    """Takes every row of a batch one token further with each call.
+
+    decoder(ids [B]) caches the tokens and returns the logits [B, V] of the next ones, like
+    `model(ids[:, None], cache=cache).logits[:, -1]`. The memory of `steps` calls is reserved at
+    once. On a GPU the first call captures the step as a CUDA graph, and each call overwrites the
+    logits of the one before. Between two calls nothing else may write to the cache.
+    """
+
+    def __init__(self, model: Any, cache: Cache, steps: int):
+        cache.check(model.config, cache.batch_size, model.dtype)
+        cache.reserve(max(cache.lengths) + steps)
+        self.model, self.cache = model, cache
+        self.step = DecodeStep(cache)
+        self.ids = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        self.first = True
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """Raises ValueError for another number of rows, or when the reserved memory is full."""
+        if ids_B.shape != self.ids.shape:
+            raise ValueError(f"ids must be {list(self.ids.shape)}, got {list(ids_B.shape)}")
+        room = self.cache.room
+        if room is not None and room < 1:
+            raise ValueError(
+                f"the cache is full: its longest row holds {max(self.cache.lengths)} tokens, which "
+                "is all that was reserved for this decoder"
+            )
+        if self.first and self.cache.device.type == "cuda":
+            self._capture(ids_B)
+        self.first = False
+        if self.graph is None:
+            logits = self.forward(ids_B)
+        else:
+            self.ids.copy_(ids_B)
+            self.graph.replay()
+            logits = self.logits
+        self.cache.count_one()
+        return logits
+
+    def forward(self, ids_B: Tensor) -> Tensor:
+        """The step itself: what a graph captures, and what may be compiled."""
+        logits = self.model.logits(self.model.model.decode(ids_B, self.step))
+        self.step.advance()
+        return logits
+
+    def _capture(self, ids_B: Tensor) -> None:
+        """Runs the step once, for libraries set themselves up in the first run, and captures it.
+
+        Writes what the replay writes again. Eager twins that read values on the host cannot be
+        captured: a warning names the first, and the steps run as they are.
+        """
+        device, before = self.cache.device, torch.cuda.get_sync_debug_mode()
+        self.ids.copy_(ids_B)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(side):
+                self.model.model.decode(self.ids, self.step)
+        except RuntimeError as error:
+            warnings.warn(f"decoding runs without a CUDA graph: {error}", stacklevel=4)
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward(self.ids)
