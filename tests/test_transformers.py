@@ -40,7 +40,8 @@ def test_our_save_loads_there(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients(name: str, checkpointing: bool) -> None:
+def test_c07_loss_and_gradients(name: str, checkpointing: bool) -> None:
+    """From ids and labels alone, in training mode."""
     ours, theirs = both(name)
     ours.train()
     if checkpointing:
@@ -61,6 +62,21 @@ def test_loss_and_gradients(name: str, checkpointing: bool) -> None:
         difference = (found[key] - parameter.grad).abs().max().item()
         # A dozen layers of fp32 sums in two orders.
         assert difference <= 5e-5 * max(scale, 1e-3), key
+
+
+@pytest.mark.parametrize("silent", ["experts", "mlp"])
+@torch.no_grad()
+def test_m12_each_branch_alone(silent: str) -> None:
+    """The dense branch without the experts', and the other way round."""
+    models, ids = both("moe_like"), some_ids(2, 11)
+    whole = models[0](ids).logits
+    for model in models:
+        for layer in model.model.layers:
+            down = getattr(layer, silent).down_proj
+            getattr(down, "weight", down).zero_()  # a linear layer's, or the experts' own
+    ours, theirs = (model(ids).logits for model in models)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert (ours - whole).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -95,7 +111,7 @@ def test_generation_stops_on_each_eos(name: str) -> None:
 
 
 @torch.no_grad()
-def test_embeddings_in_place_of_ids() -> None:
+def test_e03_embeddings_in_place_of_ids() -> None:
     ours, theirs = both("e2b_like")
     ids = some_ids(2, 11)
     per_layer = theirs.model.get_per_layer_inputs(ids)
