@@ -1,15 +1,15 @@
 """Prefill and decode of the whole model beside transformers, same random weights, one process.
 
-    python bench/bench_model.py [--only NAME ...] [--repeat N] [--out FILE]
+    python bench/bench_model.py [--only NAME ...] [--device D] [--repeat N] [--out FILE]
 
-Both models run the same loop of forwards; runs alternate, so that a noisy machine disturbs both
-alike, and the numbers are medians. The ratio is transformers' time over ours: above 1 is faster.
-Before any timing the two models' logits are compared.
+Small models on the CPU, on a GPU released sizes of which two fit. Each decodes as its `generate`
+does: ours with its `Decoder`, whose first step captures it and is not timed. Runs alternate, so
+that a noisy machine disturbs both alike, and the numbers are medians. The ratio is transformers'
+time over ours: above 1 is faster. Before any timing the two models' logits are compared.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +19,8 @@ import transformers
 from torch import Tensor
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
+from gemma4.decode import Decoder
+from gemma4.measure import machine
 
 PREFILL_TOKENS, DECODE_TOKENS = 512, 64
 
@@ -55,6 +57,13 @@ LARGE = dict(
     intermediate_size=4096,
 )
 MOE = dict(enable_moe_block=True, attention_k_eq_v=True, num_global_key_value_heads=1)
+
+
+def options(config: Gemma4TextConfig) -> dict[str, object]:
+    names = ("architectures", "model_type")
+    return {name: x for name, x in config.to_dict().items() if name not in names and x is not None}
+
+
 CONFIGS = {
     "a-E4B-like": dict(SMALL, hidden_size_per_layer_input=32, num_kv_shared_layers=4),
     "a-26B-like": dict(
@@ -75,18 +84,22 @@ CONFIGS = {
         moe_intermediate_size=256,
     ),
 }
+RELEASED = ("E2B", "E4B")
+CONFIGS |= {name: options(Gemma4TextConfig.preset(name)) for name in RELEASED}
 
 
-def build(name: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def build(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
     """Ours and transformers' with eager and sdpa attention, over the same weights."""
     torch.manual_seed(0)
-    config = Gemma4TextConfig(**CONFIGS[name])
-    models = {"gemma4": Gemma4ForCausalLM(config).to(dtype).eval()}
+    with device:
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIGS[name]))
+    models = {"gemma4": model.to(dtype).eval()}
     for attention in ("eager", "sdpa"):
         theirs = transformers.Gemma4TextConfig(**CONFIGS[name])
         theirs._attn_implementation = attention
-        model = transformers.Gemma4ForCausalLM(theirs).to(dtype).eval()
-        model.load_state_dict(models["gemma4"].state_dict())
+        with device:
+            model = transformers.Gemma4ForCausalLM(theirs)
+        model.to(dtype).eval().load_state_dict(models["gemma4"].state_dict(), assign=True)
         models[attention] = model
     return models
 
@@ -97,13 +110,28 @@ def prefill(model: torch.nn.Module, ids: Tensor) -> object:
 
 def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
     """Seconds of one prefill, and of the decode steps after it."""
-    start = time.perf_counter()
+    start = now(ids.device)
     output = prefill(model, ids)
-    middle = time.perf_counter()
-    for _ in range(DECODE_TOKENS):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
-    return middle - start, time.perf_counter() - middle
+    middle = now(ids.device)
+    logits = output.logits[:, -1]
+    if isinstance(model, Gemma4ForCausalLM):
+        decoder = Decoder(model, output.cache, DECODE_TOKENS + 1)
+    for i in range(DECODE_TOKENS + 1):
+        if i == 1:
+            second = now(ids.device)
+        if isinstance(model, Gemma4ForCausalLM):
+            logits = decoder(logits.argmax(-1))
+        else:
+            token = logits.argmax(-1, keepdim=True)
+            output = model(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[:, -1]
+    return middle - start, now(ids.device) - second
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def measure(models: dict[str, torch.nn.Module], ids: Tensor, repeat: int) -> dict[str, tuple]:
@@ -127,21 +155,24 @@ def compare(models: dict[str, torch.nn.Module], ids: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--only", nargs="*", choices=CONFIGS, help="default: those for the device")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the rows as JSON lines")
     args = parser.parse_args()
+    device = torch.device(args.device)
+    small = [name for name in CONFIGS if name not in RELEASED]
     rows = []
     print(f"{'model':<12} {'dtype':<9} {'prefill ms':>10} {'decode ms':>10}"
           f" {'vs eager':>14} {'vs sdpa':>14}   (prefill, decode)")  # fmt: skip
-    for name in args.only:
-        for dtype in (torch.float32, torch.bfloat16):
-            models = build(name, dtype)
-            ids = torch.randint(3, CONFIGS[name]["vocab_size"], (1, PREFILL_TOKENS))
+    for name in args.only or (RELEASED if device.type == "cuda" else small):
+        for dtype in (torch.bfloat16,) if name in RELEASED else (torch.float32, torch.bfloat16):
+            models = build(name, dtype, device)
+            ids = torch.randint(3, CONFIGS[name]["vocab_size"], (1, PREFILL_TOKENS)).to(device)
             with torch.no_grad():
                 difference = compare(models, ids)
                 times = measure(models, ids, args.repeat)
-            rows.append(row(name, dtype, difference, times))
+            rows.append(row(name, dtype, difference, times) | machine(device))
             print(line(rows[-1]), flush=True)
     if args.out:
         args.out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -161,9 +192,7 @@ def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple
         "vs_eager": ratio("eager"),
         "vs_sdpa": ratio("sdpa"),
         "max_logit_difference": difference,
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()} {torch.get_num_threads()} threads",
     }
 
 

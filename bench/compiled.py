@@ -1,0 +1,225 @@
+"""What nvcc makes of every kernel on every architecture: ptxas' report and the SASS, read."""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
+
+
+def _load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gemma4_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+setup_py = _load_setup()
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture, as ptxas reports it and cuobjdump lists it."""
+
+    name: str
+    arch: str
+    stack: int = 0
+    spills: int = 0
+    registers: int = 0
+    static_smem: int = 0
+    instructions: set[str] = field(default_factory=set)
+    # Of the smallest loop that holds most tensor instructions, and of the one inside it, if any.
+    loop: Counter[str] = field(default_factory=Counter)
+    inner_loop: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return f"{self.arch:8}{self.registers:5} registers{self.static_smem:7} B  {self.name}"
+
+    def has(self, pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in self.instructions)
+
+    @property
+    def tensor(self) -> str | None:
+        """The tensor instruction of its main loop, without the types."""
+        found = [re.match(r"HG?MMA\.\w+", name) for name in self.loop]
+        return next((match[0] for match in found if match), None)
+
+    def blocks(self, threads: int, smem_bytes: int) -> int:
+        """Blocks of this size that one multiprocessor holds; 0 if it is too small for one."""
+        on = MULTIPROCESSORS[self.arch]
+        warps = threads // 32
+        # A warp's registers come in units of 256 from one of four equal parts.
+        register_warps = 4 * (16384 // (-(-self.registers * 32 // 256) * 256))
+        smem = -(-(smem_bytes + self.static_smem + 1024) // 128) * 128
+        fits = (register_warps // warps, on.smem_kb * 1024 // smem, on.threads // threads)
+        return min(*fits, on.blocks)
+
+    def widths(self, kinds: str) -> list[int]:
+        """The bits of its global accesses of these kinds, widest first."""
+        names = [n for n in self.instructions if re.match(rf"({kinds})\b", n)]
+        found = {int(m[1]) if (m := re.search(r"\.(8|16|64|128)\b", n)) else 32 for n in names}
+        found |= {8 for n in names if re.search(r"\.[US]8\b", n)}
+        found |= {16 for n in names if re.search(r"\.[US]16\b", n)}
+        return sorted(found, reverse=True)
+
+
+def plain_name(signature: str) -> str:
+    """A kernel's name with its template arguments, the same from nvcc and from the emulator."""
+    name = re.sub(r"\b(void |gemma4::|emulation::)", "", signature).rpartition("(")[0]
+    return name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("> >", ">>")
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    smem_kb: int  # of which each block costs 1 beyond its own
+    threads: int
+    blocks: int
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(164, 2048, 32),
+    "sm_90a": Multiprocessor(228, 2048, 32),
+    "sm_100": Multiprocessor(228, 2048, 32),
+    "sm_120": Multiprocessor(100, 1536, 24),
+}
+
+
+TENSOR = re.compile(r"HG?MMA\b")
+Kernels = dict[tuple[str, str], Kernel]
+
+
+@functools.cache
+def toolkit() -> Path | None:
+    try:
+        return setup_py.find_toolkit(os.environ)[0]
+    except setup_py.UnavailableError:
+        return None
+
+
+@functools.cache
+def cuobjdump() -> Path | None:
+    """The toolkit's, or the one in a wheel beside torch; nvdisasm lies beside it."""
+    folders = [toolkit() / "bin"]
+    for package, inside in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for location in spec.submodule_search_locations if spec else ():
+            folders += Path(location).glob(inside)
+    found = (folder / "cuobjdump" for folder in folders if (folder / "nvdisasm").is_file())
+    return next(filter(Path.is_file, found), None)
+
+
+def _read_ptxas(report: str) -> Kernels:
+    kernels: Kernels = {}
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel = kernels[match.groups()] = Kernel(*match.groups())
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+)", line):
+            kernel.stack, stores, loads = map(int, match.groups())
+            kernel.spills = stores + loads
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(match[1])
+            smem = re.search(r"(\d+) bytes smem", line)
+            kernel.static_smem = int(smem[1]) if smem else 0
+    return kernels
+
+
+SASS = re.compile(
+    r"code for (?P<arch>\w+)|Function : (?P<kernel>\w+)|/\*(?P<address>[0-9a-f]{4,})\*/\s+"
+    r"(?:@!?U?P\w+ )?\s*(?P<name>[A-Z][.\w]*)(?P<operands>[^;]*);"
+)
+MEMORY = re.compile(r"(LDG|STG|LDL|STL|LDGSTS|LDSM)\b")
+
+
+def _functions(objects: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]]]]:
+    """(kernel, arch, its instructions as (address, name, operands)) of each in an object file."""
+    arch = kernel = None
+    body: list[tuple[int, str, str]] = []
+    with subprocess.Popen(
+        [cuobjdump(), "-sass", objects], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            match = SASS.search(line)
+            if match is None:
+                continue
+            if match["address"]:
+                body.append((int(match["address"], 16), match["name"], match["operands"]))
+                continue
+            if body:
+                yield kernel, arch, body
+                body = []
+            arch, kernel = match["arch"] or arch, match["kernel"] or kernel
+        if body:
+            yield kernel, arch, body
+    if process.returncode != 0:
+        raise RuntimeError(f"cuobjdump cannot read {objects}")
+
+
+def tensor_count(loop: Counter[str]) -> int:
+    return sum(count for name, count in loop.items() if TENSOR.match(name))
+
+
+def _tensor_loops(body: list[tuple[int, str, str]]) -> tuple[Counter[str], Counter[str]]:
+    """The instructions of `Kernel.loop` and `Kernel.inner_loop`."""
+    loops = set()
+    for address, name, operands in body:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < address:
+            loops.add((int(target[1], 16), address))
+    inside = {loop: Counter(n for a, n, _ in body if loop[0] <= a <= loop[1]) for loop in loops}
+    inside = {loop: names for loop, names in inside.items() if tensor_count(names)}
+
+    def largest(of: set[tuple[int, int]]) -> tuple[int, int] | None:
+        return max(of, key=lambda x: (tensor_count(inside[x]), x[0] - x[1]), default=None)
+
+    outer = largest(set(inside))
+    if outer is None:
+        return Counter(), Counter()
+    fewer = {x for x in inside if tensor_count(inside[x]) < tensor_count(inside[outer])}
+    inner = largest({x for x in fewer if outer[0] <= x[0] and x[1] <= outer[1]})
+    return inside[outer], inside[inner] if inner else Counter()
+
+
+def _read_sass(objects: Path, kernels: Kernels) -> None:
+    for name, arch, body in _functions(objects):
+        kernel = kernels[name, arch]
+        kernel.instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
+        kernel.loop, kernel.inner_loop = _tensor_loops(body)
+
+
+def compile_kernels(folder: Path) -> list[Kernel]:
+    """All kernels on all architectures; each source is compiled once, with setup.py's flags.
+
+    Raises RuntimeError with nvcc's words if one does not compile.
+    """
+
+    def compile_one(source: Path) -> Kernels:
+        target = folder / f"{source.stem}.o"
+        flags = setup_py.nvcc_flags(ARCHS)
+        command = [toolkit() / "bin" / "nvcc", *flags, "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr)
+        made = _read_ptxas(done.stderr)
+        if cuobjdump():
+            _read_sass(target, made)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(compile_one, sorted(ROOT.glob("csrc/*/*.cu"))))
+    made = [kernel for part in parts for kernel in part.values()]
+    names = "\n".join(kernel.name for kernel in made)
+    plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
+    for kernel, name in zip(made, plain.stdout.splitlines(), strict=True):
+        kernel.name = plain_name(name)
+    return sorted(made, key=lambda kernel: (kernel.name, ARCHS.index(kernel.arch)))

@@ -1,0 +1,206 @@
+"""Tables of the committed results: bench/results/static.md, and the numbers in README.md.
+
+    python bench/report.py [--plots FOLDER]
+
+All is drawn from files in bench/results, nothing is measured here; tests/test_report.py holds the
+committed tables to them. With --plots, pictures of each op in ops_*.jsonl (see plots.py).
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import compiled
+import limits
+import plots
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- numbers: made by bench/report.py -->\n", "<!-- end of numbers -->\n"
+NO_GPU = "No result of a GPU is committed: no time below was measured on one."
+
+
+def read_lines(files: Iterable[Path]) -> list[dict]:
+    return [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def compiled_table(rows: list[dict], wanted: Callable[[dict], bool] = lambda row: True) -> str:
+    """One line a kernel; four numbers are those of compiled.ARCHS, one stands for four."""
+    kernels: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        kernels.setdefault(row["kernel"], {})[row["arch"]] = row
+
+    def line(archs: dict[str, dict]) -> tuple[object, ...]:
+        ampere, hopper = archs["sm_80"], archs["sm_90a"]
+
+        def four(key: str) -> str:
+            values = [archs[arch][key] for arch in compiled.ARCHS]
+            return " ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+        def loop(row: dict) -> str:
+            return "{} of {}".format(*row["loop"]) if row["tensor"] else "-"
+
+        smem = (ampere["static_smem"] + ampere["smem"]) / 1024
+        bits = [max(hopper[key], default="-") for key in ("load_bits", "store_bits")]
+        name = f"`{ampere['kernel'].replace('_kernel<', '<').replace('AttentionTile', '')}`"
+        numbers = ampere["threads"], f"{smem:.1f}", four("registers"), four("blocks")
+        return (name, *numbers, "{}, {}".format(*bits), loop(ampere), loop(hopper))
+
+    sizes = ("kernel", "threads", "KB", "registers", "blocks", "load, store bits")
+    head = (*sizes, "tensor, sm_80", "tensor, sm_90a")
+    return table(head, [line(a) for a in kernels.values() if wanted(a["sm_80"])])
+
+
+def counted_table(rows: list[dict]) -> str:
+    keys = ("bytes_over_floor", "sectors_over_ideal", "wavefronts_over_ideal", "mma_over_useful")
+
+    def line(row: dict) -> tuple[object, ...]:
+        ratios = ["-" if row[key] is None else f"{row[key]:.2f}" for key in keys]
+        return (row["case"], row["launches"], row["sectors_a_request"], *ratios)
+
+    head = ("case", "kernels", "sectors a request", "bytes", "sectors", "bank wavefronts", "mma")
+    return table(head, map(line, rows))
+
+
+def estimates_table(rows: list[dict]) -> str:
+    def line(row: dict) -> tuple[object, ...]:
+        floor, estimate = row["floor_us"], row["estimate_us"]
+        return (row["case"], floor, estimate, f"{estimate / floor:.2f}", row["bound_by"])
+
+    lines = map(line, rows)
+    return table(("case", "floor µs", "estimate µs", "estimate / floor", "bound by"), lines)
+
+
+def static_md(report: dict[str, list[dict]]) -> str:
+    return f"""# The kernels, without a GPU
+
+Made by `bench/static_report.py` and `bench/report.py`. Nothing in it was measured on a GPU.
+
+## What the compiler made
+
+Four numbers are those of {", ".join(compiled.ARCHS)}; one stands for four. Threads and
+shared memory (KB) are a launcher's; blocks are what one multiprocessor holds, 0 where it is too
+small and another tile is chosen. Bits are the widest access of global memory, on sm_90a. The last
+columns count tensor instructions among all that stand in the main loop; what an inner loop repeats
+stands there once. A warp's share of HGMMA.64x128x16 is 16 products of HMMA.16816.
+
+{compiled_table(report["compiled"])}
+## What the emulator counted
+
+Ratios to what would do: bytes asked for of the large buffers, 32-byte sectors, wavefronts over the
+banks of shared memory, matrix products. Small shapes, bf16.
+
+{counted_table(report["counted"])}
+## Estimates on an H100
+
+{estimate_words()}
+
+{estimates_table(report["estimates"])}"""
+
+
+def estimate_words() -> str:
+    return (
+        "An estimate is the largest of the times that bytes from DRAM, bytes from L2, tensor work "
+        "and\nissued instructions would take alone, at full rate: arithmetic, not a measurement.\n"
+        f"{limits.ASSUMPTIONS}."
+    )
+
+
+def model_table(rows: list[dict]) -> str:
+    lines = [
+        (row["model"], row["dtype"], *(f"{ratio:.2f}" for ratio in row["vs_sdpa"])) for row in rows
+    ]
+    return table(("model", "dtype", "prefill", "decode"), lines)
+
+
+def ops_table(rows: list[dict]) -> str:
+    """Each of our rows beside its floor and its fastest peer, in its own run; what is printed first
+    is what the floors are made of."""
+    lines = []
+    made = "".join(
+        f"{row['device']}, torch {row['torch']}, {row['version']} at {row['commit']}: copies move "
+        f"{row['copy_gb_s']} GB/s, GEMMs make {row['gemm_tflop_s']} TFLOP/s.\n"
+        for row in rows
+        if row["kind"] == "machine"
+    )
+    for row in rows:
+        if row["kind"] != "op":
+            continue
+        peers = {n: p["us"] for n, p in row["peers"].items() if "us" in p}
+        best = min(peers, key=peers.__getitem__, default=None)
+        peer = f"{peers[best] / row['us']:.2f} ({best})" if best else "-"
+        share = f"{row['floor_us'] / row['us']:.0%}"
+        lines.append((row["op"], row["case"], f"{row['us']:.1f}", share, peer))
+    head = ("op", "case", "µs", "floor / time", "fastest peer / ours")
+    return made + "\n" + table(head, lines)
+
+
+def numbers() -> str:
+    """The README's block."""
+    report = json.loads((RESULTS / "static.json").read_text())
+    rows = read_lines(RESULTS.glob("ops_*.jsonl"))
+    on_gpu = [row for row in rows if row["device"] != "cpu"]
+    overhead = [row for row in rows if row["kind"] == "overhead"]
+    models = read_lines([RESULTS / "model_cpu.jsonl"])
+    parts = [NO_GPU if not on_gpu else ops_table(on_gpu)]
+    parts.append(
+        "Kernels with tensor cores, in bf16 and without softcap: registers and blocks of "
+        f"{', '.join(compiled.ARCHS[:2])},\n{', '.join(compiled.ARCHS[2:])} (one number stands "
+        "for four; 0 blocks: another tile is chosen there), and tensor\ninstructions among all of "
+        "the main loop.\n\n" + compiled_table(report["compiled"], is_shown)
+    )
+    tensor = [row for row in report["estimates"] if row["tensor_us"]]
+    parts.append(estimate_words() + "\n\n" + estimates_table(tensor))
+    if overhead:
+        ratios = sorted(row["over_add"] for row in overhead)
+        parts.append(
+            "An op's call before any kernel starts (wrapper, dispatcher, checks, outputs) costs "
+            f"{ratios[0]:.1f} to\n{ratios[-1]:.1f} times that of `torch.add` on empty tensors, on "
+            "a CPU.\n"
+        )
+    parts.append(
+        "`python bench/bench_model.py` on a CPU (Xeon with AMX, threads: "
+        f"{models[0]['threads']}): transformers' time with sdpa over ours.\n\n"
+        + model_table(models)
+    )
+    return "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def is_shown(row: dict) -> bool:
+    """Head sizes that Gemma 4 has none of are in static.md alone."""
+    softcapped = row["kernel"].startswith("attention_kernel") and row["kernel"].endswith("true>")
+    small = re.search(r"AttentionTile<(64|128)\b", row["kernel"])
+    return bool(row["tensor"]) and "bf16" in row["kernel"] and not softcapped and not small
+
+
+def with_numbers(readme: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + numbers() + END + rest.split(END)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plots", type=Path, help="also draw the ops' results into this folder")
+    folder = parser.parse_args().plots
+    report = json.loads((RESULTS / "static.json").read_text())
+    (RESULTS / "static.md").write_text(static_md(report), encoding="utf-8")
+    README.write_text(with_numbers(README.read_text(encoding="utf-8")), encoding="utf-8")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(RESULTS.glob("ops_*.jsonl")):
+            rows = read_lines([file])
+            if any(row["kind"] == "op" for row in rows):
+                (folder / file.stem).mkdir(exist_ok=True)
+                plots.draw(rows, folder / file.stem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""What can be said of the kernels without a GPU: the compiler's report, the SASS, counted work.
+
+    python bench/static_report.py [--out bench/results/static.json]
+
+Three tables, the same from run to run. `compiled`: each kernel on each architecture, from ptxas and
+cuobjdump, with the threads and the shared memory that its launcher gives it in the emulator.
+`counted`: bytes, sectors, bank wavefronts and matrix products that the emulator counts on small
+shapes, beside what would do. `estimates`: times on an H100, from the first table and limits.py;
+never measured. tests/test_static_report.py lets no kernel become worse than the committed tables,
+of which report.py makes static.md and the README's.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import compiled
+import limits
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import emulated  # noqa: E402
+import test_traffic as traffic  # noqa: E402
+from conftest import Backend  # noqa: E402
+
+RESULT = ROOT / "bench" / "results" / "static.json"
+CARDS_KB = (99, 227)
+Call = tuple[str, dict]  # an op and its arguments
+
+
+def launch_cases(b: Backend) -> Iterator[Call]:
+    """Calls that together launch every instance of every kernel."""
+    half = (torch.bfloat16, torch.float16)
+    for dtype in (*half, torch.float32):
+        for width in (512, 1536, 3840, 5376, 77):
+            yield "rms_norm", traffic.norm_inputs(b, width, dtype)
+            yield "add_rms_norm", traffic.add_norm_inputs(b, width, dtype)
+            yield "moe_norm", traffic.moe_norm_inputs(b, width, dtype)
+        for head_dim in (64, 128, 256, 512, 24):
+            yield "qkv_norm_rope", traffic.qkv_inputs(b, 2, 1, head_dim, dtype)
+        for width in (128, 256, 512, 77):
+            table, projected = (b.randn(4, 2 * width, dtype=dtype) for _ in range(2))
+            weight, ids = b.weight(width, dtype=dtype), torch.arange(4)
+            yield "ple_embed", dict(ids=ids, table=table, projected=projected, weight=weight)
+            gate, ple = b.randn(4, width, dtype=dtype), b.randn(4, 2, width, dtype=dtype)
+            yield "ple_gate", dict(gate=gate, ple=ple, layer=1)
+            yield "geglu", dict(gate_up=b.randn(4, 2 * width, dtype=dtype))
+            for op in ("softcap", "softcap_argmax"):
+                yield op, dict(logits=b.randn(4, width, dtype=dtype), cap=30.0)
+        for experts in (128, 512):
+            logits, scale = b.randn(4, experts, dtype=dtype), torch.rand(experts)
+            yield "moe_route", dict(logits=logits, per_expert_scale=scale, k=8)
+    for dtype in half:
+        for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
+            yield "moe_experts", moe_inputs(b, tokens, experts, k, 64, 64, dtype)
+        for head_dim in (64, 128, 256, 512):
+            for softcap in (0.0, 30.0):
+                for tokens in (1, 17):
+                    yield (
+                        "attention_prefill",
+                        dict(prefill_inputs(b, tokens, 17, 1, head_dim, dtype), softcap=softcap),
+                    )
+            yield "attention_decode", decode_inputs(b, 300, 1, head_dim, dtype)
+            yield "attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype)
+
+
+def prefill_inputs(
+    b: Backend, tokens: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> dict:
+    q, k, v = (
+        b.randn(n, h, head_dim, dtype=dtype, std=0.3)
+        for n, h in ((tokens, heads), (keys, 1), (keys, 1))
+    )
+    cu_q, cu_k = b.int32(0, tokens), b.int32(0, keys)
+    return dict(
+        q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=tokens, max_seqlen_k=keys
+    )
+
+
+def backward_inputs(
+    b: Backend, tokens: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> dict:
+    inputs = prefill_inputs(b, tokens, keys, heads, head_dim, dtype)
+    out, lse = b.ops.attention_prefill(**inputs, return_lse=True)
+    grads = {"grad_out": b.randn(*out.shape, dtype=dtype), "grad_lse": torch.zeros_like(lse)}
+    options = dict(scale=1.0, causal=True, window=0, window_right=-1, softcap=0.0)
+    return inputs | grads | options | {"out": out, "lse": lse}
+
+
+def decode_inputs(b: Backend, keys: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict:
+    k, v = (b.randn(1, keys, 1, head_dim, dtype=dtype, std=0.3) for _ in "kv")
+    q = b.randn(1, 1, heads, head_dim, dtype=dtype, std=0.3)
+    return dict(q=q, k_cache=k, v_cache=v, seq_lens=b.int32(keys), return_lse=False)
+
+
+def moe_inputs(
+    b: Backend, tokens: int, experts: int, k: int, width: int, hidden: int, dtype: torch.dtype
+) -> dict:
+    made = traffic.moe_inputs(b, tokens, experts, k, width, hidden)
+    return {n: x.to(dtype) if x.dtype == torch.bfloat16 else x for n, x in made.items()}
+
+
+def function(ops: ModuleType, op: str) -> Callable:
+    """The public function, or of an op that is a gradient the op itself."""
+    return getattr(ops, op, None) or getattr(ops._ops, op)
+
+
+def run(op: str, arguments: dict) -> object:
+    """One call under one schedule; what the emulator counted."""
+    control = emulated.control()
+    control.settings.profile, control.settings.seed = True, 1
+    control.reset_counts()
+    try:
+        with emulated.one_schedule():
+            function(emulated.ops(), op)(**arguments)
+        return control.counts()
+    finally:
+        control.settings.profile = False
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """Threads and bytes of shared memory of each kernel's largest launch."""
+    torch.manual_seed(0)
+    settings, names = emulated.control().settings, emulated.kernel_names()
+    found: dict[str, tuple[int, int]] = {}
+    before = settings.max_smem_bytes
+    for kb in CARDS_KB:
+        settings.max_smem_bytes = kb * 1024
+        for op, arguments in launch_cases(Backend("emulated", "cpu", emulated.ops())):
+            if kb != CARDS_KB[-1] and not op.startswith("attention"):
+                continue  # the others' launches do not depend on it
+            for launch in run(op, arguments).launched:
+                name = compiled.plain_name(names[launch.kernel])
+                size = (launch.threads, launch.smem_bytes)
+                found[name] = max(size, found.get(name, size))
+    settings.max_smem_bytes = before
+    return found
+
+
+def compiled_rows(kernels: list[compiled.Kernel], sizes: dict[str, tuple[int, int]]) -> list[dict]:
+    """Raises RuntimeError naming the kernels that no case of `launch_cases` launches."""
+    missing = sorted({k.name for k in kernels} - set(sizes))
+    if missing:
+        raise RuntimeError(f"launch_cases in bench/static_report.py launch no {', '.join(missing)}")
+    return [
+        {
+            "kernel": k.name,
+            "arch": k.arch,
+            "registers": k.registers,
+            "spill_bytes": k.spills,
+            "stack_bytes": k.stack,
+            "threads": sizes[k.name][0],
+            "static_smem": k.static_smem,
+            "smem": sizes[k.name][1],
+            "blocks": k.blocks(*sizes[k.name]),
+            "load_bits": k.widths("LDG|LDGSTS"),
+            "store_bits": k.widths("STG"),
+            "tensor": k.tensor,
+            "loop": [compiled.tensor_count(k.loop), sum(k.loop.values())],
+            "inner_loop": [compiled.tensor_count(k.inner_loop), sum(k.inner_loop.values())],
+        }
+        for k in kernels
+    ]
+
+
+def counted_case(label: str, call: Call, needed: set[str], floor: int, useful_mma: float) -> dict:
+    """One call's work; of the buffers `needed`, the bytes asked for beside the fewest that do."""
+    counts = run(*call)
+
+    def ratio(name: str) -> float | None:
+        ideal = sum(getattr(site, f"ideal_{name}") for site in counts.sites)
+        return (
+            round(sum(getattr(site, name) for site in counts.sites) / ideal, 3) if ideal else None
+        )
+
+    asked = sum(b.read_bytes + b.written_bytes for b in counts.buffers if b.name in needed)
+    global_sites = [site for site in counts.sites if site.ideal_sectors]
+    sectors, requests = (sum(getattr(s, n) for s in global_sites) for n in ("sectors", "requests"))
+    return {
+        "case": label,
+        "op": call[0],
+        "launches": counts.launches,
+        "bytes": asked,
+        "bytes_over_floor": round(asked / floor, 3),
+        "sectors_a_request": round(sectors / requests, 2),
+        "sectors_over_ideal": ratio("sectors"),
+        "wavefronts_over_ideal": ratio("wavefronts"),
+        "mma": counts.mma,
+        "mma_over_useful": round(counts.mma / useful_mma, 3) if useful_mma else None,
+    }
+
+
+def counted_rows() -> list[dict]:
+    torch.manual_seed(0)
+    b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
+    rows = []
+    for label, (op, make) in traffic.CASES.items():
+        arguments = make(b, dtype)
+        # What is written beside the op's own shape of inputs; caches are as large as they are.
+        made = {"y", "q_out", "k_out", "v_out", "new_residual"}
+        needed = {n for n, x in arguments.items() if isinstance(x, torch.Tensor)}
+        needed = needed - traffic.SMALL - {"ple", "k_cache", "v_cache"} | made
+        counts = run(op, arguments)
+        floor = sum(
+            x.bytes
+            for x in counts.buffers[: len(counts.buffers) // counts.launches]
+            if x.name in needed
+        )
+        rows.append(counted_case(label, (op, arguments), needed, floor, 0))
+    for head_dim, tokens, keys, window in ((256, 64, 256, 128), (512, 64, 256, 0)):
+        arguments = prefill_inputs(b, tokens, keys, 4, head_dim, dtype) | {"window": window}
+        useful = limits.visible_pairs(tokens, keys, window) * 4 * head_dim * 4 / MMA_FLOP
+        first = max(0, keys - tokens - window + 1) if window else 0
+        floor = 2 * (2 * tokens * 4 + 2 * (keys - first)) * head_dim
+        label = f"attention_prefill {head_dim}, {tokens} tokens, {keys} keys, window {window}"
+        call = ("attention_prefill", arguments)
+        rows.append(counted_case(label, call, {"q", "out", "k", "v"}, floor, useful))
+    for head_dim, tokens, keys in ((256, 64, 128), (512, 64, 128)):
+        arguments = backward_inputs(b, tokens, keys, 4, head_dim, dtype)
+        useful = limits.visible_pairs(tokens, keys, 0) * 4 * head_dim * 14 / MMA_FLOP
+        floor = 2 * 4 * (tokens * 4 + keys) * head_dim
+        label = f"attention_prefill_backward {head_dim}, {tokens} tokens, {keys} keys"
+        call = ("attention_prefill_backward", arguments)
+        needed = {"q", "out", "grad_out", "grad_q", "k", "v", "grad_k", "grad_v"}
+        rows.append(counted_case(label, call, needed, floor, useful))
+    for head_dim in (256, 512):
+        call = ("attention_decode", decode_inputs(b, 600, 8, head_dim, dtype))
+        label, floor = f"attention_decode {head_dim}, 600 keys", 2 * 600 * head_dim * 2
+        useful = 600 * 8 * head_dim * 4 / MMA_FLOP
+        rows.append(counted_case(label, call, {"k", "v"}, floor, useful))
+    for tokens in (1, 8, 256):
+        arguments = moe_inputs(b, tokens, 16, 4, 512, 192, dtype)
+        floor = arguments["experts"].unique().numel() * 3 * 512 * 192 * 2
+        useful = tokens * 4 * 3 * 512 * 192 * 2 / MMA_FLOP
+        label, call = f"moe_experts, {tokens} tokens, 4 of 16", ("moe_experts", arguments)
+        rows.append(counted_case(label, call, {"gate_up", "down"}, floor, useful))
+    return rows
+
+
+MMA_FLOP = limits.flop_of("HMMA.16816")
+
+
+def hopper_kernels(rows: list[dict], call: Call) -> list[dict]:
+    """The rows of the kernels with tensor instructions that a call launches on an H100."""
+    settings, names = emulated.control().settings, emulated.kernel_names()
+    settings.has_wgmma = True
+    launched = [compiled.plain_name(names[launch.kernel]) for launch in run(*call).launched]
+    settings.has_wgmma = False
+    of = {r["kernel"]: r for r in rows if r["arch"] == "sm_90a" and r["tensor"]}
+    return [of[name] for name in launched if name in of]
+
+
+def estimate_rows(rows: list[dict]) -> list[dict]:
+    b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
+    forward, backward = {}, {}
+    for head_dim in (256, 512):
+        call = ("attention_prefill", prefill_inputs(b, 17, 17, 1, head_dim, dtype))
+        tile = emulated.control().attention_tile(head_dim, 10**6, 227 * 1024)
+        forward[head_dim] = hopper_kernels(rows, call)[0], tile
+        call = ("attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype))
+        backward[head_dim] = hopper_kernels(rows, call)
+    moe = hopper_kernels(rows, ("moe_experts", moe_inputs(b, 160, 2, 1, 64, 64, dtype)))[0]
+    return [
+        *limits.row_estimates(),
+        *limits.attention_estimates(forward),
+        *limits.backward_estimates(backward),
+        *limits.moe_estimates(moe),
+    ]
+
+
+def worse(fresh: dict, committed: dict) -> list[str]:
+    """What is worse in one report than in another, each with the kernel's or case's name."""
+    found = []
+    before = {(r["kernel"], r["arch"]): r for r in committed.get("compiled", ())}
+    for row in fresh.get("compiled", ()):
+        name = f"{row['kernel']} on {row['arch']}"
+        old = before.pop((row["kernel"], row["arch"]), None)
+        if row["spill_bytes"] or row["stack_bytes"]:
+            found.append(
+                f"{name}: {row['spill_bytes']} bytes spilled, {row['stack_bytes']} of stack"
+            )
+        if old is None:
+            found.append(f"{name}: not in the committed report")
+            continue
+        if row["blocks"] < old["blocks"]:
+            found.append(f"{name}: {row['blocks']} resident blocks, {old['blocks']} before")
+        for bits in ("load_bits", "store_bits"):
+            if max(row[bits], default=0) < max(old[bits], default=0):
+                found.append(f"{name}: {bits} {row[bits]}, {old[bits]} before")
+        if tensor_share(row) < 0.97 * tensor_share(old):
+            found.append(f"{name}: {tensor_share(row):.1%} tensor, {tensor_share(old):.1%} before")
+    found += [f"{kernel} on {arch}: gone, yet in the committed report" for kernel, arch in before]
+    before = {r["case"]: r for r in committed.get("counted", ())}
+    for row in fresh.get("counted", ()):
+        old = before.pop(row["case"], None)
+        if old is None:
+            found.append(f"{row['case']}: not in the committed report")
+            continue
+        for name in (n for n, x in row.items() if "_over_" in n and x is not None):
+            if row[name] > 1.001 * (old[name] or 0):
+                found.append(f"{row['case']}: {name} {row[name]}, {old[name]} before")
+    return found + [f"{case}: gone, yet in the committed report" for case in before]
+
+
+def tensor_share(row: dict) -> float:
+    """Tensor instructions among all that stand in the main loop."""
+    tensor, instructions = row["loop"]
+    return tensor / instructions if instructions else 0.0
+
+
+def report() -> dict[str, list[dict]]:
+    if compiled.toolkit() is None or compiled.cuobjdump() is None:
+        raise SystemExit(
+            "static_report needs a CUDA toolkit with nvcc, and cuobjdump with nvdisasm"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compiled_rows(compiled.compile_kernels(Path(folder)), launches())
+    return {"compiled": rows, "counted": counted_rows(), "estimates": estimate_rows(rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    out = parser.parse_args().out
+    lines = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in table) + "\n]"
+        for name, table in report().items()
+    ]
+    out.write_text("{" + ",\n".join(lines) + "}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""No kernel may become worse than the committed report says: fewer resident blocks, narrower
+accesses, a smaller share of tensor instructions, more bytes, sectors, wavefronts or products.
+
+After a change that means to, `python bench/static_report.py` writes the report anew.
+"""
+
+import copy
+import json
+import re
+
+import compiled
+import emulated
+import limits
+import pytest
+import static_report
+import torch
+from conftest import Backend
+
+COMMITTED = json.loads(static_report.RESULT.read_text())
+
+
+@pytest.mark.slow
+def test_compiled(kernels):
+    if compiled.cuobjdump() is None:
+        pytest.skip("no cuobjdump and nvdisasm in the toolkit, triton or NVIDIA's wheels")
+    rows = static_report.compiled_rows(kernels, static_report.launches())
+    committed = {"compiled": COMMITTED["compiled"]}
+    assert static_report.worse({"compiled": rows}, committed) == []
+
+
+@pytest.mark.slow
+def test_counted():
+    committed = {"counted": COMMITTED["counted"]}
+    assert static_report.worse({"counted": static_report.counted_rows()}, committed) == []
+
+
+@pytest.mark.parametrize(
+    "table, change, sentence",
+    [
+        ("compiled", {"spill_bytes": 8}, "8 bytes spilled"),
+        ("compiled", {"stack_bytes": 16}, "16 of stack"),
+        ("compiled", {"blocks": 0}, "0 resident blocks"),
+        ("compiled", {"load_bits": [32]}, r"load_bits \[32\]"),
+        ("compiled", {"loop": [1, 10**6]}, "0.0% tensor"),
+        ("compiled", {"arch": "sm_999"}, "not in the committed report"),
+        ("counted", {"bytes_over_floor": 9.0}, "bytes_over_floor 9.0"),
+        ("counted", {"sectors_over_ideal": 9.0}, "sectors_over_ideal 9.0"),
+        ("counted", {"wavefronts_over_ideal": 9.0}, "wavefronts_over_ideal 9.0"),
+        ("counted", {"mma_over_useful": 9.0}, "mma_over_useful 9.0"),
+        ("counted", {"case": "another"}, "not in the committed report"),
+    ],
+)
+def test_what_is_worse_is_named(table, change, sentence):
+    """The attention kernel and case that the report names are those that were made worse."""
+    fresh = copy.deepcopy(COMMITTED)
+    before = static_report.worse(fresh, COMMITTED)
+    key = {"compiled": "kernel", "counted": "case"}[table]
+    row = next(
+        r
+        for r in fresh[table]
+        if r[key].startswith("attention") and r.get("arch", "sm_80") == "sm_80"
+    )
+    name = row[key]
+    row.update(change)
+    found = [line for line in static_report.worse(fresh, COMMITTED) if line not in before]
+    assert any(re.search(sentence, line) for line in found)
+    assert any(line.startswith((name, change.get("case", name))) for line in found)
+
+
+@pytest.mark.parametrize("tokens, keys, window", [(7, 7, 0), (7, 7, 3), (3, 9, 4), (9, 9, 20)])
+def test_visible_pairs(tokens, keys, window):
+    pairs = [
+        (i, j)
+        for i in range(keys - tokens, keys)
+        for j in range(keys)
+        if j <= i and (not window or i - j < window)
+    ]
+    assert limits.visible_pairs(tokens, keys, window) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    "registers, threads, smem_kb, arch, blocks",
+    [
+        (255, 128, 64, "sm_90a", 2),  # 227 KB less 1 KB a block would hold 3, registers hold 2
+        (168, 384, 0, "sm_90a", 1),
+        (32, 256, 0, "sm_80", 8),
+        (32, 256, 0, "sm_120", 6),
+        (128, 256, 80, "sm_80", 2),
+        (128, 256, 144, "sm_120", 0),
+        (16, 32, 0, "sm_100", 32),
+    ],
+)
+def test_resident_blocks(registers, threads, smem_kb, arch, blocks):
+    kernel = compiled.Kernel("any", arch, registers=registers)
+    assert kernel.blocks(threads, smem_kb * 1024) == blocks
+
+
+def test_launches_are_counted():
+    """Under the name that the compiler's report gives the kernel."""
+    if not emulated.has_compiler():
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    gate_up = torch.randn(3, 2 * 77, dtype=torch.bfloat16)
+    (launch,) = static_report.run("geglu", {"gate_up": gate_up}).launched
+    name = compiled.plain_name(emulated.kernel_names()[launch.kernel])
+    assert name == "geglu_kernel<bf16, 1>" and name in {r["kernel"] for r in COMMITTED["compiled"]}
+    assert (launch.threads, launch.smem_bytes) == (256, 0)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_the_work_of_an_estimate_is_the_kernels(window):
+    """The emulator counts as many products as the estimate's walk over tiles has."""
+    if not emulated.has_compiler():
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    heads, head_dim, n = 4, 256, 96
+    b = Backend("emulated", "cpu", emulated.ops())
+    inputs = static_report.prefill_inputs(b, n, n, heads, head_dim, torch.bfloat16)
+    counts = static_report.run("attention_prefill", inputs | {"window": window})
+    tile = emulated.control().attention_tile(head_dim, n * heads, 227 * 1024)
+    walked = limits.keys_walked(n, tile["rows"] // heads, tile["keys"], window)
+    assert counts.mma * static_report.MMA_FLOP == walked * tile["rows"] * head_dim * 4
+
+
+def test_floors_of_known_shapes():
+    """Two that were worked out by hand: a windowed layer of 16 heads, the experts of one token."""
+    flop = limits.attention_flop("26B-A4B", "sliding_attention", 8192, 8192)
+    assert flop == 4 * 16 * 256 * (8192 * 1024 - 1024 * 1023 // 2)
+    assert limits.moe_bytes("26B-A4B", 1) == pytest.approx(95.2e6, rel=1e-3)
