@@ -421,11 +421,17 @@ def test_info(run):
 
 def test_info_where_kernels_are_compiled(run, monkeypatch):
     build = dict(version="1", torch="2", cuda=True, reason=None, archs=["sm_90a"], device="A GPU")
+    build["kernels"] = ["geglu", "rms_norm"]
     monkeypatch.setattr(gemma4_kernels, "build_info", lambda: {**build, "abi": "2.11"})
     _, out, _ = run("info")
     rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
     assert rows["compiled for"] == "sm_90a"
     assert (rows["device"], rows["in use"], rows["abi"]) == ("A GPU", "CUDA kernels", "2.11")
+    assert rows["kernels for"] == "geglu, rms_norm"
+    build["device"] = None
+    _, out, _ = run("info")
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert rows["in use"] == "eager torch: torch sees no CUDA device"
 
 
 def test_info_on_a_model(run):
@@ -447,7 +453,7 @@ def test_info_knows_the_released_sizes(run, tmp_path):
         assert re.search(rf"^released as +{name}$", run("info", "--model", tmp_path)[1], re.M)
 
 
-def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch):
+def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
     # Seconds that each put takes to come, by run: a slow warm-up, then three measured runs.
     steps = iter([step for step in (100.0, 1.0, 4.0, 2.0) for _ in range(5)])
     now = 0.0
@@ -458,10 +464,13 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch):
         return now
 
     monkeypatch.setattr("gemma4.cli.time", SimpleNamespace(perf_counter=perf_counter))
-    words = "--prompt-tokens 16 --new-tokens 4 --repeat 3"
-    code, out, err = run("bench", *words.split())
+    monkeypatch.setattr("gemma4.measure.copy_bandwidth", lambda device: 20e9)
+    monkeypatch.setattr("gemma4.measure.gemm_rate", lambda device, dtype: 3e12)
+    monkeypatch.setattr("gemma4.measure.decode_bytes", lambda model: 4e9)
+    words = "--prompt-tokens 16 --new-tokens 4 --repeat 3 --json"
+    code, out, err = run("bench", *words.split(), tmp_path / "rows")
     assert (code, err) == (0, "")
-    title, head, *rows = out.splitlines()
+    title, head, *rows, rates, limit = out.splitlines()
     assert "bfloat16" in title and "3 runs" in title
     assert head.split() == ["tokens", "median", "least", "most"]
     assert [row.split() for row in rows] == [
@@ -469,6 +478,10 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch):
         ["decode", "4", "0.5", "0.2", "1.0", "tok/s"],
         ["first", "token", "1", "2000.0", "1000.0", "4000.0", "ms"],
     ]
+    assert rates == "copies move 20.0 GB/s, matrix products make 3.000 TFLOP/s"
+    assert limit == "reading the weights allows 5.0 decode tok/s: 10% reached"
+    (line,) = (tmp_path / "rows").read_text().splitlines()
+    assert json.loads(line)["decode_tok_s"] == [1.0, 0.25, 0.5]
 
 
 # As a process

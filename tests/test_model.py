@@ -76,7 +76,7 @@ def test_a14_trim_equals_a_straight_run(options: dict) -> None:
         mask = torch.ones(1, prefix + 2, dtype=torch.int64)
         found = model(tokens[:, 2:4], attention_mask=mask, cache=cache).logits
         whole = torch.cat([start, tokens[:, 2:4]], 1)
-        close(found, model(whole, use_cache=False).logits[:, -2:], atol=1e-5, rtol=0)
+        close(found, model(whole, use_cache=False).logits[:, -2:], atol=3e-5, rtol=0)
 
 
 def test_trim_refuses_what_a_ring_has_lost() -> None:

@@ -1,0 +1,144 @@
+"""The decoding step: the numbers of the ordinary forward, without its host work."""
+
+from collections import Counter
+
+import emulated
+import pytest
+import tiny
+import torch
+from conftest import NoHostReads
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gemma4.cache
+import gemma4.model
+import gemma4.modules
+from gemma4.cache import Cache
+from gemma4.decode import Decoder
+
+PROMPT = 13  # longer than the window of 8
+needs_compiler = pytest.mark.skipif(
+    not emulated.has_compiler(), reason="no C++ compiler to build the emulated kernels with"
+)
+
+
+def prefilled(model, lengths):
+    """A cache of rows of these lengths, left-padded, and the ids to go on with."""
+    width = max(lengths)
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    cache = Cache(model.config, len(lengths), model.dtype, "cpu")
+    with torch.no_grad():
+        logits = model(tiny.ids(len(lengths), width), attention_mask=mask, cache=cache).logits
+    return cache, logits[:, -1].argmax(-1)
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_equals_the_forward(name):
+    """Rings that fill and wrap twice, rows of unequal length; and the cache goes on being one."""
+    model, lengths, steps = tiny.tiny(tiny.ALL[name]), (PROMPT, 1, 8), 40
+    expected, ids = prefilled(model, lengths)
+    cache, _ = prefilled(model, lengths)
+    decoder = Decoder(model, cache, steps)
+    for _ in range(steps):
+        with torch.no_grad():
+            want = model(ids[:, None], cache=expected).logits[:, -1]
+        assert torch.equal(decoder(ids), want)
+        ids = want.argmax(-1)
+    assert cache.lengths == expected.lengths and cache.columns == expected.columns
+    for held in (cache, expected):
+        held.trim(3)
+    with torch.no_grad():
+        one, other = (model(ids[:, None], cache=held).logits for held in (cache, expected))
+    assert torch.equal(one, other)
+
+
+def test_full_cache_and_wrong_rows_are_named():
+    model = tiny.tiny(tiny.DENSE)
+    cache, ids = prefilled(model, (PROMPT, 2))
+    decoder = Decoder(model, cache, 1)
+    with pytest.raises(ValueError, match=r"ids must be \[2\], got \[3\]"):
+        decoder(torch.zeros(3, dtype=torch.int64))
+    for _ in range(cache.room):
+        decoder(ids)
+    with pytest.raises(ValueError, match="cache is full: its longest row holds 64 tokens"):
+        decoder(ids)
+    with pytest.raises(ValueError, match="cache belongs to a model of another shape"):
+        Decoder(tiny.tiny(tiny.K_EQ_V), cache, 1)
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_step_compiles_whole(name):
+    model, eager = (tiny.tiny(tiny.ALL[name]) for _ in range(2))
+    steps = 4
+    expected, ids = prefilled(eager, (PROMPT, 5))
+    cache, _ = prefilled(model, (PROMPT, 5))
+    decoder, reference = Decoder(model, cache, steps), Decoder(eager, expected, steps)
+    torch.compiler.reset()
+    decoder.forward = torch.compile(decoder.forward, fullgraph=True, backend="aot_eager")
+    for _ in range(steps):
+        logits = decoder(ids)
+        assert torch.allclose(logits, reference(ids), atol=1e-5)
+        ids = logits.argmax(-1)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The model's ops are the emulated kernels, each dispatched as one op."""
+    for part in (gemma4.cache, gemma4.model, gemma4.modules):
+        monkeypatch.setattr(part, "ops", emulated.ops())
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched and does work: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket.__name__ not in ("_unsafe_view", "detach"):
+            self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def half_with_kernel_shapes(options):
+    return tiny.tiny(options, head_dim=64, global_head_dim=128).half()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_step_reads_nothing_on_the_host(on_kernels, name):
+    model = half_with_kernel_shapes(tiny.ALL[name])
+    cache, ids = prefilled(model, (PROMPT, 3))
+    decoder = Decoder(model, cache, 2)
+    with emulated.one_schedule():
+        decoder(ids)
+        with NoHostReads():
+            decoder(ids)
+
+
+MOST = {"dense": 9, "e_series": 13, "k_eq_v": 9, "moe": 15}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_operators_of_a_layer(on_kernels, monkeypatch, name):
+    """Matrix products and fused ops alone: no copy, no cast, nothing made contiguous."""
+    model = half_with_kernel_shapes(tiny.ALL[name])
+    cache, ids = prefilled(model, (PROMPT, 3))
+    decoder, layers = Decoder(model, cache, 2), []
+    forward = gemma4.model.DecoderLayer.forward
+
+    def counted(self, *args):
+        with Operators() as operators:
+            result = forward(self, *args)
+        layers.append(operators.names)
+        return result
+
+    monkeypatch.setattr(gemma4.model.DecoderLayer, "forward", counted)
+    with emulated.one_schedule():
+        decoder(ids)
+    known = {"mm", "addmm", *emulated.ops_with_kernels()}
+    assert len(layers) == model.config.num_hidden_layers
+    for operators in layers:
+        assert set(operators) <= known, operators
+        assert sum(operators.values()) <= MOST[name], operators

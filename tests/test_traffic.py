@@ -1,0 +1,348 @@
+"""What the kernels ask of memory and of the tensor cores, counted by the emulator.
+
+Row kernels: each activation read once and each output written once, in whole 32-byte sectors, and
+no bank conflict. Weights are asked for by every block; they are small and stay in the caches, so
+for them only the sectors that DRAM must give count. Attention: no product, and no key, beyond those
+the tiles cannot do without.
+"""
+
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from conftest import Backend
+
+T = 64
+WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
+SMALL = WEIGHTS | {"positions", "slots", "ids"}
+
+
+def norm_inputs(backend, width, dtype):
+    return {
+        "x": backend.randn(T, width, dtype=dtype),
+        "weight": backend.weight(width, dtype=dtype),
+    }
+
+
+def add_norm_inputs(backend, width, dtype):
+    return {
+        "x": backend.randn(T, width, dtype=dtype),
+        "residual": backend.randn(T, width, dtype=dtype),
+        "post_weight": backend.weight(width, dtype=dtype),
+        "next_weight": backend.weight(width, dtype=dtype),
+        "scale": backend.weight(1, dtype=dtype),
+    }
+
+
+def moe_norm_inputs(backend, width, dtype):
+    return norm_inputs(backend, width, dtype) | {"scale": backend.weight(width, dtype=dtype)}
+
+
+def qkv_inputs(backend, heads, kv_heads, head_dim, dtype, with_v=True):
+    # Apart and not views of one projection, whose memory would be counted for all three.
+    return {
+        "q": backend.randn(T, heads, head_dim, dtype=dtype),
+        "k": backend.randn(T, kv_heads, head_dim, dtype=dtype),
+        "v": backend.randn(T, kv_heads, head_dim, dtype=dtype) if with_v else None,
+        "q_weight": backend.weight(head_dim, dtype=dtype),
+        "k_weight": backend.weight(head_dim, dtype=dtype),
+        "positions": torch.arange(T),
+        "inv_freq": torch.rand(head_dim // 2),
+    }
+
+
+def qkv_cache_inputs(backend, dtype):
+    caches = {name: backend.nan(2 * T, 2, 256, dtype=dtype) for name in ("k_cache", "v_cache")}
+    slots = torch.randperm(2 * T)[:T]
+    return qkv_inputs(backend, 8, 2, 256, dtype) | caches | {"slots": slots}
+
+
+def ple_embed_inputs(backend, dtype):
+    return {
+        "ids": torch.randperm(T),
+        "table": backend.randn(T, 5 * 256, dtype=dtype),
+        "projected": backend.randn(T, 5 * 256, dtype=dtype),
+        "weight": backend.weight(256, dtype=dtype),
+    }
+
+
+def ple_gate_inputs(backend, dtype):
+    ple = backend.randn(T, 5, 256, dtype=dtype)
+    return {"gate": backend.randn(T, 256, dtype=dtype), "ple": ple, "layer": 2}
+
+
+CASES = {  # op, its arguments
+    "rms_norm, E2B": ("rms_norm", lambda b, d: norm_inputs(b, 1536, d)),
+    "rms_norm, 12B": ("rms_norm", lambda b, d: norm_inputs(b, 3840, d)),
+    "add_rms_norm, E4B": ("add_rms_norm", lambda b, d: add_norm_inputs(b, 2560, d)),
+    "add_rms_norm, 26B": ("add_rms_norm", lambda b, d: add_norm_inputs(b, 2816, d)),
+    "moe_norm, 26B": ("moe_norm", lambda b, d: moe_norm_inputs(b, 2816, d)),
+    "qkv_norm_rope, sliding": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 8, 2, 256, d)),
+    "qkv_norm_rope, full": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 8, 2, 512, d)),
+    "qkv_norm_rope, V from K": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 4, 4, 512, d, False)),
+    "qkv_norm_rope_cache": ("qkv_norm_rope_cache", qkv_cache_inputs),
+    "geglu": ("geglu", lambda b, d: {"gate_up": b.randn(T, 2 * 2048, dtype=d)}),
+    "ple_embed": ("ple_embed", ple_embed_inputs),
+    "ple_gate": ("ple_gate", ple_gate_inputs),
+    "softcap": ("softcap", lambda b, d: {"logits": b.randn(T, 4096, dtype=d), "cap": 30.0}),
+    "softcap_argmax": (
+        "softcap_argmax",
+        lambda b, d: {"logits": b.randn(T, 8192, dtype=d), "cap": 30.0},
+    ),
+}
+
+
+@pytest.fixture
+def counted():
+    """The emulator's controls, counting."""
+    if not emulated.has_compiler():
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    control = emulated.control()
+    control.settings.profile = True
+    control.reset_counts()
+    yield control
+    control.settings.profile = False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("case", CASES)
+def test_traffic(counted, case, dtype):
+    op, make = CASES[case]
+    backend = Backend("emulated", "cpu", emulated.ops())
+    arguments = make(backend, dtype)
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    counted.settings.seed = 1
+    with emulated.one_schedule():
+        getattr(backend.ops, op)(**arguments)
+    counts = counted.counts()
+
+    # A lane's frequencies are 32 bytes in two loads, a sector each time, and from L1.
+    check_sites(counts, exempt=("inv_freq",))
+    for buffer in counts.buffers[: len(counts.buffers) // counts.launches]:
+        name, useful = buffer.name, buffer.bytes
+        if name in tensors:  # a view may have gaps
+            useful = tensors[name].numel() * tensors[name].element_size()
+            if name == "ple":
+                useful //= tensors[name].shape[1]
+        if buffer.written_bytes and name in ("k_cache", "v_cache"):
+            useful //= 2
+        touched = 32 * buffer.sectors_touched
+        assert touched <= 1.02 * useful + 64, f"{name}: {touched} bytes of DRAM for {useful}"
+        if name not in SMALL and name != "index":
+            asked = buffer.read_bytes + buffer.written_bytes
+            assert asked == useful, f"{name}: {asked} bytes asked for, {useful} would do"
+
+
+def check_sites(counts, exempt=(), exempt_lines=()):
+    for site in counts.sites:
+        if site.where in exempt_lines:
+            continue
+        assert site.wavefronts == site.ideal_wavefronts, f"bank conflicts at {site.where}"
+        if site.buffer not in exempt:
+            assert site.sectors == site.ideal_sectors, f"part of a sector at {site.where}"
+
+
+CARDS_KB = {"99 KB": 99, "163 KB": 163, "227 KB": 227}
+
+
+@pytest.mark.parametrize("card", CARDS_KB)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_prefill_work(counted, card, head_dim):
+    """Four heads share the keys; nothing is masked, so every product is useful."""
+    max_smem_bytes = counted.settings.max_smem_bytes = CARDS_KB[card] * 1024
+    backend = Backend("emulated", "cpu", emulated.ops())
+    tile = counted.attention_tile(head_dim, 384, max_smem_bytes)
+    tokens, heads, keys = 96, 4, 128
+    q, k, v = (
+        backend.randn(n, h, head_dim, dtype=torch.bfloat16, std=0.3)
+        for n, h in ((tokens, heads), (keys, 1), (keys, 1))
+    )
+    cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
+    with emulated.one_schedule():
+        backend.ops.attention_prefill(q, k, v, cu_q, cu_k, tokens, keys, causal=False)
+    counted.settings.max_smem_bytes = 227 * 1024
+
+    counts, rows = counted.counts(), tokens * heads
+    assert counts.mma == 2 * (rows // 16) * (keys // 16) * (head_dim // 16) * 2
+    blocks = rows / tile["rows"]
+    assert blocks.is_integer()
+    asked = {b.name: b.read_bytes + b.written_bytes for b in counts.buffers}
+    assert asked["q"] == asked["out"] == 2 * q.numel()
+    assert asked["k"] == asked["v"] == blocks * 2 * k.numel()
+    check_sites(counts)
+
+
+BACKWARD_ROWS = {  # of the tile, by head_dim and KB of shared memory
+    **{(64, kb): 64 for kb in (99, 227)},
+    **{(128, kb): 64 for kb in (99, 227)},
+    (256, 99): 32,
+    (256, 227): 64,
+    (512, 99): 16,
+    (512, 227): 32,
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD_ROWS, ids=str)
+def test_prefill_backward_work(counted, case):
+    """Seven products and not one more, on tiles that are full; what a block owns is read once, the
+    rest once for each block."""
+    head_dim, smem_kb = case
+    counted.settings.max_smem_bytes = smem_kb * 1024
+    backend = Backend("emulated", "cpu", emulated.ops())
+    tokens, heads, keys = 64, 2, 128
+    q, out, grad = backend.randn(3, tokens, heads, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
+    k, v = backend.randn(2, keys, 1, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
+    lse, grad_lse = backend.randn(2, heads, tokens).unbind()
+    cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
+    rest = (tokens, keys, 0.1, False, 0, -1, 0.0)
+    with emulated.one_schedule():
+        backend.ops.library.compiled(
+            *("attention_prefill_backward", grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *rest)
+        )
+    counted.settings.max_smem_bytes = 227 * 1024
+
+    counts, rows = counted.counts(), tokens * heads
+    assert counts.launches == 3
+    assert counts.mma == 7 * (rows // 16) * (keys // 16) * (head_dim // 16) * 2
+    asked = dict.fromkeys((b.name for b in counts.buffers), 0)
+    for buffer in counts.buffers:
+        asked[buffer.name] += buffer.read_bytes + buffer.written_bytes
+    own = BACKWARD_ROWS[case]
+    assert asked["q"] == (1 + keys / own) * 2 * q.numel()
+    assert asked["out"] == 2 * q.numel()
+    assert asked["grad_out"] == asked["q"] + asked["out"]
+    assert asked["k"] == asked["v"] == (1 + rows / own) * 2 * k.numel()
+    assert asked["grad_q"] == 2 * q.numel()
+    assert asked["grad_k"] == asked["grad_v"] == 2 * k.numel()
+    check_sites(counts, exempt=("lse", "grad_lse", "delta"))
+
+
+@pytest.mark.parametrize("layout", ["rows", "ring", "pages"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_decode_work(counted, layout, head_dim):
+    """Each visible key is read once for all the heads that share it, and no other."""
+    backend = Backend("emulated", "cpu", emulated.ops())
+    batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
+    q = backend.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, std=0.3)
+    slots = 528 if layout == "ring" else 640
+    shape = (batch * slots // 64, 64) if layout == "pages" else (batch, slots)
+    k, v = (backend.randn(*shape, kv_heads, head_dim, dtype=torch.bfloat16) for _ in "kv")
+    pages = torch.randperm(shape[0]).int().view(batch, -1) if layout == "pages" else None
+    with emulated.one_schedule():
+        backend.ops.attention_decode(
+            q, k, v, backend.int32(length, length), pages, window=window, ring=layout == "ring"
+        )
+    counts = counted.counts()
+    visible = (window or length) * batch * kv_heads * head_dim * 2
+    asked = {b.name: b.read_bytes for b in counts.buffers[: len(counts.buffers) // 2]}
+    assert asked["k"] == asked["v"] == visible
+    check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
+
+
+def moe_inputs(backend, tokens, num_experts, k, width, hidden):
+    chosen = torch.rand(tokens, num_experts).argsort(-1)[:, :k].int()
+    dtype = torch.bfloat16
+    return {
+        "x": backend.randn(tokens, width, dtype=dtype),
+        "gate_up": backend.randn(num_experts, 2 * hidden, width, dtype=dtype),
+        "down": backend.randn(num_experts, width, hidden, dtype=dtype),
+        "experts": chosen,
+        "weights": torch.rand(tokens, k),
+    }
+
+
+# The counts that find a block its tile, and the few values that say where results belong.
+MOE_SMALL = ("offsets", "order", "experts", "weights")
+
+
+def lines_with(path, text):
+    """Where the emulator's reports place the lines of a kernel that hold this text."""
+    lines = (emulated.CSRC / path).read_text().splitlines()
+    return [f"{Path(path).name}:{n}" for n, line in enumerate(lines, 1) if text in line]
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 12, 60])
+def test_moe_experts_few_work(counted, tokens):
+    """Of each touched expert every weight is read once, and nothing of the others."""
+    backend = Backend("emulated", "cpu", emulated.ops())
+    arguments = moe_inputs(backend, tokens, 64, 4, 576, 192)
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts, touched = counted.counts(), arguments["experts"].unique().numel()
+    assert counts.launches == 3
+    read = 0
+    for buffer in counts.buffers:
+        if buffer.name in ("gate_up", "down"):
+            assert buffer.read_bytes in (0, 2 * touched * arguments[buffer.name][0].numel())
+            assert 32 * buffer.sectors_touched == buffer.read_bytes
+            read += buffer.read_bytes
+    assert read == 3 * touched * 2 * 576 * 192
+    # Which rows of the products meet is the router's choice.
+    after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
+    check_sites(counts, MOE_SMALL, after_the_loop)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(128, 64), (256, 128)])
+def test_moe_experts_many_work(counted, tokens, rows):
+    """Tiles that are full do no product too many, and no copy or matrix load meets a bank twice."""
+    backend = Backend("emulated", "cpu", emulated.ops())
+    num_experts = 2 if rows == 128 else 4
+    arguments = moe_inputs(backend, tokens, num_experts, 1, 128, 64)
+    arguments["experts"][:] = 1
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 4
+    products = 3 * tokens * 128 * 64
+    assert counts.mma == products // (16 * 8 * 16)
+    weights = {b.name: 0 for b in counts.buffers}
+    for buffer in counts.buffers:
+        weights[buffer.name] += buffer.read_bytes
+    for name in ("gate_up", "down"):
+        assert weights[name] == tokens // rows * 2 * arguments[name][1].numel()
+    check_sites(counts, exempt=MOE_SMALL)
+
+
+def test_moe_experts_padding_work(counted):
+    """Of an expert's last tile, warps that hold no token do no product."""
+    backend = Backend("emulated", "cpu", emulated.ops())
+    arguments = moe_inputs(backend, 150, 2, 1, 128, 64)
+    arguments["experts"][:] = 1
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    assert counted.counts().mma == 3 * 160 * 128 * 64 // (16 * 8 * 16)
+
+
+PLANS = {  # head_dim, rows, KB of shared memory: rows, keys and column warps of the tile
+    (64, 1000, 99): (64, 64, 1),
+    (128, 1000, 64): (64, 64, 1),
+    (256, 8, 64): (16, 32, 4),
+    (256, 1000, 99): (64, 32, 2),
+    (256, 1000, 163): (64, 32, 1),
+    (256, 1000, 227): (64, 32, 1),
+    (512, 16, 99): (16, 32, 4),
+    (512, 17, 99): (48, 16, 2),
+    (512, 1000, 163): (64, 32, 2),
+    (512, 1000, 227): (64, 32, 2),
+}
+
+
+@pytest.mark.parametrize("case", PLANS, ids=str)
+def test_plan(counted, case):
+    head_dim, rows, smem_kb = case
+    tile = counted.attention_tile(head_dim, rows, smem_kb * 1024)
+    assert (tile["rows"], tile["keys"], tile["column_warps"]) == PLANS[case]
+    assert tile["smem_bytes"] <= smem_kb * 1024 and tile["threads"] <= 256
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "smem_kb", "sentence"),
+    [
+        (512, 64, "no tile of head_dim 512 fits in 65536 bytes"),
+        (96, 227, "head_dim 64, 128, 256 and 512, got 96"),
+    ],
+)
+def test_no_plan(counted, head_dim, smem_kb, sentence):
+    with pytest.raises(RuntimeError, match=sentence):
+        counted.attention_tile(head_dim, 1000, smem_kb * 1024)
