@@ -23,30 +23,11 @@
 #include "../common/indices.cuh"
 #include "../common/launch.h"
 #include "../common/math.cuh"
-#include "../common/tile.cuh"
 #include "../common/vec.cuh"
 #include "../ops.h"
+#include "attention_warp.cuh"
 
 namespace gemma4 {
-
-template <int kHeadDim_, int kRows_, int kKeys_, int kColumnWarps_>
-struct AttentionTile {
-  static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kKeys = kKeys_;
-  static constexpr int kColumnWarps = kColumnWarps_, kRowWarps = kRows / 16;
-  static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * 32;
-  static constexpr int kColumns = kHeadDim / kColumnWarps;
-  // Decoding waits for memory, and more blocks hide it; without a number the compiler picks one
-  // that it cannot keep everywhere.
-  static constexpr int kBlocks = kRows == 16 && kHeadDim <= 256 ? 3 : 1;
-  static_assert(kRows % 16 == 0 && kKeys % 16 == 0 && kColumns % 16 == 0);
-};
-
-template <class Tile, bool kNeeded = (Tile::kColumnWarps > 1)>
-struct ScoreExchange {
-  float4 partial[Tile::kWarps][Tile::kKeys / 8][32];
-};
-template <class Tile>
-struct ScoreExchange<Tile, false> {};
 
 template <class T, class Tile>
 struct AttentionSmem : ScoreExchange<Tile> {
@@ -55,6 +36,11 @@ struct AttentionSmem : ScoreExchange<Tile> {
   alignas(128) T v[Tile::kKeys * Tile::kHeadDim];
   int64_t key_offset[2][Tile::kKeys];  // of this tile's keys and the next one's
 };
+
+// Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
+// without a number the compiler picks one that it cannot keep everywhere.
+template <class Tile>
+constexpr int kResidentBlocks = Tile::kRows == 16 && Tile::kHeadDim <= 256 ? 3 : 1;
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr int kLeastKeysOfSplit = 256, kMostSplits = 64;
@@ -116,13 +102,12 @@ DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, in
 }
 
 template <class T, class Tile, bool kSoftcap>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kHeadDim = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
-  constexpr int kColumns = Tile::kColumns, kColumnWarps = Tile::kColumnWarps;
+  constexpr int kColumns = Tile::kColumns;
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row_of_warp = warp / kColumnWarps * 16, column_of_warp = warp % kColumnWarps * kColumns;
+  const int lane = threadIdx.x % 32, row_of_warp = Tile::row(), column_of_warp = Tile::column();
 
   const int g = blockIdx.y, b = blockIdx.z, group = p.q_heads / p.kv_heads;
   const int split = blockIdx.x % p.splits;
@@ -186,44 +171,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     ptx::cp_async_commit();
     place_keys(turn + 1, key + kKeys);
 
-    // Scores: element e of score[n] is row lane / 4 + e / 2 * 8, key n * 8 + lane % 4 * 2 + e % 2.
     float score[kKeys / 8][4] = {};
-#pragma unroll 4
-    for (int column = 0; column < kColumns; column += 16) {
-      uint32_t q[4];
-      load_a<kHeadDim>(q, smem.q, row_of_warp, column_of_warp + column);
-#pragma unroll
-      for (int n = 0; n < kKeys / 16; n++) {
-        uint32_t k[4];
-        load_b_transposed<kHeadDim>(k, smem.k, n * 16, column_of_warp + column);
-        ptx::mma_16816<T>(score[2 * n], q, k[0], k[1]);
-        ptx::mma_16816<T>(score[2 * n + 1], q, k[2], k[3]);
-      }
-    }
-    if constexpr (kColumnWarps > 1) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n++)
-        store_shared(&smem.partial[warp][n][lane],
-                     {score[n][0], score[n][1], score[n][2], score[n][3]});
-    }
+    multiply<Tile>(score, smem.q, smem.k);
+    smem.put(score);
     __syncthreads();
     if (key + kKeys < keys.end)
       copy_rows<kHeadDim, kKeys, Tile::kThreads>(smem.k, keys_from(p.k, turn + 1, key + kKeys));
     ptx::cp_async_commit();
-    if constexpr (kColumnWarps > 1) {
-      // In the order of the warps, so that all of them round alike.
-      const int first_warp = warp - warp % kColumnWarps;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n++) {
-        float4 total = load_shared(&smem.partial[first_warp][n][lane]);
-#pragma unroll
-        for (int w = 1; w < kColumnWarps; w++) {
-          const float4 part = load_shared(&smem.partial[first_warp + w][n][lane]);
-          total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
-        }
-        score[n][0] = total.x, score[n][1] = total.y, score[n][2] = total.z, score[n][3] = total.w;
-      }
-    }
+    smem.total(score);
 
     // Scores become multiples of ln 2, which exp2 wants.
 #pragma unroll
@@ -275,18 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
     ptx::cp_async_wait<1>();
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; n++) {
-      const uint32_t a[4] = {probability[2 * n][0], probability[2 * n][1],
-                             probability[2 * n + 1][0], probability[2 * n + 1][1]};
-#pragma unroll
-      for (int m = 0; m < kColumns / 16; m++) {
-        uint32_t v[4];
-        load_b<kHeadDim>(v, smem.v, n * 16, column_of_warp + m * 16);
-        ptx::mma_16816<T>(out[2 * m], a, v[0], v[1]);
-        ptx::mma_16816<T>(out[2 * m + 1], a, v[2], v[3]);
-      }
-    }
+    accumulate<Tile>(out, probability, smem.v);
   }
   ptx::cp_async_wait<0>();
 
@@ -324,29 +268,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     return;
   }
 
-  // Through the warp's own part of q, which no other warp reads, to rows of whole sectors.
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; n++) {
-      const int row = row_of_warp + lane / 4 + i * 8;
-      T* to = smem.q + chunk_offset<kHeadDim>(row, column_of_warp / 8 + n) + lane % 4 * 2;
-      *reinterpret_cast<uint32_t*>(to) =
-          pack_pair<T>(out[n][2 * i] * inverse[i], out[n][2 * i + 1] * inverse[i]);
-    }
-  __syncwarp();
-  constexpr int kChunks = kColumns / 8;
-#pragma unroll
-  for (int i = 0; i < 16 * kChunks / 32; i++) {
-    const int row = row_of_warp + (i * 32 + lane) / kChunks;
-    const int chunk = column_of_warp / 8 + (i * 32 + lane) % kChunks;
-    if (row >= rows) continue;
+  write_rows<Tile>(smem.q, out, inverse, rows, [&](int row) {
     const int query = (first_row + row) / group, head = g * group + (first_row + row) % group;
-    const auto* from = reinterpret_cast<const uint4*>(smem.q + chunk_offset<kHeadDim>(row, chunk));
-    ptx::store_16(static_cast<T*>(p.out) +
-                      ((s.q_begin + query) * p.q_heads + head) * int64_t{kHeadDim} + chunk * 8,
-                  load_shared(from));
-  }
+    return static_cast<T*>(p.out) + ((s.q_begin + query) * p.q_heads + head) * int64_t{kHeadDim};
+  });
 }
 
 }  // namespace gemma4

@@ -15,7 +15,7 @@
 // of q and grad_out are (token, query head of one KV head) pairs as in attention.cuh, so that
 // grad_k and grad_v are whole.
 //
-// Warps divide rows and columns as in attention.cuh, and exchange partial sums of s and of
+// Warps divide rows and columns as attention_warp.cuh says, and exchange partial sums of s and of
 // grad_out vᵀ. Barriers a tile: w has landed; u has landed; the partial sums are there; w is free;
 // u is free. The copy of the next w runs under ds u, that of u under y wᵀ.
 //
@@ -71,43 +71,14 @@ __global__ void __launch_bounds__(kDeltaWarps * 32)
   if (threadIdx.x % 32 == 0) p.delta[at] = sum - p.grad_lse[at];
 }
 
-// Each warp's part of two sums becomes the whole, added in the order of the warps.
-template <class Tile>
-DEVICE void add_partial_sums(ScoreExchange<Tile>& a_smem, ScoreExchange<Tile>& b_smem,
-                             float (&a)[Tile::kKeys / 8][4], float (&b)[Tile::kKeys / 8][4],
-                             int warp, int lane) {
-#pragma unroll
-  for (int n = 0; n < Tile::kKeys / 8; n++) {
-    store_shared(&a_smem.partial[warp][n][lane], {a[n][0], a[n][1], a[n][2], a[n][3]});
-    store_shared(&b_smem.partial[warp][n][lane], {b[n][0], b[n][1], b[n][2], b[n][3]});
-  }
-  __syncthreads();
-  const int first_warp = warp - warp % Tile::kColumnWarps;
-  const auto total = [&](const ScoreExchange<Tile>& smem, float (&d)[4], int n) {
-    float4 sum = load_shared(&smem.partial[first_warp][n][lane]);
-#pragma unroll
-    for (int w = 1; w < Tile::kColumnWarps; w++) {
-      const float4 part = load_shared(&smem.partial[first_warp + w][n][lane]);
-      sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
-    }
-    d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
-  };
-#pragma unroll
-  for (int n = 0; n < Tile::kKeys / 8; n++) {
-    total(a_smem, a[n], n);
-    total(b_smem, b[n], n);
-  }
-}
-
 template <class T, class Tile, bool kOfKeys>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardParams p) {
   constexpr int kHeadDim = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
-  constexpr int kColumns = Tile::kColumns, kColumnWarps = Tile::kColumnWarps;
+  constexpr int kColumns = Tile::kColumns;
   auto& smem = shared_memory<BackwardSmem<T, Tile>>();
   const AttentionParams& f = p.forward;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row_of_warp = warp / kColumnWarps * 16, column_of_warp = warp % kColumnWarps * kColumns;
+  const int lane = threadIdx.x % 32;
 
   const int g = blockIdx.y, b = blockIdx.z, group = f.q_heads / f.kv_heads;
   const Sequence s = sequence_at(f, b);
@@ -184,44 +155,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   float own_lse[2] = {}, own_delta[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int row = min(first + row_of_warp + lane / 4 + i * 8, last);
+    const int row = min(first + Tile::row() + lane / 4 + i * 8, last);
     own_position[i] = kOfKeys ? row : position(row);
     if constexpr (!kOfKeys) {
       own_lse[i] = f.lse[lse_at(row)] * kLog2e;
       own_delta[i] = p.delta[lse_at(row)];
     }
   }
-
-  // d += a bᵀ over this warp's columns.
-  const auto multiply = [&](float (&d)[kKeys / 8][4], const T* a_tile, const T* b_tile) {
-#pragma unroll 4
-    for (int column = 0; column < kColumns; column += 16) {
-      uint32_t a[4];
-      load_a<kHeadDim>(a, a_tile, row_of_warp, column_of_warp + column);
-#pragma unroll
-      for (int n = 0; n < kKeys / 16; n++) {
-        uint32_t b[4];
-        load_b_transposed<kHeadDim>(b, b_tile, n * 16, column_of_warp + column);
-        ptx::mma_16816<T>(d[2 * n], a, b[0], b[1]);
-        ptx::mma_16816<T>(d[2 * n + 1], a, b[2], b[3]);
-      }
-    }
-  };
-  // d += a b, a from the tensor cores' own results.
-  const auto accumulate = [&](float (&d)[kColumns / 8][4], const uint32_t (&a)[kKeys / 8][2],
-                              const T* b_tile) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; n++) {
-      const uint32_t operand[4] = {a[2 * n][0], a[2 * n][1], a[2 * n + 1][0], a[2 * n + 1][1]};
-#pragma unroll
-      for (int m = 0; m < kColumns / 16; m++) {
-        uint32_t b[4];
-        load_b<kHeadDim>(b, b_tile, n * 16, column_of_warp + m * 16);
-        ptx::mma_16816<T>(d[2 * m], operand, b[0], b[1]);
-        ptx::mma_16816<T>(d[2 * m + 1], operand, b[2], b[3]);
-      }
-    }
-  };
 
   float by_u[kColumns / 8][4] = {}, by_w[kOfKeys ? kColumns / 8 : 1][4] = {};
   if (range.begin < range.end) {
@@ -243,13 +183,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();
     place_rows(turn + 1, row + kKeys);
     float slope[kKeys / 8][4] = {}, score[kKeys / 8][4] = {};
-    multiply(slope, smem.y, smem.w);
+    multiply<Tile>(slope, smem.y, smem.w);
     ptx::cp_async_wait<0>();
     __syncthreads();
-    multiply(score, smem.x, smem.u);
-    if constexpr (kColumnWarps > 1) {
-      add_partial_sums<Tile>(smem.slope, smem.score, slope, score, warp, lane);
-    }
+    multiply<Tile>(score, smem.x, smem.u);
+    smem.slope.put(slope);
+    smem.score.put(score);
+    if constexpr (Tile::kColumnWarps > 1) __syncthreads();
+    smem.slope.total(slope);
+    smem.score.total(score);
 
     // Pairs of a query and a key, of which the nearest and the farthest decide whether all are
     // seen.
@@ -288,39 +230,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
 
     if constexpr (kOfKeys) {
-      accumulate(by_w, p_pairs, smem.w);
+      accumulate<Tile>(by_w, p_pairs, smem.w);
       __syncthreads();
     }
     copy_w(turn + 1, row + kKeys);
-    accumulate(by_u, ds_pairs, smem.u);
+    accumulate<Tile>(by_u, ds_pairs, smem.u);
     __syncthreads();
     copy_u(turn + 1, row + kKeys);
   }
   ptx::cp_async_wait<0>();
 
-  // Through the warp's own part of x or y, which no other warp reads, to rows of whole sectors.
   const auto write = [&](T* tile, const float (&d)[kColumns / 8][4], float factor, void* to) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; n++) {
-        const int row = row_of_warp + lane / 4 + i * 8;
-        T* at = tile + chunk_offset<kHeadDim>(row, column_of_warp / 8 + n) + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(at) =
-            pack_pair<T>(d[n][2 * i] * factor, d[n][2 * i + 1] * factor);
-      }
-    __syncwarp();
-    constexpr int kChunks = kColumns / 8;
-#pragma unroll
-    for (int i = 0; i < 16 * kChunks / 32; i++) {
-      const int row = row_of_warp + (i * 32 + lane) / kChunks;
-      const int chunk = column_of_warp / 8 + (i * 32 + lane) % kChunks;
-      if (row >= rows) continue;
+    write_rows<Tile>(tile, d, {factor, factor}, rows, [&](int row) {
       const int64_t at = kOfKeys ? ((s.k_begin + first + row) * f.kv_heads + g) * int64_t{kHeadDim}
                                  : out_at(first + row);
-      const auto* from = reinterpret_cast<const uint4*>(tile + chunk_offset<kHeadDim>(row, chunk));
-      ptx::store_16(static_cast<T*>(to) + at + chunk * 8, load_shared(from));
-    }
+      return static_cast<T*>(to) + at;
+    });
   };
   write(smem.x, by_u, f.scale, kOfKeys ? p.grad_k : p.grad_q);
   if constexpr (kOfKeys) write(smem.y, by_w, 1.0f, p.grad_v);

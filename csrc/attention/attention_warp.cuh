@@ -1,0 +1,123 @@
+// What the warps of the forward and of the backward kernel do alike.
+//
+// A block owns kRows rows and meets kKeys others at a time, all of kHeadDim columns. Its warps form
+// kRowWarps x kColumnWarps: a warp owns 16 rows and kColumns columns. Products are as the tensor
+// cores leave them: element e of d[n] is row lane / 4 + e / 2 * 8 of the warp's and column n * 8 +
+// lane % 4 * 2 + e % 2.
+#pragma once
+
+#include "../common/tile.cuh"
+
+namespace gemma4 {
+
+template <int kHeadDim_, int kRows_, int kKeys_, int kColumnWarps_>
+struct AttentionTile {
+  static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kKeys = kKeys_;
+  static constexpr int kColumnWarps = kColumnWarps_, kRowWarps = kRows / 16;
+  static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * 32;
+  static constexpr int kColumns = kHeadDim / kColumnWarps;
+  static_assert(kRows % 16 == 0 && kKeys % 16 == 0 && kColumns % 16 == 0);
+
+  // The first of the warp's rows and of its columns.
+  DEVICE static int row() { return threadIdx.x / 32 / kColumnWarps * 16; }
+  DEVICE static int column() { return threadIdx.x / 32 % kColumnWarps * kColumns; }
+};
+
+// Where the warps of the same rows add their parts of a product over all columns.
+template <class Tile, bool kNeeded = (Tile::kColumnWarps > 1)>
+struct ScoreExchange {
+  float4 partial[Tile::kWarps][Tile::kKeys / 8][32];
+
+  DEVICE void put(const float (&d)[Tile::kKeys / 8][4]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; n++)
+      store_shared(&partial[warp][n][lane], {d[n][0], d[n][1], d[n][2], d[n][3]});
+  }
+
+  // After a barrier; in the order of the warps, so that all of them round alike.
+  DEVICE void total(float (&d)[Tile::kKeys / 8][4]) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_warp = warp - warp % Tile::kColumnWarps;
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; n++) {
+      float4 sum = load_shared(&partial[first_warp][n][lane]);
+#pragma unroll
+      for (int w = 1; w < Tile::kColumnWarps; w++) {
+        const float4 part = load_shared(&partial[first_warp + w][n][lane]);
+        sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+      }
+      d[n][0] = sum.x, d[n][1] = sum.y, d[n][2] = sum.z, d[n][3] = sum.w;
+    }
+  }
+};
+template <class Tile>
+struct ScoreExchange<Tile, false> {
+  DEVICE void put(const float (&)[Tile::kKeys / 8][4]) {}
+  DEVICE void total(float (&)[Tile::kKeys / 8][4]) const {}
+};
+
+// d += a bᵀ over the warp's columns alone.
+template <class Tile, class T>
+DEVICE void multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, const T* b_tile) {
+#pragma unroll 4
+  for (int column = 0; column < Tile::kColumns; column += 16) {
+    uint32_t a[4];
+    load_a<Tile::kHeadDim>(a, a_tile, Tile::row(), Tile::column() + column);
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 16; n++) {
+      uint32_t b[4];
+      load_b_transposed<Tile::kHeadDim>(b, b_tile, n * 16, Tile::column() + column);
+      ptx::mma_16816<T>(d[2 * n], a, b[0], b[1]);
+      ptx::mma_16816<T>(d[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// d += a b in the warp's columns; a is a product in 16 bits: a[n][i] holds elements 2 i and 2 i
+// + 1.
+template <class Tile, class T>
+DEVICE void accumulate(float (&d)[Tile::kColumns / 8][4], const uint32_t (&a)[Tile::kKeys / 8][2],
+                       const T* b_tile) {
+#pragma unroll
+  for (int n = 0; n < Tile::kKeys / 16; n++) {
+    const uint32_t operand[4] = {a[2 * n][0], a[2 * n][1], a[2 * n + 1][0], a[2 * n + 1][1]};
+#pragma unroll
+    for (int m = 0; m < Tile::kColumns / 16; m++) {
+      uint32_t b[4];
+      load_b<Tile::kHeadDim>(b, b_tile, n * 16, Tile::column() + m * 16);
+      ptx::mma_16816<T>(d[2 * m], operand, b[0], b[1]);
+      ptx::mma_16816<T>(d[2 * m + 1], operand, b[2], b[3]);
+    }
+  }
+}
+
+// The warp's columns of d, each of a lane's two rows by its factor, to the first `rows` rows, which
+// start at to(row). They go through the warp's own part of a tile, which no other warp reads any
+// more, to leave in whole sectors.
+template <class Tile, class T, class To>
+DEVICE void write_rows(T* tile, const float (&d)[Tile::kColumns / 8][4], const float (&factor)[2],
+                       int rows, const To& to) {
+  constexpr int kChunks = Tile::kColumns / 8;
+  const int lane = threadIdx.x % 32, first_chunk = Tile::column() / 8;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int n = 0; n < kChunks; n++) {
+      const int row = Tile::row() + lane / 4 + i * 8;
+      T* at = tile + chunk_offset<Tile::kHeadDim>(row, first_chunk + n) + lane % 4 * 2;
+      *reinterpret_cast<uint32_t*>(at) =
+          pack_pair<T>(d[n][2 * i] * factor[i], d[n][2 * i + 1] * factor[i]);
+    }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16 * kChunks / 32; i++) {
+    const int row = Tile::row() + (i * 32 + lane) / kChunks;
+    const int chunk = first_chunk + (i * 32 + lane) % kChunks;
+    if (row >= rows) continue;
+    const T* from = tile + chunk_offset<Tile::kHeadDim>(row, chunk);
+    ptx::store_16(to(row) + chunk * 8, load_shared(reinterpret_cast<const uint4*>(from)));
+  }
+}
+
+}  // namespace gemma4
