@@ -1,4 +1,4 @@
-"""What nvcc makes of every kernel on every architecture: ptxas' report and the SASS, read."""
+"""What nvcc makes of every kernel on every architecture: its resources and its SASS, read."""
 
 import functools
 import importlib.util
@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
@@ -30,13 +31,12 @@ setup_py = _load_setup()
 
 @dataclass
 class Kernel:
-    """One kernel on one architecture, as ptxas reports it and cuobjdump lists it."""
+    """One kernel on one architecture, as cuobjdump lists it."""
 
     name: str
     arch: str
-    stack: int = 0
-    spills: int = 0
     registers: int = 0
+    stack: int = 0  # bytes a thread, of what was spilled too
     static_smem: int = 0
     instructions: set[str] = field(default_factory=set)
     # Of the smallest loop that holds most tensor instructions, and of the one inside it, if any.
@@ -61,7 +61,7 @@ class Kernel:
         warps = threads // 32
         # A warp's registers come in units of 256 from one of four equal parts.
         register_warps = 4 * (16384 // (-(-self.registers * 32 // 256) * 256))
-        smem = -(-(smem_bytes + self.static_smem + 1024) // 128) * 128
+        smem = -(-(smem_bytes + self.static_smem + RESERVED_SMEM) // 128) * 128
         fits = (register_warps // warps, on.smem_kb * 1024 // smem, on.threads // threads)
         return min(*fits, on.blocks)
 
@@ -82,7 +82,7 @@ def plain_name(signature: str) -> str:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    smem_kb: int  # of which each block costs 1 beyond its own
+    smem_kb: int
     threads: int
     blocks: int
 
@@ -95,8 +95,9 @@ MULTIPROCESSORS = {
 }
 
 
+# What the system takes of each block's; from sm_90a on cuobjdump counts it.
+RESERVED_SMEM = 1024
 TENSOR = re.compile(r"HG?MMA\b")
-Kernels = dict[tuple[str, str], Kernel]
 
 
 @functools.cache
@@ -119,57 +120,36 @@ def cuobjdump() -> Path | None:
     return next(filter(Path.is_file, found), None)
 
 
-def _read_ptxas(report: str) -> Kernels:
-    kernels: Kernels = {}
-    for line in report.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
-            kernel = kernels[match.groups()] = Kernel(*match.groups())
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+)", line):
-            kernel.stack, stores, loads = map(int, match.groups())
-            kernel.spills = stores + loads
-        elif match := re.search(r"Used (\d+) registers", line):
-            kernel.registers = int(match[1])
-            smem = re.search(r"(\d+) bytes smem", line)
-            kernel.static_smem = int(smem[1]) if smem else 0
-    return kernels
-
-
 SASS = re.compile(
     r"code for (?P<arch>\w+)|Function : (?P<kernel>\w+)|/\*(?P<address>[0-9a-f]{4,})\*/\s+"
     r"(?:@!?U?P\w+ )?\s*(?P<name>[A-Z][.\w]*)(?P<operands>[^;]*);"
 )
+USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 MEMORY = re.compile(r"(LDG|STG|LDL|STL|LDGSTS|LDSM)\b")
+Instruction = tuple[int, str, str]  # address, name, operands
 
 
-def _functions(objects: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]]]]:
-    """(kernel, arch, its instructions as (address, name, operands)) of each in an object file."""
+def _functions(listing: str) -> Iterator[tuple[str, str, list[Instruction]]]:
+    """(kernel, arch, its instructions) of each in cuobjdump's listing."""
     arch = kernel = None
-    body: list[tuple[int, str, str]] = []
-    with subprocess.Popen(
-        [cuobjdump(), "-sass", objects], stdout=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            match = SASS.search(line)
-            if match is None:
-                continue
-            if match["address"]:
-                body.append((int(match["address"], 16), match["name"], match["operands"]))
-                continue
-            if body:
-                yield kernel, arch, body
-                body = []
-            arch, kernel = match["arch"] or arch, match["kernel"] or kernel
+    body: list[Instruction] = []
+    for match in SASS.finditer(listing):
+        if match["address"]:
+            body.append((int(match["address"], 16), match["name"], match["operands"]))
+            continue
         if body:
             yield kernel, arch, body
-    if process.returncode != 0:
-        raise RuntimeError(f"cuobjdump cannot read {objects}")
+            body = []
+        arch, kernel = match["arch"] or arch, match["kernel"] or kernel
+    if body:
+        yield kernel, arch, body
 
 
 def tensor_count(loop: Counter[str]) -> int:
     return sum(count for name, count in loop.items() if TENSOR.match(name))
 
 
-def _tensor_loops(body: list[tuple[int, str, str]]) -> tuple[Counter[str], Counter[str]]:
+def _tensor_loops(body: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
     """The instructions of `Kernel.loop` and `Kernel.inner_loop`."""
     loops = set()
     for address, name, operands in body:
@@ -190,34 +170,48 @@ def _tensor_loops(body: list[tuple[int, str, str]]) -> tuple[Counter[str], Count
     return inside[outer], inside[inner] if inner else Counter()
 
 
-def _read_sass(objects: Path, kernels: Kernels) -> None:
-    for name, arch, body in _functions(objects):
-        kernel = kernels[name, arch]
-        kernel.instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
-        kernel.loop, kernel.inner_loop = _tensor_loops(body)
+def _read_cubin(cubin: Path) -> list[Kernel]:
+    command = [cuobjdump(), "-res-usage", "-sass", cubin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: map(int, numbers) for name, *numbers in USAGE.findall(listing)}
+    kernels = []
+    for name, arch, body in _functions(listing):
+        registers, stack, smem = usage[name]
+        if arch != "sm_80":
+            smem -= RESERVED_SMEM
+        instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
+        loops = _tensor_loops(body)
+        kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops))
+    return kernels
 
 
-def compile_kernels(folder: Path) -> list[Kernel]:
-    """All kernels on all architectures; each source is compiled once, with setup.py's flags.
+def compile_kernels(folder: Path) -> list[Path]:
+    """Object files of all kernels on all architectures, made with setup.py's flags.
 
     Raises RuntimeError with nvcc's words if one does not compile.
     """
 
-    def compile_one(source: Path) -> Kernels:
+    def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         flags = setup_py.nvcc_flags(ARCHS)
         command = [toolkit() / "bin" / "nvcc", *flags, "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
-        made = _read_ptxas(done.stderr)
-        if cuobjdump():
-            _read_sass(target, made)
-        return made
+        return target
 
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(compile_one, sorted(ROOT.glob("csrc/*/*.cu"))))
-    made = [kernel for part in parts for kernel in part.values()]
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/*/*.cu"))))
+
+
+def read_kernels(files: Iterable[Path]) -> list[Kernel]:
+    """The kernels in object files or a library, each on every architecture it was compiled for."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        for file in files:
+            command = [cuobjdump(), "-xelf", "all", file.resolve()]
+            subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        parts = list(pool.map(_read_cubin, sorted(Path(folder).iterdir())))
+    made = [kernel for part in parts for kernel in part]
     names = "\n".join(kernel.name for kernel in made)
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
     for kernel, name in zip(made, plain.stdout.splitlines(), strict=True):

@@ -61,6 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="use this build of the emulated kernels instead of making one",
     )
+    parser.addoption(
+        "--cuda-library",
+        type=Path,
+        help="read the kernels in this file instead of compiling them: a build for all GPUs",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,11 +99,17 @@ def device_backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[compiled.Kernel]:
+def kernels(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[compiled.Kernel]:
     """Every kernel on every architecture, compiled once for all tests that look at them."""
     if compiled.toolkit() is None:
         pytest.skip("no CUDA toolkit to compile the kernels with")
-    made = compiled.compile_kernels(tmp_path_factory.mktemp("kernels"))
+    if compiled.cuobjdump() is None:
+        pytest.skip("no cuobjdump and nvdisasm in the toolkit, triton or NVIDIA's wheels")
+    library = request.config.getoption("--cuda-library")
+    files = [library] if library else compiled.compile_kernels(tmp_path_factory.mktemp("kernels"))
+    made = compiled.read_kernels(files)
     print("\n".join(map(str, made)))
     return made
 
