@@ -95,7 +95,7 @@ MULTIPROCESSORS = {
 }
 
 
-# What the system takes of each block's; from sm_90a on cuobjdump counts it.
+# What the system takes of each block's; from sm_90a on cuobjdump counts it, though not always.
 RESERVED_SMEM = 1024
 TENSOR = re.compile(r"HG?MMA\b")
 
@@ -178,7 +178,7 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
     for name, arch, body in _functions(listing):
         registers, stack, smem = usage[name]
         if arch != "sm_80":
-            smem -= RESERVED_SMEM
+            smem = max(smem - RESERVED_SMEM, 0)
         instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
         loops = _tensor_loops(body)
         kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops))
