@@ -21,7 +21,7 @@ void with_backward_tile(int head_dim, size_t max_smem_bytes, F&& f) {
       return f.template operator()<AttentionTile<128, 64, 32, 1>>();
     case 256:
       return either
-          .template operator()<AttentionTile<256, 64, 32, 2>, AttentionTile<256, 32, 32, 2>>();
+          .template operator()<AttentionTile<256, 64, 32, 2>, AttentionTile<256, 64, 16, 2>>();
     case 512:
       return either
           .template operator()<AttentionTile<512, 32, 16, 4>, AttentionTile<512, 16, 16, 4>>();

@@ -113,6 +113,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   };
   const auto key_at = [&](int key) { return key_offset(f, s, b, g, key); };
   const auto lse_at = [&](int row) { return head_of(row) * f.tokens + token_of(row); };
+  // As a multiple of ln 2; where a row sees no key, p is 0 and not exp(-inf + inf).
+  const auto log2_sum = [&](int row) {
+    const float lse = f.lse[lse_at(row)];
+    return lse == -INFINITY ? INFINITY : lse * kLog2e;
+  };
 
   const auto place_rows = [&](int turn, int first_row) {
     const int i = threadIdx.x;
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       to.w[i] = out_at(row);
       to.position[i] = position(row);
       // A row that does not exist has p = 0.
-      to.lse[i] = first_row + i < range.end ? f.lse[lse_at(row)] * kLog2e : INFINITY;
+      to.lse[i] = first_row + i < range.end ? log2_sum(row) : INFINITY;
       to.delta[i] = p.delta[lse_at(row)];
     } else {
       to.u[i] = to.w[i] = key_at(row);
@@ -150,6 +155,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     copy_tile(smem.u, kOfKeys ? f.q : f.k, smem.rows[turn % 2].u, first_row);
   };
 
+  const float inverse_cap = 1.0f / f.softcap;
+
   // Each lane keeps two rows of the warp's sixteen.
   int own_position[2];
   float own_lse[2] = {}, own_delta[2] = {};
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int row = min(first + Tile::row() + lane / 4 + i * 8, last);
     own_position[i] = kOfKeys ? row : position(row);
     if constexpr (!kOfKeys) {
-      own_lse[i] = f.lse[lse_at(row)] * kLog2e;
+      own_lse[i] = log2_sum(row);
       own_delta[i] = p.delta[lse_at(row)];
     }
   }
@@ -200,33 +207,42 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int q_high = kOfKeys ? tile.position[kKeys - 1] : position(last);
     const int k_low = kOfKeys ? first : row, k_high = kOfKeys ? last : row + kKeys - 1;
     const bool masked = k_high - q_low > right || q_high - k_low >= left || k_high >= s.keys;
+    // Each step over all of the scores in turn, so that a call without it skips it at once.
+    const auto each = [&](const auto& step) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          step(score[n][e], slope[n][e], e / 2, n * 8 + lane % 4 * 2 + e % 2);
+    };
+    each([&](float& x, float& ds, int i, int other) {
+      x *= f.scale;
+      ds -= kOfKeys ? tile.delta[other] : own_delta[i];
+    });
+    if (f.softcap > 0) {
+      each([&](float& x, float& ds, int, int) {
+        x = softcap_fast(x, f.softcap);
+        ds *= 1.0f - (x * inverse_cap) * (x * inverse_cap);
+      });
+    }
+    if (masked) {
+      each([&](float& x, float& ds, int i, int other) {
+        const int query = kOfKeys ? tile.position[other] : own_position[i];
+        const int key = kOfKeys ? own_position[i] : tile.position[other];
+        if (key - query > right || query - key >= left || key >= s.keys) x = -INFINITY, ds = 0.0f;
+      });
+    }
     uint32_t p_pairs[kKeys / 8][2], ds_pairs[kKeys / 8][2];
+    each([&](float& x, float& ds, int i, int other) {
+      x = ptx::exp2_approx(x * kLog2e - (kOfKeys ? tile.lse[other] : own_lse[i]));
+      ds *= x;
+    });
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float probability[2], ds[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int other = n * 8 + lane % 4 * 2 + e;
-          const float lse = kOfKeys ? tile.lse[other] : own_lse[i];
-          const float delta = kOfKeys ? tile.delta[other] : own_delta[i];
-          float x = score[n][2 * i + e] * f.scale, factor = 1.0f;
-          if (f.softcap > 0) {
-            x = softcap_fast(x, f.softcap);
-            factor = 1.0f - (x / f.softcap) * (x / f.softcap);
-          }
-          probability[e] = ptx::exp2_approx(x * kLog2e - lse);
-          ds[e] = probability[e] * (slope[n][2 * i + e] - delta) * factor;
-          if (masked) {
-            const int query = kOfKeys ? tile.position[other] : own_position[i];
-            const int key = kOfKeys ? own_position[i] : tile.position[other];
-            if (key - query > right || query - key >= left || key >= s.keys)
-              probability[e] = ds[e] = 0.0f;
-          }
-        }
-        p_pairs[n][i] = pack_pair<T>(probability[0], probability[1]);
-        ds_pairs[n][i] = pack_pair<T>(ds[0], ds[1]);
+        p_pairs[n][i] = pack_pair<T>(score[n][2 * i], score[n][2 * i + 1]);
+        ds_pairs[n][i] = pack_pair<T>(slope[n][2 * i], slope[n][2 * i + 1]);
       }
 
     if constexpr (kOfKeys) {

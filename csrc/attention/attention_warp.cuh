@@ -60,14 +60,16 @@ struct ScoreExchange<Tile, false> {
 // d += a bᵀ over the warp's columns alone.
 template <class Tile, class T>
 DEVICE void multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, const T* b_tile) {
+  const auto a_at = lane_address<Tile::kHeadDim>(a_tile, Tile::row(), Tile::column());
+  const auto b_at = transposed_lane_address<Tile::kHeadDim>(b_tile, 0, Tile::column());
 #pragma unroll 4
   for (int column = 0; column < Tile::kColumns; column += 16) {
     uint32_t a[4];
-    load_a<Tile::kHeadDim>(a, a_tile, Tile::row(), Tile::column() + column);
+    ptx::ldmatrix_x4(a, a_at.at(0, column));
 #pragma unroll
     for (int n = 0; n < Tile::kKeys / 16; n++) {
       uint32_t b[4];
-      load_b_transposed<Tile::kHeadDim>(b, b_tile, n * 16, Tile::column() + column);
+      ptx::ldmatrix_x4(b, b_at.at(n * 16, column));
       ptx::mma_16816<T>(d[2 * n], a, b[0], b[1]);
       ptx::mma_16816<T>(d[2 * n + 1], a, b[2], b[3]);
     }
@@ -79,13 +81,14 @@ DEVICE void multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, const T* b
 template <class Tile, class T>
 DEVICE void accumulate(float (&d)[Tile::kColumns / 8][4], const uint32_t (&a)[Tile::kKeys / 8][2],
                        const T* b_tile) {
+  const auto b_at = lane_address<Tile::kHeadDim>(b_tile, 0, Tile::column());
 #pragma unroll
   for (int n = 0; n < Tile::kKeys / 16; n++) {
     const uint32_t operand[4] = {a[2 * n][0], a[2 * n][1], a[2 * n + 1][0], a[2 * n + 1][1]};
 #pragma unroll
     for (int m = 0; m < Tile::kColumns / 16; m++) {
       uint32_t b[4];
-      load_b<Tile::kHeadDim>(b, b_tile, n * 16, Tile::column() + m * 16);
+      ptx::ldmatrix_x4_trans(b, b_at.at(n * 16, m * 16));
       ptx::mma_16816<T>(d[2 * m], operand, b[0], b[1]);
       ptx::mma_16816<T>(d[2 * m + 1], operand, b[2], b[3]);
     }

@@ -17,7 +17,7 @@ DEVICE float softcap(float x, float cap) { return cap * tanhf(x / cap); }
 
 // cap tanh(x / cap) for attention scores: 1 - 2 / (1 + e^2u), exact to a few ulp of cap, and cheap.
 DEVICE float softcap_fast(float x, float cap) {
-  return cap - 2.0f * cap / (1.0f + ptx::exp2_approx(x * (2.88539008177792681f / cap)));
+  return cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2_approx(x * (2.88539008177792681f / cap)));
 }
 
 // sin and cos of an angle of at most 2^20 either way. CUDA's own sincosf keeps a table on the stack

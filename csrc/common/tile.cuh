@@ -22,18 +22,27 @@ struct SourceRow {
 };
 
 // Starts the copies of kRows rows, of which the first `columns` (a multiple of 8) exist; all
-// kThreads threads take part.
+// kThreads threads take part, each with one chunk of every kStep-th row.
 template <int kWidth, int kRows, int kThreads, class T, class Source>
 DEVICE void copy_rows(T* tile, const Source& source, int columns FROM_HERE) {
-  constexpr int kChunks = kWidth / 8, kAll = kRows * kChunks;
+  constexpr int kChunks = kWidth / 8, kStep = kThreads / kChunks;
+  constexpr int kSteps = (kRows + kStep - 1) / kStep;
+  static_assert(kThreads % kChunks == 0);
+  const int first_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const auto in_tile = [&](int i) {
+    return (i + 1) * kStep <= kRows || i * kStep + first_row < kRows;
+  };
+  // All sources first: a load of shared memory between two copies would wait for the one and hold
+  // up the other.
+  SourceRow<T> from[kSteps];
 #pragma unroll
-  for (int i = 0; i < (kAll + kThreads - 1) / kThreads; i++) {
-    const int index = i * kThreads + threadIdx.x;
-    if (kAll % kThreads != 0 && index >= kAll) break;
-    const int row = index / kChunks, chunk = index % kChunks;
-    const SourceRow<T> from = source(row);
-    ptx::cp_async<16>(ptx::shared_address(tile + chunk_offset<kWidth>(row, chunk) HERE),
-                      from.data + chunk * 8, from.exists && chunk * 8 < columns ? 16 : 0 HERE);
+  for (int i = 0; i < kSteps; i++) from[i] = source(in_tile(i) ? i * kStep + first_row : first_row);
+#pragma unroll
+  for (int i = 0; i < kSteps; i++) {
+    if (!in_tile(i)) break;
+    ptx::cp_async<16>(
+        ptx::shared_address(tile + chunk_offset<kWidth>(i * kStep + first_row, chunk) HERE),
+        from[i].data + chunk * 8, from[i].exists && chunk * 8 < columns ? 16 : 0 HERE);
   }
 }
 template <int kWidth, int kRows, int kThreads, class T, class Source>
@@ -41,33 +50,36 @@ DEVICE void copy_rows(T* tile, const Source& source FROM_HERE) {
   copy_rows<kWidth, kRows, kThreads>(tile, source, kWidth HERE);
 }
 
-// The 16x16 block at (row, column) as the A operand of mma_16816.
+// Where a lane reads for the matrix loads of 16x16 blocks: its address in one block, from which
+// those of the others differ by a constant and one xor, so that unrolled loops compute nothing.
+template <int kWidth>
+struct LaneAddress {
+  uint32_t first;
+
+  // In the block `rows` (a multiple of 8) below and `columns` (of 16) to the right. The first
+  // block's column must be a multiple of all columns walked, or of 64: nothing carries then.
+  DEVICE uint32_t at(int rows, int columns) const {
+    return (first ^ (columns % 64 * 2)) + rows * kWidth * 2 + columns / 64 * 128;
+  }
+};
+
+// Of an A operand of mma_16816, or with ldmatrix_x4_trans of two B operands, of the first and of
+// the last 8 columns: products with them are sums over the rows.
 template <int kWidth, class T>
-DEVICE void load_a(uint32_t (&a)[4], const T* tile, int row, int column FROM_HERE) {
+DEVICE LaneAddress<kWidth> lane_address(const T* tile, int row, int column FROM_HERE) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4(
-      a, ptx::shared_address(tile + chunk_offset<kWidth>(row + lane % 16, column / 8 + lane / 16)
-                                        HERE) HERE);
+  return {ptx::shared_address(tile + chunk_offset<kWidth>(row + lane % 16, column / 8 + lane / 16)
+                                         HERE)};
 }
 
-// The transposed 16x16 block at (row, column) as two B operands, of rows row.. and of rows row
-// + 8..: products with it are sums over the columns.
+// Of two B operands, of the first and of the last 8 rows: products with them are sums over the
+// columns.
 template <int kWidth, class T>
-DEVICE void load_b_transposed(uint32_t (&b)[4], const T* tile, int row, int column FROM_HERE) {
+DEVICE LaneAddress<kWidth> transposed_lane_address(const T* tile, int row, int column FROM_HERE) {
   const int lane = threadIdx.x % 32;
   const int offset =
       chunk_offset<kWidth>(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2);
-  ptx::ldmatrix_x4(b, ptx::shared_address(tile + offset HERE) HERE);
-}
-
-// The 16x16 block at (row, column) as two B operands, of columns column.. and of columns column
-// + 8..: products with it are sums over the rows.
-template <int kWidth, class T>
-DEVICE void load_b(uint32_t (&b)[4], const T* tile, int row, int column FROM_HERE) {
-  const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4_trans(
-      b, ptx::shared_address(tile + chunk_offset<kWidth>(row + lane % 16, column / 8 + lane / 16)
-                                        HERE) HERE);
+  return {ptx::shared_address(tile + offset HERE)};
 }
 
 template <class T>

@@ -65,25 +65,30 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
       multiply.template operator()<1>();
     return;
   }
-  if (warp_row >= rows) return;
+  const auto x_at = lane_address<kTileColumns>(stage.x, warp_row, 0);
+  const auto weight_at = transposed_lane_address<kTileColumns>(stage.weight, 0, 0);
+  const auto multiply = [&]<int kBlocks>() {
 #pragma unroll
-  for (int column = 0; column < kTileColumns; column += 16) {
-    uint32_t a[kRows / 64][4];
+    for (int column = 0; column < kTileColumns; column += 16) {
+      uint32_t a[kBlocks][4];
 #pragma unroll
-    for (int i = 0; i < kRows / 64; i++)
-      load_a<kTileColumns>(a[i], stage.x, i * 64 + warp_row, column);
+      for (int i = 0; i < kBlocks; i++) ptx::ldmatrix_x4(a[i], x_at.at(i * 64, column));
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      uint32_t b[4];
-      load_b_transposed<kTileColumns>(b, stage.weight, n * 16, column);
+      for (int n = 0; n < 8; n++) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, weight_at.at(n * 16, column));
 #pragma unroll
-      for (int i = 0; i < kRows / 64; i++) {
-        if (i * 64 + warp_row >= rows) break;
-        ptx::mma_16816<T>(sum[i][2 * n], a[i], b[0], b[1]);
-        ptx::mma_16816<T>(sum[i][2 * n + 1], a[i], b[2], b[3]);
+        for (int i = 0; i < kBlocks; i++) {
+          ptx::mma_16816<T>(sum[i][2 * n], a[i], b[0], b[1]);
+          ptx::mma_16816<T>(sum[i][2 * n + 1], a[i], b[2], b[3]);
+        }
       }
     }
-  }
+  };
+  if (rows > 64 + warp_row)
+    multiply.template operator()<kRows / 64>();
+  else if (rows > warp_row)
+    multiply.template operator()<1>();
 }
 
 template <class T, int kRows, bool kGateUp>
