@@ -122,15 +122,17 @@ def rebuild(op: str, csrc: Path, folder: Path) -> Path:
     names = [op.removesuffix("_cache")]
     if op in ("attention_prefill", "attention_decode"):
         names.append("attention")
-    objects = {path.name: path for path in library.parent.glob("*.o")}
+    replaced = {}
     for name in names:
         (source,) = csrc.glob(f"*/{name}.cu")
-        replaced = folder / f"{source.parent.name}_{name}.o"
-        command = f"c++ {_flags('hooks')[0]} -O1 -w -c {source} -o {replaced}"
+        target = folder / f"{source.parent.name}_{name}.o"
+        command = f"c++ {_flags('hooks')[0]} -O1 -w -c {source} -o {target}"
         subprocess.run(command.split(), check=True)
-        objects[replaced.name] = replaced
+        replaced[target.name] = target
+    kept = [path for path in library.parent.glob("*.o") if path.name not in replaced]
     torch_lib = Path(torch.__file__).parent / "lib"
-    command = ["c++", *objects.values(), "-o", folder / library.name]
+    # What is replaced comes first: of an inline function in many objects the linker takes that one.
+    command = ["c++", *replaced.values(), *kept, "-o", folder / library.name]
     subprocess.run([*command, "-shared", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"], check=True)
     return folder / library.name
 
