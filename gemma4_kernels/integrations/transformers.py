@@ -306,6 +306,8 @@ class MLP(gemma4.Gemma4TextMLP):
 
 def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
     """gelu_tanh(gate) · other, of any leading shape."""
+    if gate.is_cpu:  # never a kernel, and for one token the op's shapes cost more than its work
+        return F.gelu(gate, approximate="tanh") * other
     product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
     return product.view(gate.shape)
 
