@@ -72,13 +72,22 @@ def pytest_configure(config: pytest.Config) -> None:
     emulated.given_library = config.getoption("--emulated-library")
 
 
+NO_COMPILER = "no C++ compiler to build the emulated kernels with"
+needs_compiler = pytest.mark.skipif(not emulated.has_compiler(), reason=NO_COMPILER)
+
+
+def emulated_backend() -> Backend:
+    """Where nothing can build it, the test is skipped."""
+    if not emulated.has_compiler():
+        pytest.skip(NO_COMPILER)
+    return Backend("emulated", "cpu", emulated.ops())
+
+
 def _backend(name: str) -> Backend:
     if name == "eager":
         return EAGER
     if name == "emulated":
-        if not emulated.has_compiler():
-            pytest.skip("no C++ compiler to build the emulated kernels with")
-        return Backend("emulated", "cpu", emulated.ops())
+        return emulated_backend()
     if not torch.cuda.is_available():
         reason = "torch finds no CUDA device"
         if os.environ.get("GEMMA4_KERNELS_REQUIRE_CUDA") == "1":
@@ -210,14 +219,12 @@ class NoHostReads(TorchDispatchMode):
 @pytest.fixture
 def on_card():
     """The emulated backend on a card with so many KB of shared memory a block."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
-    settings = emulated.control().settings
+    backend, settings = emulated_backend(), emulated.control().settings
     before = settings.max_smem_bytes
 
     def on_card(kb):
         settings.max_smem_bytes = kb * 1024
-        return Backend("emulated", "cpu", emulated.ops())
+        return backend
 
     yield on_card
     settings.max_smem_bytes = before

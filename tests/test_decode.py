@@ -6,7 +6,7 @@ import emulated
 import pytest
 import tiny
 import torch
-from conftest import NoHostReads
+from conftest import NoHostReads, needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.cache
@@ -16,9 +16,6 @@ from gemma4.cache import Cache
 from gemma4.decode import Decoder
 
 PROMPT = 13  # longer than the window of 8
-needs_compiler = pytest.mark.skipif(
-    not emulated.has_compiler(), reason="no C++ compiler to build the emulated kernels with"
-)
 
 
 def prefilled(model, lengths):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+from conftest import needs_compiler
 
 CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel that is right
     "exchange": "clean",
@@ -74,11 +75,6 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "too many threads": "a block has 1 to 1024 threads, got 1025",
     "empty grid": "the grid is empty or too large",
 }
-
-
-needs_compiler = pytest.mark.skipif(
-    not emulated.has_compiler(), reason="no C++ compiler to build the emulator with"
-)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import emulated
 import pytest
+from conftest import needs_compiler
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not emulated.has_compiler(), reason="no C++ compiler to build the faulty kernels with"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_compiler]
 
 WARP = "attention/attention_warp.cuh"
 BACKWARD = "attention/attention_prefill_backward.cuh"

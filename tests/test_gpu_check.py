@@ -8,7 +8,7 @@ import pytest
 import small_cases
 import static_report
 import torch
-from conftest import Backend
+from conftest import emulated_backend
 
 
 @pytest.fixture
@@ -67,9 +67,7 @@ def test_commands_exist(capsys):
 
 def test_small_cases():
     """Every twelfth, emulated; and a wrong result is named."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     calls = list(static_report.launch_cases(backend))[::12]
     with emulated.one_schedule():
         assert list(small_cases.far(calls, backend.ops, "cpu")) == []

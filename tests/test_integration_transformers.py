@@ -9,6 +9,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from conftest import needs_compiler
 from torch.nn.utils import parametrize
 
 from gemma4_kernels import library
@@ -290,7 +291,7 @@ def test_compiles_whole(name):
         close(compiled(ids, use_cache=False).logits, theirs(ids).logits)
 
 
-@pytest.mark.skipif(not emulated.has_compiler(), reason="no C++ compiler to build kernels with")
+@needs_compiler
 @pytest.mark.parametrize("name", ["real_heads_bf16"])
 @torch.no_grad()
 def test_on_the_kernels(name, monkeypatch):

@@ -5,14 +5,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 
 import gemma4.cache
 import gemma4.model
 import gemma4.modules
 
-pytestmark = pytest.mark.skipif(
-    not emulated.has_compiler(), reason="no C++ compiler to build the emulated kernels with"
-)
+pytestmark = needs_compiler
 HEADS = dict(head_dim=256, global_head_dim=512)
 NEW_TOKENS = 6
 

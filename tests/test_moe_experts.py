@@ -4,7 +4,13 @@ import emulated
 import float64
 import pytest
 import torch
-from conftest import Backend, NoHostReads, all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    NoHostReads,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    emulated_backend,
+)
 
 CASES = {  # T, E, K, D, F, how experts are drawn
     "no tokens": (0, 4, 2, 16, 8, "random"),
@@ -84,11 +90,8 @@ def test_moe_experts(backend, poisoned_memory, case, dtype):
 @pytest.mark.parametrize("case", [n for n in CASES if CASES[n][0] > 60])
 def test_tiles_on_hopper(poisoned_memory, case, dtype):
     """The same tiles with the products that sm_90a is compiled with."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
-    settings = emulated.control().settings
+    backend, settings = emulated_backend(), emulated.control().settings
     settings.has_wgmma = True
-    backend = Backend("emulated", "cpu", emulated.ops())
     try:
         check(backend, inputs(backend, case, dtype), dtype)
     finally:

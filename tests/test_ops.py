@@ -10,6 +10,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from conftest import needs_compiler
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.library import opcheck
@@ -416,7 +417,7 @@ def test_gradient_without_lse_is_refused():
         REGISTERED.attention_prefill(*arguments[:-1], False)
 
 
-@pytest.mark.skipif(not emulated.has_compiler(), reason="no C++ compiler to build kernels with")
+@needs_compiler
 @pytest.mark.parametrize("name", emulated.ops_with_kernels())
 def test_compiled_ops_take_fake_tensors(name):
     """Outside the compiler too, where the wrappers call them directly."""

@@ -14,7 +14,7 @@ import limits
 import pytest
 import static_report
 import torch
-from conftest import Backend
+from conftest import emulated_backend, needs_compiler
 
 COMMITTED = json.loads(static_report.RESULT.read_text())
 
@@ -92,10 +92,9 @@ def test_resident_blocks(registers, threads, smem_kb, arch, blocks):
     assert kernel.blocks(threads, smem_kb * 1024) == blocks
 
 
+@needs_compiler
 def test_launches_are_counted():
     """Under the name that the compiler's report gives the kernel."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
     gate_up = torch.randn(3, 2 * 77, dtype=torch.bfloat16)
     (launch,) = static_report.run("geglu", {"gate_up": gate_up}).launched
     name = compiled.plain_name(emulated.kernel_names()[launch.kernel])
@@ -106,10 +105,8 @@ def test_launches_are_counted():
 @pytest.mark.parametrize("window", [0, 40])
 def test_the_work_of_an_estimate_is_the_kernels(window):
     """The emulator counts as many products as the estimate's walk over tiles has."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
     heads, head_dim, n = 4, 256, 96
-    b = Backend("emulated", "cpu", emulated.ops())
+    b = emulated_backend()
     inputs = static_report.prefill_inputs(b, n, n, heads, head_dim, torch.bfloat16)
     counts = static_report.run("attention_prefill", inputs | {"window": window})
     tile = emulated.control().attention_tile(head_dim, n * heads, 227 * 1024)

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from conftest import Backend
+from conftest import emulated_backend
 
 T = 64
 WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
@@ -96,8 +96,7 @@ CASES = {  # op, its arguments
 @pytest.fixture
 def counted():
     """The emulator's controls, counting."""
-    if not emulated.has_compiler():
-        pytest.skip("no C++ compiler to build the emulated kernels with")
+    emulated_backend()
     control = emulated.control()
     control.settings.profile = True
     control.reset_counts()
@@ -109,7 +108,7 @@ def counted():
 @pytest.mark.parametrize("case", CASES)
 def test_traffic(counted, case, dtype):
     op, make = CASES[case]
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     arguments = make(backend, dtype)
     tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     counted.settings.seed = 1
@@ -151,7 +150,7 @@ CARDS_KB = {"99 KB": 99, "163 KB": 163, "227 KB": 227}
 def test_prefill_work(counted, card, head_dim):
     """Four heads share the keys; nothing is masked, so every product is useful."""
     max_smem_bytes = counted.settings.max_smem_bytes = CARDS_KB[card] * 1024
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     tile = counted.attention_tile(head_dim, 384, max_smem_bytes)
     tokens, heads, keys = 96, 4, 128
     q, k, v = (
@@ -189,7 +188,7 @@ def test_prefill_backward_work(counted, case):
     rest once for each block."""
     head_dim, smem_kb = case
     counted.settings.max_smem_bytes = smem_kb * 1024
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     tokens, heads, keys = 64, 2, 128
     q, out, grad = backend.randn(3, tokens, heads, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
     k, v = backend.randn(2, keys, 1, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
@@ -222,7 +221,7 @@ def test_prefill_backward_work(counted, case):
 @pytest.mark.parametrize("head_dim", [256, 512])
 def test_decode_work(counted, layout, head_dim):
     """Each visible key is read once for all the heads that share it, and no other."""
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
     q = backend.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, std=0.3)
     slots = 528 if layout == "ring" else 640
@@ -265,7 +264,7 @@ def lines_with(path, text):
 @pytest.mark.parametrize("tokens", [1, 8, 12, 60])
 def test_moe_experts_few_work(counted, tokens):
     """Of each touched expert every weight is read once, and nothing of the others."""
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     arguments = moe_inputs(backend, tokens, 64, 4, 576, 192)
     with emulated.one_schedule():
         backend.ops.moe_experts(**arguments)
@@ -286,7 +285,7 @@ def test_moe_experts_few_work(counted, tokens):
 @pytest.mark.parametrize(("tokens", "rows"), [(128, 64), (256, 128)])
 def test_moe_experts_many_work(counted, tokens, rows):
     """Tiles that are full do no product too many, and no copy or matrix load meets a bank twice."""
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     num_experts = 2 if rows == 128 else 4
     arguments = moe_inputs(backend, tokens, num_experts, 1, 128, 64)
     arguments["experts"][:] = 1
@@ -306,7 +305,7 @@ def test_moe_experts_many_work(counted, tokens, rows):
 
 def test_moe_experts_padding_work(counted):
     """Of an expert's last tile, warps that hold no token do no product."""
-    backend = Backend("emulated", "cpu", emulated.ops())
+    backend = emulated_backend()
     arguments = moe_inputs(backend, 150, 2, 1, 128, 64)
     arguments["experts"][:] = 1
     with emulated.one_schedule():
