@@ -78,7 +78,8 @@ class Call {
         dtype_(on.scalar_type())
 #ifdef GEMMA4_EMULATION
   {
-    device_ = {nullptr, emulation::settings().sm_count, emulation::settings().max_smem_bytes};
+    const auto& card = emulation::settings();
+    device_ = {nullptr, card.sm_count, card.max_smem_bytes, card.has_wgmma ? 9 : 8};
   }
   ~Call() { emulation::forget(); }
 #else
@@ -91,10 +92,12 @@ class Call {
     if (limits.sm_count == 0) {
       query(cudaDeviceGetAttribute(&limits.max_smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    index));
+      query(cudaDeviceGetAttribute(&limits.capability, cudaDevAttrComputeCapabilityMajor, index));
       query(cudaDeviceGetAttribute(&limits.sm_count, cudaDevAttrMultiProcessorCount, index));
     }
     device_.sm_count = limits.sm_count;
     device_.max_smem_bytes = limits.max_smem_bytes;
+    device_.capability = limits.capability;
   }
 #endif
   Call(const Call&) = delete;

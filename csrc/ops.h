@@ -15,6 +15,7 @@ struct Device {
   void* stream;
   int sm_count;
   int max_smem_bytes;  // of one block
+  int capability;      // the major number: 9 on Hopper
 };
 
 // int32 or int64, as they come: positions, slots, ids.

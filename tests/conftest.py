@@ -218,13 +218,13 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.fixture
 def on_card():
-    """The emulated backend on a card with so many KB of shared memory a block."""
+    """The emulated backend on a card with so many KB of shared memory a block, or on Hopper."""
     backend, settings = emulated_backend(), emulated.control().settings
     before = settings.max_smem_bytes
 
-    def on_card(kb):
-        settings.max_smem_bytes = kb * 1024
+    def on_card(kb, has_wgmma=False):
+        settings.max_smem_bytes, settings.has_wgmma = kb * 1024, has_wgmma
         return backend
 
     yield on_card
-    settings.max_smem_bytes = before
+    settings.max_smem_bytes, settings.has_wgmma = before, False

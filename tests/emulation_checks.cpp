@@ -7,6 +7,7 @@
 
 #include "common/launch.h"
 #include "common/ptx.h"
+#include "common/tile.cuh"
 
 using namespace gemma4;
 
@@ -266,10 +267,10 @@ void wgmma(Wgmma kind) {
     float d[16][4] = {};
     for (auto& four : d) four[0] = 1.0f;
     const uint64_t mode = kind == Wgmma::kMode ? uint64_t{3} << 62 : 0;
-    const uint64_t tile_a = ptx::wgmma_tile(ptx::shared_address(smem.a)) ^ mode;
-    const uint64_t tile_b = ptx::wgmma_tile(ptx::shared_address(smem.b)) ^ mode;
-    if (kind != Wgmma::kNoFence) ptx::wgmma_fence();
+    const uint64_t tile_a = wgmma_tile<64>(smem.a, 0, 0) ^ mode;
+    const uint64_t tile_b = wgmma_tile<128>(smem.b, 0, 0) ^ mode;
     for (int k = 0; k < 64; k += 16) {
+      if (kind != Wgmma::kNoFence || k == 0) ptx::wgmma_fence();
       ptx::wgmma_64x128x16<T>(d, tile_a + k / 8, tile_b + k / 8);
       if (kind != Wgmma::kNotCommitted) ptx::wgmma_commit();
     }
@@ -284,6 +285,48 @@ void wgmma(Wgmma kind) {
         for (int k = 0; k < 64; k++) sum += a(row, k) * b(column, k);
         if (kind == Wgmma::kRight) require(d[n][e] == sum, "wgmma");
         keep(d[n][e]);
+      }
+  };
+  emulation::launch(
+      "check", 1, 128, sizeof(Operands), [](void* f) { (*static_cast<decltype(body)*>(f))(); },
+      &body, sizeof body);
+}
+
+// The same of an operand in registers and rows of b, in two panels, that are summed over.
+template <class T>
+void wgmma_trans() {
+  auto body = [=] {
+    auto& tile = shared_memory<Operands>().b;
+    const auto a = [](int row, int k) { return float((row * 7 + k * 3) % 11 - 5); };
+    const auto b = [](int k, int column) { return float((k * 5 + column * 2) % 13 - 6); };
+    for (int i = threadIdx.x; i < 64 * 128; i += 128) {
+      const int k = i / 128, column = i % 128;
+      const T x = from_float<T>(b(k, column));
+      __builtin_memcpy(tile + chunk_offset<64>(k, column / 8) + column % 8, &x, 2);
+    }
+    ptx::fence_async_proxy();
+    __syncthreads();
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = warp * 16 + lane / 4;
+    float d[16][4] = {};
+    ptx::wgmma_fence();
+    for (int k = 0; k < 64; k += 16) {
+      uint32_t operand[4];
+      for (int i = 0; i < 4; i++) {
+        const int r = row + i % 2 * 8, c = k + i / 2 * 8 + lane % 4 * 2;
+        operand[i] = pack_pair<T>(a(r, c), a(r, c + 1));
+      }
+      ptx::wgmma_64x128x16_trans<T>(d, operand, wgmma_tile<64>(tile, k, 0));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    for (int n = 0; n < 16; n++)
+      for (int e = 0; e < 4; e++) {
+        float sum = 0;
+        for (int k = 0; k < 64; k++)
+          sum += a(row + e / 2 * 8, k) * b(k, n * 8 + lane % 4 * 2 + e % 2);
+        require(d[n][e] == sum, "wgmma_trans");
       }
   };
   emulation::launch(
@@ -512,6 +555,8 @@ const std::map<std::string, void (*)()> kChecks = {
      }},
     {"wgmma bf16", [] { wgmma<bf16>(Wgmma::kRight); }},
     {"wgmma fp16", [] { wgmma<fp16>(Wgmma::kRight); }},
+    {"wgmma of registers bf16", wgmma_trans<bf16>},
+    {"wgmma of registers fp16", wgmma_trans<fp16>},
     {"wgmma without fence", [] { wgmma<bf16>(Wgmma::kNoFence); }},
     {"wgmma without proxy fence", [] { wgmma<bf16>(Wgmma::kNoProxyFence); }},
     {"wgmma not waited for", [] { wgmma<bf16>(Wgmma::kNotWaited); }},

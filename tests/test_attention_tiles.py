@@ -1,12 +1,14 @@
 """Every tile that the attention planner may choose, and scores that strain the running softmax."""
 
+from itertools import accumulate
+
 import float64
 import pytest
 import torch
 from conftest import assert_close_to_float64
 
-# KB of shared memory: the cards with 99 KB get other tiles than those with 227 KB.
-CARDS_KB = (99, 227)
+# KB of shared memory, and whether there is wgmma: each gets other tiles.
+CARDS = {"99 KB": (99, False), "227 KB": (227, False), "Hopper": (227, True)}
 OPTIONS = {
     "causal": {},
     "window and softcap": dict(window=50, softcap=3.0),
@@ -28,10 +30,10 @@ def check(actual, q, k, v, dtype=torch.bfloat16, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
-@pytest.mark.parametrize("kb", CARDS_KB)
-def test_prefill_tiles(on_card, kb, head_dim, options, dtype):
+@pytest.mark.parametrize("card", CARDS)
+def test_prefill_tiles(on_card, card, head_dim, options, dtype):
     """3 heads a key head: rows of a tile belong to no whole number of tokens."""
-    backend, options = on_card(kb), OPTIONS[options]
+    backend, options = on_card(*CARDS[card]), OPTIONS[options]
     tokens, keys = 45, 107
     q = backend.randn(tokens, 6, head_dim, dtype=dtype, std=head_dim**-0.25)
     k = backend.randn(keys, 2, head_dim, dtype=dtype, std=head_dim**-0.25)
@@ -41,6 +43,52 @@ def test_prefill_tiles(on_card, kb, head_dim, options, dtype):
         q, k, v, cu_q, cu_k, tokens, keys, return_lse=True, **options
     )
     check(actual, q, k, v, dtype, **options)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, "all"])
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_packed_on_hopper(on_card, head_dim, paged, options):
+    """Sequences of no key, of no token, of fewer and of more keys than tiles in flight; what no
+    sequence owns is NaN."""
+    backend = on_card(227, has_wgmma=True)
+    options = OPTIONS.get(options, dict(causal=False))
+    lengths = (0, 5), (30, 30), (3, 0), (2, 150), (70, 300)
+    queries, keys = zip(*lengths, strict=True)
+    dtype, group, page = torch.bfloat16, 3, 16
+    q = backend.randn(sum(queries), group, head_dim, dtype=dtype, std=head_dim**-0.25)
+    k, v = (backend.nan(sum(keys), 1, head_dim, dtype=dtype) for _ in "kv")
+    pages = torch.randperm(len(keys) * 19).int().view(len(keys), 19)
+    k_pages, v_pages = (backend.nan(pages.numel(), page, 1, head_dim, dtype=dtype) for _ in "kv")
+    first_q = first_k = 0
+    expected = []
+    for (n, s), row in zip(lengths, pages, strict=True):
+        own_q, own = slice(first_q, first_q + n), slice(first_k, first_k + s)
+        k[own] = backend.randn(s, 1, head_dim, dtype=dtype, std=head_dim**-0.25)
+        v[own] = backend.randn(s, 1, head_dim, dtype=dtype)
+        for key in range(s):
+            k_pages[row[key // page], key % page] = k[first_k + key]
+            v_pages[row[key // page], key % page] = v[first_k + key]
+        expected.append((own_q, q[own_q], k[own], v[own]))
+        first_q, first_k = first_q + n, first_k + s
+    cu_q, cu_k = (backend.int32(*accumulate(x, initial=0)) for x in (queries, keys))
+    held = (k_pages, v_pages) if paged else (k, v)
+    out, lse = backend.ops.attention_prefill(
+        q,
+        *held,
+        cu_q,
+        cu_k,
+        max(queries),
+        max(keys),
+        return_lse=True,
+        block_table=pages if paged else None,
+        **options,
+    )
+    for own, *tensors in expected:
+        if tensors[1].shape[0] == 0:
+            assert not out[own].any() and (lse[:, own] == -torch.inf).all()
+        elif own.start < own.stop:
+            check((out[own], lse[:, own]), *tensors, **options)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3])

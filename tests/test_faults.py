@@ -348,18 +348,18 @@ FAULTS = {
         "test_traffic.py::test_prefill_work[64-99 KB]": [
             (
                 "attention/attention.cuh",
-                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_rows",
-                "    ptx::cp_async_wait<0>();\n    copy_rows",
+                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_v",
+                "    ptx::cp_async_wait<0>();\n    copy_v",
             ),
             (
                 "attention/attention.cuh",
-                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_rows",
-                "    ptx::cp_async_wait<1>();\n    __syncthreads();\n    copy_rows",
+                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_v",
+                "    ptx::cp_async_wait<1>();\n    __syncthreads();\n    copy_v",
             ),
             (
                 "attention/attention.cuh",
-                "    __syncthreads();\n    if (key + kKeys < keys.end)",
-                "    if (key + kKeys < keys.end)",
+                "    __syncthreads();\n    copy_k(turn + 1);",
+                "    copy_k(turn + 1);",
             ),
             (
                 "attention/attention.cuh",
@@ -378,22 +378,22 @@ FAULTS = {
             ),
             (
                 "attention/attention.cuh",
-                "place_keys(turn + 1, key + kKeys);",
-                "place_keys(turn, key + kKeys);",
+                "smem.key_offset[turn % smem.kPlaces][threadIdx.x] =",
+                "smem.key_offset[0][threadIdx.x] =",
             ),
             (
                 "attention/attention.cuh",
-                "    place_keys(0, keys.begin);\n    __syncthreads();\n",
-                "    place_keys(0, keys.begin);\n",
+                "  place_keys(0);\n  __syncthreads();\n",
+                "  place_keys(0);\n",
             ),
         ],
         "test_attention_prefill[emulated-window of many tiles-out-bfloat16]": [
             ("common/tile.cuh", "columns % 64 * 2", "columns % 32 * 2"),
-            ("attention/attention.cuh", "      sum[i] *= decay[i];\n", ""),
-            ("attention/attention.cuh", "out[n][e] *= decay[e / 2];", "out[n][e] *= 1.0f;"),
+            (WARP, "      sum[i] *= decay[i];\n", ""),
+            (WARP, "out[n][e] *= decay[e / 2];", "out[n][e] *= 1.0f;"),
             ("attention/attention.cuh", "key < by_all.begin || ", ""),
             (
-                "attention/attention.cuh",
+                WARP,
                 "decay[0] != 1.0f || decay[1] != 1.0f",
                 "decay[0] != 1.0f",
             ),
@@ -407,7 +407,7 @@ FAULTS = {
         ],
         "test_attention_prefill[emulated-below a tile-out-bfloat16]": [
             (
-                "attention/attention.cuh",
+                WARP,
                 "__shfl_xor_sync(0xffffffffu, new_highest, 2)",
                 "__shfl_xor_sync(0xffffffffu, new_highest, 1)",
             ),
@@ -419,11 +419,82 @@ FAULTS = {
                 "for (int w = 2; w < Tile::kColumnWarps; w++)",
             ),
         ],
+        "test_traffic.py::test_prefill_work[256-Hopper]": [
+            (
+                "attention/attention.cuh",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    copy_k",
+                "    __syncthreads();\n    copy_k",
+            ),
+            (
+                "attention/attention.cuh",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    copy_k",
+                "    ptx::fence_async_proxy();\n    copy_k",
+            ),
+            (
+                "attention/attention.cuh",
+                "  ptx::fence_async_proxy();\n  __syncthreads();\n  start_multiply",
+                "  __syncthreads();\n  start_multiply",
+            ),
+            (
+                "attention/attention.cuh",
+                "ptx::cp_async_wait<0>();\n    ptx::fence_async_proxy();",
+                "ptx::cp_async_wait<1>();\n    ptx::fence_async_proxy();",
+            ),
+            (
+                "attention/attention.cuh",
+                "Tile::kWgmma ? 3 : 2;",
+                "2;",
+            ),
+            (
+                "attention/attention.cuh",
+                "    ptx::wgmma_wait<0>();\n  };",
+                "    ptx::wgmma_wait<1>();\n  };",
+            ),
+        ],
+        "test_attention_tiles.py::test_prefill_tiles[227 KB-256-causal-bf16]": [
+            ("attention/plan.h", "wgmma && rows > 64", "rows > 64"),
+        ],
+        "test_traffic.py::test_prefill_work[512-Hopper]": [
+            (
+                "attention/attention.cuh",
+                "smem.put(next, (turn + 1) % 2);",
+                "smem.put(next, turn % 2);",
+            ),
+        ],
+        "test_attention_tiles.py::test_prefill_tiles[Hopper-256-causal-bf16]": [
+            (
+                "attention/attention.cuh",
+                "      ptx::wgmma_wait<1>();\n      smem.put",
+                "      smem.put",
+            ),
+            (
+                "attention/attention.cuh",
+                "smem.q, smem.k[(turn + 1) % 2])",
+                "smem.q, smem.k[turn % 2])",
+            ),
+            (WARP, "same_in_warp(Tile::row()) / 64 * 64", "0"),
+            (
+                WARP,
+                "ptx::wgmma_fence();\n#pragma unroll\n  for (int n",
+                "#pragma unroll\n  for (int n",
+            ),
+            ("common/tile.cuh", "kRows * 128);", "kRows * 64);"),
+            ("common/tile.cuh", "(columns / 64 * kRows + rows) * 8", "(columns / 64 * kRows) * 8"),
+        ],
+        "test_attention_tiles.py::test_prefill_tiles[Hopper-512-causal-bf16]": [
+            (
+                "attention/attention.cuh",
+                "      ptx::wgmma_wait<1>();\n      smem.put",
+                "      smem.put",
+            ),
+            ("common/tile.cuh", "(columns / 64 * kRows + rows) * 8", "(columns / 64 + rows) * 8"),
+            (WARP, "(b_tile, 0, same_in_warp(Tile::column()))", "(b_tile, 0, 0)"),
+        ],
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (
                 "attention/attention.cuh",
-                "min(first_key + static_cast<int>(threadIdx.x), keys.end - 1)",
-                "first_key + static_cast<int>(threadIdx.x)",
+                "key_offset(p, s, b, g, min(key, keys.end - 1))",
+                "key_offset(p, s, b, g, key)",
             ),
         ],
     },
@@ -493,7 +564,7 @@ FAULTS = {
             (BACKWARD, ": own_delta[i]", ": own_delta[0]"),
         ],
         "test_gradient[emulated-sliding heads-out-torch.bfloat16]": [
-            (WARP, "partial[first_warp + w]", "partial[w]"),
+            (WARP, "[first_warp + w * Tile::kRowWarps]", "[w * Tile::kRowWarps]"),
         ],
         "test_strided[emulated-0]": [
             (BACKWARD, "smem.rows[turn % 2].u, first_row", "smem.rows[turn % 2].w, first_row"),
@@ -698,10 +769,14 @@ FAULTS = {
             ("moe/moe_tiles.cuh", "ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();"),
         ],
         "test_tiles_on_hopper[more tokens than a tile-bf16]": [
-            ("moe/moe_tiles.cuh", "weight + column / 8);", "weight + column / 16);"),
+            ("common/tile.cuh", "+ columns % 64 / 8;", "+ columns % 64 / 16;"),
         ],
         "test_tiles_on_hopper[several tiles of 128-bf16]": [
-            ("moe/moe_tiles.cuh", "(i * 64 * kTileColumns + column) / 8", "column / 8"),
+            (
+                "moe/moe_tiles.cuh",
+                "wgmma_step<kRows>(i * 64, column)",
+                "wgmma_step<kRows>(0, column)",
+            ),
             ("moe/moe_tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
         ],
     },

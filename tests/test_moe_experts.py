@@ -1,6 +1,5 @@
 import warnings
 
-import emulated
 import float64
 import pytest
 import torch
@@ -9,7 +8,6 @@ from conftest import (
     all_dtypes,
     assert_close_to_float64,
     assert_refused,
-    emulated_backend,
 )
 
 CASES = {  # T, E, K, D, F, how experts are drawn
@@ -88,14 +86,10 @@ def test_moe_experts(backend, poisoned_memory, case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", [n for n in CASES if CASES[n][0] > 60])
-def test_tiles_on_hopper(poisoned_memory, case, dtype):
+def test_tiles_on_hopper(on_card, poisoned_memory, case, dtype):
     """The same tiles with the products that sm_90a is compiled with."""
-    backend, settings = emulated_backend(), emulated.control().settings
-    settings.has_wgmma = True
-    try:
-        check(backend, inputs(backend, case, dtype), dtype)
-    finally:
-        settings.has_wgmma = False
+    backend = on_card(227, has_wgmma=True)
+    check(backend, inputs(backend, case, dtype), dtype)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

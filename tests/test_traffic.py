@@ -142,16 +142,20 @@ def check_sites(counts, exempt=(), exempt_lines=()):
             assert site.sectors == site.ideal_sectors, f"part of a sector at {site.where}"
 
 
-CARDS_KB = {"99 KB": 99, "163 KB": 163, "227 KB": 227}
+CARDS = {
+    "99 KB": (99, False),
+    "163 KB": (163, False),
+    "227 KB": (227, False),
+    "Hopper": (227, True),
+}
 
 
-@pytest.mark.parametrize("card", CARDS_KB)
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
-def test_prefill_work(counted, card, head_dim):
+def test_prefill_work(counted, on_card, card, head_dim):
     """Four heads share the keys; nothing is masked, so every product is useful."""
-    max_smem_bytes = counted.settings.max_smem_bytes = CARDS_KB[card] * 1024
-    backend = emulated_backend()
-    tile = counted.attention_tile(head_dim, 384, max_smem_bytes)
+    (smem_kb, hopper), backend = CARDS[card], on_card(*CARDS[card])
+    tile = counted.attention_tile(head_dim, 384, smem_kb * 1024, hopper)
     tokens, heads, keys = 96, 4, 128
     q, k, v = (
         backend.randn(n, h, head_dim, dtype=torch.bfloat16, std=0.3)
@@ -160,7 +164,6 @@ def test_prefill_work(counted, card, head_dim):
     cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
     with emulated.one_schedule():
         backend.ops.attention_prefill(q, k, v, cu_q, cu_k, tokens, keys, causal=False)
-    counted.settings.max_smem_bytes = 227 * 1024
 
     counts, rows = counted.counts(), tokens * heads
     assert counts.mma == 2 * (rows // 16) * (keys // 16) * (head_dim // 16) * 2
@@ -183,12 +186,11 @@ BACKWARD_ROWS = {  # of the tile, by head_dim and KB of shared memory
 
 
 @pytest.mark.parametrize("case", BACKWARD_ROWS, ids=str)
-def test_prefill_backward_work(counted, case):
+def test_prefill_backward_work(counted, on_card, case):
     """Seven products and not one more, on tiles that are full; what a block owns is read once, the
     rest once for each block."""
     head_dim, smem_kb = case
-    counted.settings.max_smem_bytes = smem_kb * 1024
-    backend = emulated_backend()
+    backend = on_card(smem_kb)
     tokens, heads, keys = 64, 2, 128
     q, out, grad = backend.randn(3, tokens, heads, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
     k, v = backend.randn(2, keys, 1, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
@@ -199,7 +201,6 @@ def test_prefill_backward_work(counted, case):
         backend.ops.library.compiled(
             *("attention_prefill_backward", grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *rest)
         )
-    counted.settings.max_smem_bytes = 227 * 1024
 
     counts, rows = counted.counts(), tokens * heads
     assert counts.launches == 3
@@ -313,24 +314,29 @@ def test_moe_experts_padding_work(counted):
     assert counted.counts().mma == 3 * 160 * 128 * 64 // (16 * 8 * 16)
 
 
-PLANS = {  # head_dim, rows, KB of shared memory: rows, keys and column warps of the tile
-    (64, 1000, 99): (64, 64, 1),
-    (128, 1000, 64): (64, 64, 1),
-    (256, 8, 64): (16, 32, 4),
-    (256, 1000, 99): (64, 32, 2),
-    (256, 1000, 163): (64, 32, 1),
-    (256, 1000, 227): (64, 32, 1),
-    (512, 16, 99): (16, 32, 4),
-    (512, 17, 99): (48, 16, 2),
-    (512, 1000, 163): (64, 32, 2),
-    (512, 1000, 227): (64, 32, 2),
+PLANS = {  # head_dim, rows, KB of shared memory, Hopper: rows, keys and column warps of the tile
+    (64, 1000, 99, False): (64, 64, 1),
+    (128, 1000, 64, False): (64, 64, 1),
+    (256, 8, 64, False): (16, 32, 4),
+    (256, 1000, 99, False): (64, 32, 2),
+    (256, 1000, 163, False): (64, 32, 1),
+    (256, 1000, 227, False): (64, 32, 1),
+    (512, 16, 99, False): (16, 32, 4),
+    (512, 17, 99, False): (48, 16, 2),
+    (512, 1000, 163, False): (64, 32, 2),
+    (512, 1000, 227, False): (64, 32, 2),
+    (256, 16, 227, True): (16, 32, 4),
+    (256, 64, 227, True): (64, 32, 1),
+    (256, 65, 227, True): (128, 64, 1),
+    (512, 16, 227, True): (16, 32, 4),
+    (512, 17, 227, True): (64, 32, 2),
 }
 
 
 @pytest.mark.parametrize("case", PLANS, ids=str)
 def test_plan(counted, case):
-    head_dim, rows, smem_kb = case
-    tile = counted.attention_tile(head_dim, rows, smem_kb * 1024)
+    head_dim, rows, smem_kb, hopper = case
+    tile = counted.attention_tile(head_dim, rows, smem_kb * 1024, hopper)
     assert (tile["rows"], tile["keys"], tile["column_warps"]) == PLANS[case]
     assert tile["smem_bytes"] <= smem_kb * 1024 and tile["threads"] <= 256
 

@@ -5,7 +5,7 @@ namespace gemma4 {
 void attention(const char* name, const AttentionParams& p, DType dtype, const Device& device) {
   const int64_t rows = int64_t{p.max_seqlen_q} * (p.q_heads / p.kv_heads);
   with_half_type("attention", dtype, [&]<class T>() {
-    with_tile<T>(p.head_dim, rows, device.max_smem_bytes, [&]<class Tile>() {
+    with_tile<T>(p.head_dim, rows, device, [&]<class Tile>() {
       const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, Tile::kRows) * p.splits),
                       p.kv_heads, p.batch);
       const auto kernel =

@@ -15,9 +15,14 @@
 // of the next keys are there; v has landed. The copy of the next k runs under the softmax and p v,
 // that of v under q kᵀ.
 //
-// Shared memory: sizeof(AttentionSmem): kRows + 2 kKeys rows of q, k and v, 2 KB per warp and 32
-// keys of partial scores, and the keys' places. Bound: tensor cores in prefill, DRAM (k and v once)
-// in decode.
+// On Hopper k and v have two stages each, and one barrier a tile is enough: before it, the next k
+// and this v have landed and the partial scores are there; after it, the next but one k and the
+// next v are free to be copied. The next q kᵀ then runs under this tile's softmax.
+//
+// Shared memory: sizeof(AttentionSmem): kRows + 2 kKeys (Hopper: 4 kKeys) rows of q, k and v, 2 KB
+// per warp and 32 keys of partial scores (Hopper: twice), and the keys' places. Bound, by the
+// static report: in prefill shared memory, of which each warp reads all keys and values, on Hopper
+// L2, of which each block does; in decode DRAM (k and v once).
 #pragma once
 
 #include "../common/indices.cuh"
@@ -30,11 +35,13 @@
 namespace gemma4 {
 
 template <class T, class Tile>
-struct AttentionSmem : ScoreExchange<Tile> {
-  alignas(128) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
-  alignas(128) T k[Tile::kKeys * Tile::kHeadDim];
-  alignas(128) T v[Tile::kKeys * Tile::kHeadDim];
-  int64_t key_offset[2][Tile::kKeys];  // of this tile's keys and the next one's
+struct AttentionSmem : ScoreExchange<Tile, Tile::kWgmma ? 2 : 1> {
+  static constexpr int kStages = Tile::kWgmma ? 2 : 1, kPlaces = Tile::kWgmma ? 3 : 2;
+  static constexpr int kAlignment = Tile::kWgmma ? 1024 : 128;
+  alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
+  alignas(kAlignment) T k[kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) T v[kStages][Tile::kKeys * Tile::kHeadDim];
+  int64_t key_offset[kPlaces][Tile::kKeys];  // of this tile's keys and the next ones'
 };
 
 // Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
@@ -101,11 +108,96 @@ DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, in
   return outer * p.outer_stride + inner * p.inner_stride + g * p.kv_head_stride;
 }
 
+// The walk over all tiles of keys, one a turn. The callers' functions find where the keys of a turn
+// lie, start the copies of its k and v (of a turn that does not exist, none), and make weights of
+// its scores.
+template <class Tile, class Smem, class Place, class CopyK, class CopyV, class Weigh>
+DEVICE void walk_keys(Smem& smem, float (&out)[Tile::kColumns / 8][4], int turns,
+                      const Place& place_keys, const CopyK& copy_k, const CopyV& copy_v,
+                      const Weigh& weigh) {
+  place_keys(0);
+  __syncthreads();
+  copy_k(0);
+  ptx::cp_async_commit();
+  for (int turn = 0; turn < turns; turn++) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    copy_v(turn);
+    ptx::cp_async_commit();
+    place_keys(turn + 1);
+
+    float score[Tile::kKeys / 8][4] = {};
+    multiply<Tile>(score, smem.q, smem.k[0]);
+    smem.put(score);
+    __syncthreads();
+    copy_k(turn + 1);
+    ptx::cp_async_commit();
+    smem.total(score);
+    uint32_t weight[Tile::kKeys / 8][2];
+    weigh(weight, score, turn);
+
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    accumulate<Tile>(out, weight, smem.v[0]);
+  }
+}
+
+// The same with two stages of k and v and one barrier a turn.
+template <class Tile, class Smem, class Place, class CopyK, class CopyV, class Weigh>
+DEVICE void walk_keys_on_hopper(Smem& smem, float (&out)[Tile::kColumns / 8][4], int turns,
+                                const Place& place_keys, const CopyK& copy_k, const CopyV& copy_v,
+                                const Weigh& weigh) {
+  place_keys(0);
+  place_keys(1);
+  place_keys(2);
+  __syncthreads();
+  copy_k(0);
+  ptx::cp_async_commit();
+  copy_k(1);
+  copy_v(0);
+  ptx::cp_async_commit();
+
+  float score[Tile::kKeys / 8][4] = {};
+  ptx::cp_async_wait<1>();
+  ptx::fence_async_proxy();
+  __syncthreads();
+  start_multiply<Tile>(score, smem.q, smem.k[0]);
+  ptx::wgmma_wait<0>();
+  smem.put(score);
+
+  // The last turn apart: wgmmas that only some turns start would make the compiler wait for all.
+  const auto take_turn = [&]<bool kLast>(int turn) {
+    ptx::cp_async_wait<0>();
+    ptx::fence_async_proxy();
+    __syncthreads();
+    copy_k(turn + 2);
+    copy_v(turn + 1);
+    ptx::cp_async_commit();
+    place_keys(turn + 3);
+
+    smem.total(score, turn % 2);
+    float next[Tile::kKeys / 8][4] = {};
+    if constexpr (!kLast) start_multiply<Tile>(next, smem.q, smem.k[(turn + 1) % 2]);
+    uint32_t weight[Tile::kKeys / 8][2];
+    weigh(weight, score, turn);
+    start_accumulate<Tile>(out, weight, smem.v[turn % 2]);
+    if constexpr (!kLast) {
+      ptx::wgmma_wait<1>();
+      smem.put(next, (turn + 1) % 2);
+      __builtin_memcpy(score, next, sizeof score);
+    }
+    ptx::wgmma_wait<0>();
+  };
+  for (int turn = 0; turn < turns - 1; turn++) take_turn.template operator()<false>(turn);
+  take_turn.template operator()<true>(turns - 1);
+}
+
 template <class T, class Tile, bool kSoftcap>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kHeadDim = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   constexpr int kColumns = Tile::kColumns;
+  if (Tile::kWgmma && !ptx::has_wgmma()) return ptx::trap();  // the launcher chose wrongly
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
   const int lane = threadIdx.x % 32, row_of_warp = Tile::row(), column_of_warp = Tile::column();
 
@@ -141,52 +233,35 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
                             (int64_t{g} * group + r % group) * p.q_head_stride,
                         row < rows};
   };
+  const int turns = keys.begin < keys.end ? (keys.end - keys.begin + kKeys - 1) / kKeys : 0;
   // A thread a key finds where it lies, once for k and v; every copy would have to divide.
-  const auto place_keys = [&](int turn, int first_key) {
+  const auto place_keys = [&](int turn) {
+    const int key = keys.begin + turn * kKeys + static_cast<int>(threadIdx.x);
     if (threadIdx.x < kKeys)
-      smem.key_offset[turn % 2][threadIdx.x] =
-          key_offset(p, s, b, g, min(first_key + static_cast<int>(threadIdx.x), keys.end - 1));
+      smem.key_offset[turn % smem.kPlaces][threadIdx.x] =
+          key_offset(p, s, b, g, min(key, keys.end - 1));
   };
-  const auto keys_from = [&](const void* base, int turn, int first_key) {
-    return [=, &smem](int row) {
-      return SourceRow<T>{static_cast<const T*>(base) + smem.key_offset[turn % 2][row],
-                          first_key + row < keys.end};
-    };
+  const auto copy_keys = [&](T* tile, const void* base, int turn) {
+    if (turn < turns)
+      copy_rows<kHeadDim, kKeys, Tile::kThreads>(tile, [&](int row) {
+        return SourceRow<T>{static_cast<const T*>(base) + smem.key_offset[turn % smem.kPlaces][row],
+                            keys.begin + turn * kKeys + row < keys.end};
+      });
   };
+  const auto copy_k = [&](int turn) { copy_keys(smem.k[turn % smem.kStages], p.k, turn); };
+  const auto copy_v = [&](int turn) { copy_keys(smem.v[turn % smem.kStages], p.v, turn); };
 
   float out[kColumns / 8][4] = {};
-  float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-  if (keys.begin < keys.end) {
-    copy_rows<kHeadDim, kRows, Tile::kThreads>(smem.q, query_at);
-    place_keys(0, keys.begin);
-    __syncthreads();
-    copy_rows<kHeadDim, kKeys, Tile::kThreads>(smem.k, keys_from(p.k, 0, keys.begin));
-  }
-  ptx::cp_async_commit();
-
-  for (int key = keys.begin, turn = 0; key < keys.end; key += kKeys, turn++) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    copy_rows<kHeadDim, kKeys, Tile::kThreads>(smem.v, keys_from(p.v, turn, key));
-    ptx::cp_async_commit();
-    place_keys(turn + 1, key + kKeys);
-
-    float score[kKeys / 8][4] = {};
-    multiply<Tile>(score, smem.q, smem.k);
-    smem.put(score);
-    __syncthreads();
-    if (key + kKeys < keys.end)
-      copy_rows<kHeadDim, kKeys, Tile::kThreads>(smem.k, keys_from(p.k, turn + 1, key + kKeys));
-    ptx::cp_async_commit();
-    smem.total(score);
-
-    // Scores become multiples of ln 2, which exp2 wants.
+  RunningSoftmax<Tile> softmax;
+  const auto weigh = [&](uint32_t (&weight)[kKeys / 8][2], float (&score)[kKeys / 8][4], int turn) {
+  // Scores become multiples of ln 2, which exp2 wants.
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++)
         score[n][e] = kSoftcap ? softcap_fast(score[n][e] * p.scale, p.softcap) * kLog2e
                                : score[n][e] * (p.scale * kLog2e);
+    const int key = keys.begin + turn * kKeys;
     if (key < by_all.begin || key + kKeys > by_all.end) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n++)
@@ -196,44 +271,17 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
           if (j < visible[e / 2].begin || j >= visible[e / 2].end) score[n][e] = -INFINITY;
         }
     }
-
-    uint32_t probability[kKeys / 8][2];
-    float decay[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float new_highest = highest[i];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n++)
-        new_highest = fmaxf(new_highest, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-      new_highest = fmaxf(new_highest, __shfl_xor_sync(0xffffffffu, new_highest, 1));
-      new_highest = fmaxf(new_highest, __shfl_xor_sync(0xffffffffu, new_highest, 2));
-      // A row that has seen no key yet: -inf - -inf would be NaN.
-      const float base = new_highest == -INFINITY ? 0.0f : new_highest;
-      decay[i] = ptx::exp2_approx(highest[i] - base);
-      highest[i] = new_highest;
-      sum[i] *= decay[i];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n++) {
-        const float low = ptx::exp2_approx(score[n][2 * i] - base);
-        const float high = ptx::exp2_approx(score[n][2 * i + 1] - base);
-        sum[i] += low + high;
-        probability[n][i] = pack_pair<T>(low, high);
-      }
-    }
-    // Once the maxima stand still, which is soon, there is nothing to rescale.
-    if (__any_sync(0xffffffffu, decay[0] != 1.0f || decay[1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) out[n][e] *= decay[e / 2];
-    }
-
-    ptx::cp_async_wait<1>();
-    __syncthreads();
-    accumulate<Tile>(out, probability, smem.v);
+    softmax.template weigh<T>(weight, score, out);
+  };
+  if (turns > 0) {
+    copy_rows<kHeadDim, kRows, Tile::kThreads>(smem.q, query_at);
+    if constexpr (Tile::kWgmma)
+      walk_keys_on_hopper<Tile>(smem, out, turns, place_keys, copy_k, copy_v, weigh);
+    else
+      walk_keys<Tile>(smem, out, turns, place_keys, copy_k, copy_v, weigh);
   }
-  ptx::cp_async_wait<0>();
 
+  float (&sum)[2] = softmax.sum;
   float inverse[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -243,7 +291,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     const int row = row_of_warp + lane / 4 + i * 8;
     if (row >= rows || column_of_warp != 0 || lane % 4 != 0) continue;
     const int query = (first_row + row) / group, head = g * group + (first_row + row) % group;
-    const float lse = (highest[i] + log2f(sum[i])) * kLn2;  // without keys: -inf
+    const float lse = (softmax.highest[i] + log2f(sum[i])) * kLn2;  // without keys: -inf
     if (p.splits > 1)
       p.partial_lse[(split * p.tokens + s.q_begin + query) * p.q_heads + head] = lse;
     else if (p.lse)

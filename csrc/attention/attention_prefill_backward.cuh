@@ -20,8 +20,9 @@
 // u is free. The copy of the next w runs under ds u, that of u under y wᵀ.
 //
 // Shared memory: sizeof(BackwardSmem): 2 (kRows + kKeys) rows, 4 KB per warp and 32 keys of partial
-// sums, and what is known of each row of u. Bound: instruction issue by the static report, tensor
-// cores next, with seven products for the forward's two.
+// sums, and what is known of each row of u. Bound: shared memory by the static report, of which
+// each warp reads u twice and w once or twice; then L2 and issue. Seven products for the forward's
+// two.
 #pragma once
 
 #include <climits>

@@ -6,10 +6,12 @@
 namespace gemma4 {
 
 // Calls f.operator()<Tile>() with the tile for this head size, this many rows of a sequence and
-// this much shared memory. 16 rows where that is all there are; else as many as fit, and where two
-// blocks fit a multiprocessor, warps that need no exchange.
+// this device. 16 rows where that is all there are; else as many as fit, and where two blocks fit a
+// multiprocessor, warps that need no exchange. On Hopper L2 is the bound, and one block with twice
+// the rows is better than two.
 template <class T, class F>
-void with_tile(int head_dim, int64_t rows, size_t max_smem_bytes, F&& f) {
+void with_tile(int head_dim, int64_t rows, const Device& device, F&& f) {
+  const size_t max_smem_bytes = device.max_smem_bytes;
   const auto fits = [&]<class Tile>(int blocks) {
     // A multiprocessor has 1 KB more than one block may take, and keeps 1 KB for each block.
     return blocks * (sizeof(AttentionSmem<T, Tile>) + 1024) <= max_smem_bytes + 1024;
@@ -21,7 +23,7 @@ void with_tile(int head_dim, int64_t rows, size_t max_smem_bytes, F&& f) {
                                " bytes of shared memory");
     f.template operator()<Tile>();
   };
-  const bool few = rows <= 16;
+  const bool few = rows <= 16, wgmma = has_wgmma(device);
   switch (head_dim) {
     case 64:
       return few ? use.template operator()<AttentionTile<64, 16, 64, 4>>()
@@ -31,11 +33,13 @@ void with_tile(int head_dim, int64_t rows, size_t max_smem_bytes, F&& f) {
                  : use.template operator()<AttentionTile<128, 64, 64, 1>>();
     case 256:
       if (few) return use.template operator()<AttentionTile<256, 16, 32, 4>>();
+      if (wgmma && rows > 64) return use.template operator()<HopperTile<256, 128, 64, 1>>();
       return fits.template operator()<AttentionTile<256, 64, 32, 1>>(2)
                  ? use.template operator()<AttentionTile<256, 64, 32, 1>>()
                  : use.template operator()<AttentionTile<256, 64, 32, 2>>();
     case 512:
       if (few) return use.template operator()<AttentionTile<512, 16, 32, 4>>();
+      if (wgmma) return use.template operator()<HopperTile<512, 64, 32, 2>>();
       return fits.template operator()<AttentionTile<512, 64, 32, 2>>(1)
                  ? use.template operator()<AttentionTile<512, 64, 32, 2>>()
                  : use.template operator()<AttentionTile<512, 48, 16, 2>>();

@@ -48,6 +48,18 @@ bool in_pieces_of_16(const void* p, int64_t row_stride, int64_t width) {
          width % kWidth == 0;
 }
 
+// Whether kernels run there that were compiled for Hopper, whose code alone has wgmma.
+inline bool has_wgmma(const Device& device) {
+#ifdef GEMMA4_EMULATION
+  constexpr int kCompiledFor[] = {800, 900};
+#else
+  constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};
+#endif
+  for (int arch : kCompiledFor)
+    if (arch == 900) return device.capability == 9;
+  return false;
+}
+
 #ifdef GEMMA4_EMULATION
 
 template <class Params>

@@ -153,6 +153,9 @@ DEVICE constexpr bool has_wgmma() {
 #endif
 }
 
+// Ends the launch with an error.
+DEVICE void trap() { asm volatile("trap;"); }
+
 // Between writing shared memory the ordinary way (cp.async too) and a barrier after which wgmma
 // reads it.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -165,35 +168,71 @@ DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-// d [64x128] += a [64x16] bᵀ, b [128x16], both in tiles as wgmma_tile describes them. Warp w of the
-// four holds rows 16 w ..; within them element e of d[n] stands as in an accumulator of mma_16816.
-// d is undefined until its group is waited for.
+// d [64 x n] += a [64x16] bᵀ, b [n x 16], both in tiles as wgmma_tile describes them; _trans: d +=
+// a b, a being an operand of mma_16816 and b [16 x n] such a tile. Warp w of the four holds rows
+// 16 w ..; within them element e of d[i] stands as in an accumulator of mma_16816. d is undefined
+// until its group is waited for.
 template <class T>
-DEVICE void wgmma_64x128x16(float (&d)[16][4], uint64_t a, uint64_t b);
+DEVICE void wgmma_64x32x16(float (*d)[4], uint64_t a, uint64_t b);
+template <class T>
+DEVICE void wgmma_64x64x16(float (*d)[4], uint64_t a, uint64_t b);
+template <class T>
+DEVICE void wgmma_64x128x16(float (*d)[4], uint64_t a, uint64_t b);
+template <class T>
+DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 
-#define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define WGMMA_64X128X16(type)                                                                     \
-  asm volatile(                                                                                   \
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, %66, 0;\n"                                \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                  \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "          \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "          \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "         \
-      "%64, %65, accumulate, 1, 1, 0, 0; }"                                                       \
-      : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), \
-        FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)                                \
-      : "l"(a), "l"(b), "n"(1))
-template <>
-DEVICE void wgmma_64x128x16<bf16>(float (&d)[16][4], uint64_t a, uint64_t b) {
-  WGMMA_64X128X16("bf16");
-}
-template <>
-DEVICE void wgmma_64x128x16<fp16>(float (&d)[16][4], uint64_t a, uint64_t b) {
-  WGMMA_64X128X16("f16");
-}
-#undef WGMMA_64X128X16
+#define NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NUMBERS_32 \
+  NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NUMBERS_64                                                                   \
+  NUMBERS_32                                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SUMS_16 FOUR(0), FOUR(1), FOUR(2), FOUR(3)
+#define SUMS_32 SUMS_16, FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define SUMS_64 \
+  SUMS_32, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+// d is added to; neither operand is negated.
+#define WGMMA(shape, type, sums, operands)     \
+  "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n" \
+  "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" sums "}, " operands "; }"
+#define WGMMAS(T, type)                                                                           \
+  template <>                                                                                     \
+  DEVICE void wgmma_64x32x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                          \
+    asm volatile(WGMMA("m64n32k16", type, NUMBERS_16, "%16, %17, add, 1, 1, 0, 0")                \
+                 : SUMS_16                                                                        \
+                 : "l"(a), "l"(b));                                                               \
+  }                                                                                               \
+  template <>                                                                                     \
+  DEVICE void wgmma_64x64x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                          \
+    asm volatile(WGMMA("m64n64k16", type, NUMBERS_32, "%32, %33, add, 1, 1, 0, 0")                \
+                 : SUMS_32                                                                        \
+                 : "l"(a), "l"(b));                                                               \
+  }                                                                                               \
+  template <>                                                                                     \
+  DEVICE void wgmma_64x128x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                         \
+    asm volatile(WGMMA("m64n128k16", type, NUMBERS_64, "%64, %65, add, 1, 1, 0, 0")               \
+                 : SUMS_64                                                                        \
+                 : "l"(a), "l"(b));                                                               \
+  }                                                                                               \
+  template <>                                                                                     \
+  DEVICE void wgmma_64x128x16_trans<T>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {       \
+    asm volatile(WGMMA("m64n128k16", type, NUMBERS_64, "{%64, %65, %66, %67}, %68, add, 1, 1, 1") \
+                 : SUMS_64                                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
+  }
+WGMMAS(bf16, "bf16")
+WGMMAS(fp16, "f16")
+#undef WGMMAS
+#undef WGMMA
+#undef SUMS_64
+#undef SUMS_32
+#undef SUMS_16
 #undef FOUR
+#undef NUMBERS_64
+#undef NUMBERS_32
+#undef NUMBERS_16
 
 // ---- dependent launches, for kernels that start while their predecessor still runs
 
@@ -256,6 +295,7 @@ DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 DEVICE float exp2_approx(float x) { return ::exp2f(x); }
 
 DEVICE bool has_wgmma() { return emulation::has_wgmma(); }
+DEVICE void trap(emulation::Loc loc = emulation::Loc::current()) { emulation::trap(loc); }
 DEVICE void fence_async_proxy() { emulation::fence_async_proxy(); }
 DEVICE void wgmma_fence(emulation::Loc loc = emulation::Loc::current()) {
   emulation::wgmma_fence(loc);
@@ -268,8 +308,20 @@ DEVICE void wgmma_wait(emulation::Loc loc = emulation::Loc::current()) {
   emulation::wgmma_wait(kGroupsLeft, loc);
 }
 template <class T>
-DEVICE void wgmma_64x128x16(float (&d)[16][4], uint64_t a, uint64_t b FROM_HERE) {
-  emulation::wgmma(&d[0][0], 128, a, b, std::is_same_v<T, bf16> HERE);
+DEVICE void wgmma_64x32x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
+  emulation::wgmma(*d, 32, a, b, std::is_same_v<T, bf16> HERE);
+}
+template <class T>
+DEVICE void wgmma_64x64x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
+  emulation::wgmma(*d, 64, a, b, std::is_same_v<T, bf16> HERE);
+}
+template <class T>
+DEVICE void wgmma_64x128x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
+  emulation::wgmma(*d, 128, a, b, std::is_same_v<T, bf16> HERE);
+}
+template <class T>
+DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_t b FROM_HERE) {
+  emulation::wgmma_trans(*d, 128, a, b, std::is_same_v<T, bf16> HERE);
 }
 
 // Launches follow one another, so there is nothing to wait for.
@@ -278,12 +330,13 @@ DEVICE void let_next_kernel_start() {}
 
 #endif
 
-// How wgmma finds a tile of rows of 64 values (128 bytes) whose 16-byte chunks are permuted as
-// chunk_offset<64> has it, which is its own 128-byte mode: where it begins (on a multiple of 1024
-// bytes; 16 further columns are 2 added), 1024 bytes from eight rows to the next, the mode.
-DEVICE uint64_t wgmma_tile(uint32_t shared_address) {
-  return uint64_t{(shared_address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
+// How wgmma finds a tile of rows of 128 bytes whose 16-byte chunks are permuted as chunk_offset has
+// it, which is its own 128-byte mode: where it begins (on a multiple of 1024 bytes; 16 further
+// columns are 2 added), how far it is to the 64 columns beside these, which _trans alone reads,
+// 1024 bytes from eight rows to the next, the mode.
+DEVICE uint64_t wgmma_tile(uint32_t shared_address, uint32_t panel_bytes) {
+  return uint64_t{(shared_address & 0x3ffff) >> 4} | uint64_t{panel_bytes >> 4} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
 }  // namespace gemma4::ptx

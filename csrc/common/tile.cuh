@@ -1,6 +1,7 @@
-// Tiles of 16-bit values in shared memory: rows of kWidth values in 16-byte chunks, which are
-// permuted within their row so that neither the copies in nor the matrix loads out meet a bank
-// twice.
+// Tiles of 16-bit values in shared memory: panels of 64 columns side by side, each kRows rows of
+// 128 bytes, whose eight 16-byte chunks are permuted within their row so that neither the copies in
+// nor the matrix loads out meet a bank twice. It is also the layout that wgmma reads, for which a
+// tile begins on a multiple of 1024 bytes.
 #pragma once
 
 #include "ptx.h"
@@ -9,10 +10,12 @@ namespace gemma4 {
 
 // Where chunk `chunk` of row `row` stands, in elements. Eight rows below each other hold a chunk in
 // eight different places modulo 128 bytes, which is what one matrix load reads at once.
-template <int kWidth>
+template <int kRows>
 DEVICE int chunk_offset(int row, int chunk) {
-  static_assert(kWidth % 64 == 0);
-  return row * kWidth + ((chunk ^ (row & 7)) * 8);
+  static_assert(kRows % 8 == 0);
+  // The first two terms are those of a tile of one panel, which compilers see through best; of the
+  // next panel's begin they have 64 elements.
+  return row * 64 + (chunk ^ (row & 7)) * 8 + chunk / 8 * (kRows - 1) * 64;
 }
 
 template <class T>
@@ -41,7 +44,7 @@ DEVICE void copy_rows(T* tile, const Source& source, int columns FROM_HERE) {
   for (int i = 0; i < kSteps; i++) {
     if (!in_tile(i)) break;
     ptx::cp_async<16>(
-        ptx::shared_address(tile + chunk_offset<kWidth>(i * kStep + first_row, chunk) HERE),
+        ptx::shared_address(tile + chunk_offset<kRows>(i * kStep + first_row, chunk) HERE),
         from[i].data + chunk * 8, from[i].exists && chunk * 8 < columns ? 16 : 0 HERE);
   }
 }
@@ -52,34 +55,45 @@ DEVICE void copy_rows(T* tile, const Source& source FROM_HERE) {
 
 // Where a lane reads for the matrix loads of 16x16 blocks: its address in one block, from which
 // those of the others differ by a constant and one xor, so that unrolled loops compute nothing.
-template <int kWidth>
+template <int kRows>
 struct LaneAddress {
   uint32_t first;
 
   // In the block `rows` (a multiple of 8) below and `columns` (of 16) to the right. The first
   // block's column must be a multiple of all columns walked, or of 64: nothing carries then.
   DEVICE uint32_t at(int rows, int columns) const {
-    return (first ^ (columns % 64 * 2)) + rows * kWidth * 2 + columns / 64 * 128;
+    return (first ^ (columns % 64 * 2)) + (columns / 64 * kRows + rows) * 128;
   }
 };
 
 // Of an A operand of mma_16816, or with ldmatrix_x4_trans of two B operands, of the first and of
 // the last 8 columns: products with them are sums over the rows.
-template <int kWidth, class T>
-DEVICE LaneAddress<kWidth> lane_address(const T* tile, int row, int column FROM_HERE) {
+template <int kRows, class T>
+DEVICE LaneAddress<kRows> lane_address(const T* tile, int row, int column FROM_HERE) {
   const int lane = threadIdx.x % 32;
-  return {ptx::shared_address(tile + chunk_offset<kWidth>(row + lane % 16, column / 8 + lane / 16)
+  return {ptx::shared_address(tile + chunk_offset<kRows>(row + lane % 16, column / 8 + lane / 16)
                                          HERE)};
 }
 
 // Of two B operands, of the first and of the last 8 rows: products with them are sums over the
 // columns.
-template <int kWidth, class T>
-DEVICE LaneAddress<kWidth> transposed_lane_address(const T* tile, int row, int column FROM_HERE) {
+template <int kRows, class T>
+DEVICE LaneAddress<kRows> transposed_lane_address(const T* tile, int row, int column FROM_HERE) {
   const int lane = threadIdx.x % 32;
-  const int offset =
-      chunk_offset<kWidth>(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2);
+  const int offset = chunk_offset<kRows>(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2);
   return {ptx::shared_address(tile + offset HERE)};
+}
+
+// How wgmma finds a tile from a row (a multiple of 8) and column (of 64) on.
+template <int kRows, class T>
+DEVICE uint64_t wgmma_tile(const T* tile, int row, int column) {
+  return ptx::wgmma_tile(ptx::shared_address(tile + chunk_offset<kRows>(row, column / 8)),
+                         kRows * 128);
+}
+// To add to it for `rows` (a multiple of 8) below and `columns` (of 16) to the right.
+template <int kRows>
+DEVICE constexpr uint64_t wgmma_step(int rows, int columns) {
+  return (columns / 64 * kRows + rows) * 8 + columns % 64 / 8;
 }
 
 template <class T>

@@ -160,6 +160,7 @@ uint64_t shuffle(Shuffle, uint32_t mask, uint64_t value, int argument, int width
 uint32_t ballot(uint32_t mask, bool predicate, LOC);
 bool elect(LOC);
 void fence(LOC);  // __threadfence
+[[noreturn]] void trap(Loc);
 
 void load(void* to, const void* from, int bytes, Loc);
 void store(void* to, const void* from, int bytes, Loc);
@@ -180,6 +181,7 @@ void wgmma_fence(Loc);
 void wgmma_commit(Loc);
 void wgmma_wait(int groups_left, Loc);
 void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool is_bf16, Loc);
+void wgmma_trans(float* d, int columns, const uint32_t* a, uint64_t b, bool is_bf16, Loc);
 
 template <class T>
 T shuffle_as(Shuffle kind, uint32_t mask, T value, int argument, int width, Loc loc) {

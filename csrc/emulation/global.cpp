@@ -162,6 +162,8 @@ void count_buffers() {
 
 void fence(Loc) { global_fence(); }
 
+void trap(Loc loc) { stop("trap at " + where(loc)); }
+
 namespace {
 bool is_shared(const void* p) {
   const auto offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_bytes());

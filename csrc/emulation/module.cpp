@@ -55,9 +55,10 @@ PYBIND11_MODULE(GEMMA4_EMULATION, m) {
       .def_readonly("launched", &Counts::launched);
   m.def(
       "attention_tile",
-      [](int head_dim, int rows, size_t max_smem_bytes) {
+      [](int head_dim, int rows, int max_smem_bytes, bool has_wgmma) {
         py::dict tile;
-        gemma4::with_tile<gemma4::bf16>(head_dim, rows, max_smem_bytes, [&]<class Tile>() {
+        const gemma4::Device device{nullptr, 1, max_smem_bytes, has_wgmma ? 9 : 8};
+        gemma4::with_tile<gemma4::bf16>(head_dim, rows, device, [&]<class Tile>() {
           tile["rows"] = Tile::kRows;
           tile["keys"] = Tile::kKeys;
           tile["column_warps"] = Tile::kColumnWarps;
@@ -66,6 +67,7 @@ PYBIND11_MODULE(GEMMA4_EMULATION, m) {
         });
         return tile;
       },
+      py::arg("head_dim"), py::arg("rows"), py::arg("max_smem_bytes"), py::arg("has_wgmma") = false,
       "The tile that the planner gives an attention launch.");
   m.def("counts", [] { return counts(); }, "What happened since the last reset.");
   m.def("reset_counts", [] { counts() = {}; });

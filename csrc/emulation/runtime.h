@@ -61,13 +61,15 @@ struct Traced {
   uint64_t address;
 };
 
-// One wgmma of one warp; `d` is where each lane's accumulators are.
+// One wgmma of one warp; `d` is where each lane's accumulators are. With `a` in registers, b is
+// transposed.
 struct Wgmma {
   float* d[kLanes];
   int columns;
   uint64_t a, b;
   bool is_bf16;
   Site site;
+  std::vector<std::array<uint32_t, 4>> a_registers;  // of each lane, or none
 };
 
 struct Thread : View {

@@ -1,8 +1,10 @@
-// wgmma: operands are read and accumulators appear when their group is waited for, the latest
-// moment hardware may choose; until then the accumulators are NaN.
+// wgmma: operands in shared memory are read and accumulators appear when their group is waited for,
+// the latest moment hardware may choose; until then the accumulators are NaN. An operand in
+// registers is read at once: that nobody overwrites it is the compiler's to see.
 //
 // Each warp computes its own 16 rows. Modelled of a descriptor: the tile's beginning, the stride
-// from eight rows to the next and the 128-byte mode, the only one that kernels here use.
+// from eight rows to the next, of transposed tiles the one to the next 64 columns, and the 128-byte
+// mode, the only one that kernels here use.
 #include <cmath>
 #include <limits>
 
@@ -12,42 +14,75 @@ namespace emulation {
 
 namespace {
 
-float value_at(uint64_t tile, int row, int column, bool is_bf16) {
-  // 128 bytes a row; the mode permutes 16-byte chunks by address bits 7..9.
-  const uint32_t begin = (tile & 0x3fff) << 4, stride = (tile >> 32 & 0x3fff) << 4;
-  uint32_t address = begin + row / 8 * stride + row % 8 * 128 + column * 2;
-  address ^= address >> 3 & 0x70;
-  uint16_t bits;
-  std::memcpy(&bits, shared_at(address, 2, 0), 2);
+float value_of(uint16_t bits, bool is_bf16) {
   if (is_bf16) return as_float(bf16{bits});
   fp16 half;
   std::memcpy(&half, &bits, 2);
   return as_float(half);
 }
 
-void read_tile(uint64_t tile, int first_row, int rows, Site site) {
-  const uint32_t begin = (tile & 0x3fff) << 4, stride = (tile >> 32 & 0x3fff) << 4;
+// 128 bytes a row; the mode permutes 16-byte chunks by address bits 7..9.
+uint32_t address_in(uint64_t tile, int row, int column) {
+  const uint32_t begin = (tile & 0x3fff) << 4, panel = (tile >> 16 & 0x3fff) << 4;
+  const uint32_t eight_rows = (tile >> 32 & 0x3fff) << 4;
+  const uint32_t address =
+      begin + column / 64 * panel + row / 8 * eight_rows + row % 8 * 128 + column % 64 * 2;
+  return address ^ (address >> 3 & 0x70);
+}
+
+// Values of a tile, row by row.
+std::vector<float> read_tile(uint64_t tile, int first_row, int rows, int columns, const Wgmma& op) {
+  std::vector<float> values;
   for (int row = first_row; row < first_row + rows; row++)
-    for (int chunk = 0; chunk < 2; chunk++) {
-      const uint32_t address = begin + row / 8 * stride + row % 8 * 128 + chunk * 16;
-      read_by_async_proxy(address ^ (address >> 3 & 0x70), 16, site);
+    for (int column = 0; column < columns; column += 8) {
+      const uint32_t address = address_in(tile, row, column);
+      read_by_async_proxy(address, 16, op.site);
+      uint16_t bits[8];
+      std::memcpy(bits, shared_at(address, 16, op.site), 16);
+      for (uint16_t x : bits) values.push_back(value_of(x, op.is_bf16));
     }
+  return values;
+}
+
+// Eight rows of 16 bytes, or 128 bytes of a transposed tile's row, are one access to all banks.
+void count_tile(uint64_t tile, int first_row, int rows, int columns, bool transposed, Site site) {
+  if (!settings().profile) return;
+  std::vector<Traced> accesses;
+  const int chunks = columns / 8;
+  for (int i = 0; i < rows * chunks; i++) {
+    const int row = first_row + (transposed ? i / chunks : i % rows);
+    const int chunk = transposed ? i % chunks : i / rows;
+    accesses.push_back({site, 0, 16, address_in(tile, row, chunk * 8)});
+  }
+  for (size_t i = 0; i < accesses.size(); i += kLanes)
+    count_together(&accesses[i], kLanes, "wgmma");
 }
 
 void execute(Warp& w, const Wgmma& op) {
+  const bool transposed = !op.a_registers.empty();
   const int first_row = w.index % 4 * 16;
-  read_tile(op.a, first_row, 16, op.site);
-  read_tile(op.b, 0, op.columns, op.site);
-  std::vector<float> a(16 * 16), b(size_t(op.columns) * 16);
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++) a[i * 16 + k] = value_at(op.a, first_row + i, k, op.is_bf16);
-  for (int j = 0; j < op.columns; j++)
-    for (int k = 0; k < 16; k++) b[j * 16 + k] = value_at(op.b, j, k, op.is_bf16);
+  std::vector<float> a(16 * 16);
+  if (transposed)
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < 16; k++) {
+        const uint32_t pair = op.a_registers[i % 8 * 4 + k % 8 / 2][i / 8 + k / 8 * 2];
+        a[i * 16 + k] = value_of(static_cast<uint16_t>(pair >> k % 2 * 16), op.is_bf16);
+      }
+  else
+    a = read_tile(op.a, first_row, 16, 16, op);
+  const std::vector<float> b =
+      transposed ? read_tile(op.b, 0, 16, op.columns, op) : read_tile(op.b, 0, op.columns, 16, op);
+  if (!transposed) count_tile(op.a, first_row, 16, 16, false, op.site);
+  if (first_row == 0) {  // the four warps share b
+    const int rows = transposed ? 16 : op.columns, columns = transposed ? op.columns : 16;
+    count_tile(op.b, 0, rows, columns, transposed, op.site);
+  }
   for (int lane = 0; lane < kLanes; lane++) {
     float* d = w.accumulators.at(op.d[lane]).data();
     for (int i = 0; i < op.columns / 2; i++) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; k++) d[i] += a[row * 16 + k] * b[column * 16 + k];
+      for (int k = 0; k < 16; k++)
+        d[i] += a[row * 16 + k] * b[transposed ? k * op.columns + column : column * 16 + k];
     }
   }
   counts().mma += op.columns / 8;
@@ -71,34 +106,52 @@ void wgmma_fence(Loc loc) {
        [](Warp& w, void**) { w.wgmma_fenced = true; });
 }
 
-void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool is_bf16, Loc loc) {
+namespace {
+
+// `a` is a tile, or `registers` the lane's part of it.
+void issue(float* d, int columns, uint64_t a, const uint32_t* registers, uint64_t b, bool is_bf16,
+           Loc loc) {
   struct Argument {
     float* d;
     uint64_t a, b;
-  } mine{d, a, b};
+    const uint32_t* registers;
+  } mine{d, a, b, registers};
   const Site site = site_of(loc);
   meet("wgmma", kAllLanes, &mine, site, [=](Warp& w, void** arguments) {
     if (!w.wgmma_fenced) report("wgmma without a wgmma.fence before it, at " + where(site));
-    if (a >> 62 != 1 || b >> 62 != 1)
+    if ((!registers && a >> 62 != 1) || b >> 62 != 1)
       stop("wgmma of a tile that is not in the 128-byte mode, at " + where(site));
-    Wgmma op{{}, columns, a, b, is_bf16, site};
+    Wgmma op{{}, columns, a, b, is_bf16, site, {}};
     for (int lane = 0; lane < kLanes; lane++) {
       const auto& x = *static_cast<Argument*>(arguments[lane]);
       if (x.a != a || x.b != b) stop("the lanes of a wgmma differ in its tiles, at " + where(site));
       op.d[lane] = x.d;
+      if (registers)
+        op.a_registers.push_back({x.registers[0], x.registers[1], x.registers[2], x.registers[3]});
       auto& held = w.accumulators[x.d];
       if (!held.empty()) continue;
       held.assign(x.d, x.d + columns / 2);
       std::fill(x.d, x.d + columns / 2, std::numeric_limits<float>::quiet_NaN());
     }
-    w.open_wgmmas.push_back(op);
+    w.open_wgmmas.push_back(std::move(op));
   });
+}
+
+}  // namespace
+
+void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool is_bf16, Loc loc) {
+  issue(d, columns, a, nullptr, b, is_bf16, loc);
+}
+
+void wgmma_trans(float* d, int columns, const uint32_t* a, uint64_t b, bool is_bf16, Loc loc) {
+  issue(d, columns, 0, a, b, is_bf16, loc);
 }
 
 void wgmma_commit(Loc loc) {
   meet("wgmma.commit_group", kAllLanes, nullptr, site_of(loc), [](Warp& w, void**) {
     w.wgmma_groups.push_back(std::move(w.open_wgmmas));
     w.open_wgmmas.clear();
+    w.wgmma_fenced = false;  // stricter than need be: each group has its fence
   });
 }
 
@@ -116,7 +169,6 @@ void wgmma_wait(int groups_left, Loc loc) {
               w.accumulators.erase(held);
             }
     }
-    w.wgmma_fenced = false;
   });
 }
 

@@ -45,8 +45,8 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
                            const typename MoeTilesSmem<T, kRows>::Stage& stage, int rows) {
   const int warp_row = threadIdx.x / 32 * 16;
   if (ptx::has_wgmma()) {
-    const uint64_t x = ptx::wgmma_tile(ptx::shared_address(stage.x));
-    const uint64_t weight = ptx::wgmma_tile(ptx::shared_address(stage.weight));
+    const uint64_t x = wgmma_tile<kRows>(stage.x, 0, 0);
+    const uint64_t weight = wgmma_tile<kTileWeightRows>(stage.weight, 0, 0);
     // A branch between them would make the compiler run them one by one.
     const auto multiply = [&]<int kBlocks>() {
       ptx::wgmma_fence();
@@ -54,8 +54,8 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
       for (int column = 0; column < kTileColumns; column += 16)
 #pragma unroll
         for (int i = 0; i < kBlocks; i++)
-          ptx::wgmma_64x128x16<T>(sum[i], x + (i * 64 * kTileColumns + column) / 8,
-                                  weight + column / 8);
+          ptx::wgmma_64x128x16<T>(sum[i], x + wgmma_step<kRows>(i * 64, column),
+                                  weight + wgmma_step<kTileWeightRows>(0, column));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
     };
@@ -65,8 +65,8 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
       multiply.template operator()<1>();
     return;
   }
-  const auto x_at = lane_address<kTileColumns>(stage.x, warp_row, 0);
-  const auto weight_at = transposed_lane_address<kTileColumns>(stage.weight, 0, 0);
+  const auto x_at = lane_address<kRows>(stage.x, warp_row, 0);
+  const auto weight_at = transposed_lane_address<kTileWeightRows>(stage.weight, 0, 0);
   const auto multiply = [&]<int kBlocks>() {
 #pragma unroll
     for (int column = 0; column < kTileColumns; column += 16) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kTileThreads)
           low = gelu_tanh(low) * sum[i][n + 8][2 * half];
           high = gelu_tanh(high) * sum[i][n + 8][2 * half + 1];
         }
-        T* to = smem.out + chunk_offset<kOutColumns>(row, n) + lane % 4 * 2;
+        T* to = smem.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
       }
   __syncthreads();
@@ -174,8 +174,7 @@ __global__ void __launch_bounds__(kTileThreads)
     const int row = i / kChunks, chunk = i % kChunks, column = first_column + chunk * 8;
     if (column >= out_width) continue;
     const int64_t to = kGateUp ? tile.begin + row : p.order[tile.begin + row];
-    const auto* from =
-        reinterpret_cast<const uint4*>(smem.out + chunk_offset<kOutColumns>(row, chunk));
+    const auto* from = reinterpret_cast<const uint4*>(smem.out + chunk_offset<kRows>(row, chunk));
     ptx::store_16(static_cast<T*>(kGateUp ? p.hidden : p.expert_out) + to * out_width + column,
                   load_shared(from));
   }
