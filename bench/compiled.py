@@ -50,10 +50,13 @@ class Kernel:
         return any(re.fullmatch(pattern, name) for name in self.instructions)
 
     @property
-    def tensor(self) -> str | None:
-        """The tensor instruction of its main loop, without the types."""
-        found = [re.match(r"HG?MMA\.\w+", name) for name in self.loop]
-        return next((match[0] for match in found if match), None)
+    def tensor(self) -> dict[str, int]:
+        """The tensor instructions that stand in its main loop, without their types."""
+        found: Counter[str] = Counter()
+        for name, count in sorted(self.loop.items()):
+            if match := re.match(r"HG?MMA\.\w+", name):
+                found[match[0]] += count
+        return dict(found)
 
     def blocks(self, threads: int, smem_bytes: int) -> int:
         """Blocks of this size that one multiprocessor holds; 0 if it is too small for one."""
@@ -180,6 +183,8 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         if arch != "sm_80":
             smem = max(smem - RESERVED_SMEM, 0)
         instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
+        if not instructions:
+            continue  # it is for another architecture, and traps
         loops = _tensor_loops(body)
         kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops))
     return kernels

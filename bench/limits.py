@@ -1,7 +1,8 @@
 """Floors of Gemma 4's shapes, and estimates of times on an H100: arithmetic, nothing measured.
 
-An estimate is the largest of four bounds, each as if it were alone and fully used: bytes from DRAM,
-bytes from L2, tensor work, instructions issued. A kernel may well take twice as long. A floor is
+An estimate is the largest of five bounds, each as if it were alone and fully used: bytes from DRAM,
+bytes from L2, bytes through shared memory, tensor work, instructions issued. A kernel may well take
+twice as long. A floor is
 what no kernel can beat: bytes read and written once, useful products at the GEMM rate.
 """
 
@@ -15,6 +16,7 @@ from gemma4.config import FULL, SLIDING
 # L2, which agrees with published attention kernels; the clock; mma.sync at 62 % of wgmma's rate.
 DRAM, GEMM = 3.0e12, 798e12
 L2, CLOCK, MMA_SYNC = 5.5e12, 1.755e9, 0.62
+SHARED = 132 * 128 * CLOCK  # bytes a second
 ISSUE = 132 * 4 * CLOCK  # warp instructions a second
 ASSUMPTIONS = (
     f"Taken as given, for an H100 SXM: copies of {DRAM / 1e12} TB/s, bf16 GEMMs of "
@@ -44,17 +46,17 @@ def estimate(
     dram: float,
     useful: float = 0.0,
     l2: float = 0.0,
+    shared: float = 0.0,
     work: float = 0.0,
     kernel: dict | None = None,
     turn: int = 0,
 ) -> dict:
     """`useful` and `work`: FLOP needed and done, by the kernel of this row of the static report,
     whose main loop has so many tensor instructions a turn (0: as many as stand in it)."""
-    bounds = {"dram": dram / DRAM, "l2": l2 / L2, "tensor": 0.0, "issue": 0.0}
+    bounds = {"dram": dram / DRAM, "l2": l2 / L2, "shared": shared / SHARED}
     if kernel:
-        per_warp = flop_of(kernel["tensor"])
-        bounds["tensor"] = work / GEMM / (1 if "HGMMA" in kernel["tensor"] else MMA_SYNC)
-        bounds["issue"] = work / per_warp * instructions_for_one(kernel, turn) / ISSUE
+        bounds["tensor"] = work / GEMM / (1 if uses_wgmma(kernel) else MMA_SYNC)
+        bounds["issue"] = work / flop_of_one(kernel) * instructions_for_one(kernel, turn) / ISSUE
     limit = max(bounds, key=bounds.get)
     return {
         "case": case,
@@ -74,10 +76,37 @@ def instructions_for_one(kernel: dict, turn: int = 0) -> float:
 
 
 def flop_of(instruction: str) -> int:
-    """What one warp does in one of these: HMMA.16816, or its quarter of HGMMA.64x128x16."""
-    if instruction.startswith("HGMMA.64x"):
-        return 2 * 16 * int(instruction.split("x")[1]) * 16
+    """What one warp does in one of these: HMMA.16816, or its quarter of an HGMMA.64xNx16."""
+    if match := re.fullmatch(r"HGMMA\.64x(\d+)x16", instruction):
+        return 2 * 16 * int(match[1]) * 16
     return {"HMMA.16816": 2 * 16 * 8 * 16}[instruction]
+
+
+def flop_of_one(kernel: dict) -> float:
+    """What one warp does in a tensor instruction of the main loop, on average."""
+    counts = kernel["tensor"]
+    return sum(flop_of(name) * n for name, n in counts.items()) / sum(counts.values())
+
+
+def uses_wgmma(kernel: dict) -> bool:
+    return any(name.startswith("HGMMA") for name in kernel["tensor"])
+
+
+def shared_bytes(
+    tile: dict, size: int, wgmma: bool, own: int = 1, others: int = 2, exchanges: int = 1
+) -> int:
+    """What a block of attention moves through shared memory for one tile of keys.
+
+    Two tiles copied in, with a read of an address, two wavefronts, for 512 bytes; `own` times its
+    rows and `others` times the keys as operands of each warp, or of four with wgmma; partial
+    scores, `exchanges` times.
+    """
+    rows, keys, parts = (tile[name] for name in ("rows", "keys", "column_warps"))
+    copied = 2 * keys * size * BYTES * (512 + 256) // 512
+    together = 64 if wgmma else 16
+    operands = rows // together * (own * together + others * keys) * size * BYTES
+    exchanged = exchanges * rows * parts * keys * 4 * (1 + parts) if parts > 1 else 0
+    return copied + operands + exchanged
 
 
 def row_bytes(model: str, op: str, tokens: int) -> int:
@@ -176,9 +205,10 @@ def prefill_estimate(model: str, kind: str, n: int, kernel: dict, tile: dict) ->
         attention_bytes(model, kind, n, n),
         attention_flop(model, kind, n, n),
         l2=seen * kv_heads * 2 * size * BYTES,
+        shared=seen * kv_heads / tile["keys"] * shared_bytes(tile, size, uses_wgmma(kernel)),
         work=seen * rows * kv_heads * size * 4,
         kernel=kernel,
-        turn=4 * 16 * tile["keys"] * size // tile["column_warps"] // flop_of(kernel["tensor"]),
+        turn=round(4 * 16 * tile["keys"] * size / tile["column_warps"] / flop_of_one(kernel)),
     )
 
 
@@ -215,8 +245,9 @@ def backward_estimates(kernels: dict[int, list[dict]]) -> list[dict]:
         size, kv_heads, window = c.head_size(kind), c.kv_heads(kind), c.window(kind)[0]
         group = c.num_attention_heads // kv_heads
         for form, kernel in zip(("queries", "keys"), kernels[size], strict=True):
-            tile = map(int, re.search(r"AttentionTile<(.*?)>", kernel["kernel"])[1].split(","))
-            _, rows, keys, column_warps = tile
+            numbers = map(int, re.search(r"AttentionTile<(.*?)>", kernel["kernel"])[1].split(","))
+            _, rows, keys, column_warps = numbers
+            tile = {"rows": rows, "keys": keys, "column_warps": column_warps}
             own, walk = (rows // group, keys) if form == "queries" else (rows, keys // group)
             seen = keys_walked(n, max(own, 1), max(walk, 1), window)
             seen *= 1 if form == "queries" else group  # rows of q, by one block
@@ -228,12 +259,20 @@ def backward_estimates(kernels: dict[int, list[dict]]) -> list[dict]:
                     attention_bytes(model, kind, n, n),
                     useful * attention_flop(model, kind, n, n) / 2,
                     l2=seen * kv_heads * 2 * size * BYTES,
+                    shared=seen * kv_heads / keys * shared_bytes(tile, size, False, 2, products, 2),
                     work=seen * rows * kv_heads * size * 2 * products,
                     kernel=kernel,
-                    turn=flop // flop_of(kernel["tensor"]),
+                    turn=round(flop / flop_of_one(kernel)),
                 )
             )
     return found
+
+
+def moe_shared_bytes(wgmma: bool) -> int:
+    """The same for 128 rows, 128 weight rows and 64 columns of the experts' tiles, where warps have
+    32 rows each; every copied row of 128 bytes has its address read."""
+    copied = (128 + 128) * 64 * BYTES + 128 * 128 // 4
+    return copied + 128 * 64 * BYTES + (2 if wgmma else 4) * 128 * 64 * BYTES
 
 
 def moe_estimates(kernel: dict) -> list[dict]:
@@ -246,15 +285,17 @@ def moe_estimates(kernel: dict) -> list[dict]:
     c = MODELS[model]
     for tokens in (2048, 8192):
         assignments = tokens * c.top_k_experts
-        padded = (64 if "HGMMA" in kernel["tensor"] else 16) / 2 * c.num_experts
+        padded = (64 if uses_wgmma(kernel) else 16) / 2 * c.num_experts
         # x gathered, hidden and expert outputs written and read beside what every kernel moves.
         between = 2 * assignments * (c.hidden_size + c.moe_intermediate_size) * BYTES
+        work = moe_flop(model, tokens) * (1 + padded / assignments)
         found.append(
             estimate(
                 f"moe_experts, {tokens} tokens",
                 moe_bytes(model, tokens) + between,
                 moe_flop(model, tokens),
-                work=moe_flop(model, tokens) * (1 + padded / assignments),
+                shared=work / (2 * 128 * 128 * 64) * moe_shared_bytes(uses_wgmma(kernel)),
+                work=work,
                 kernel=kernel,
             )
         )

@@ -39,24 +39,24 @@ def compiled_table(rows: list[dict], wanted: Callable[[dict], bool] = lambda row
         kernels.setdefault(row["kernel"], {})[row["arch"]] = row
 
     def line(archs: dict[str, dict]) -> tuple[object, ...]:
-        ampere, hopper = archs["sm_80"], archs["sm_90a"]
+        hopper, ampere = archs["sm_90a"], archs.get("sm_80")
 
         def four(key: str) -> str:
-            values = [archs[arch][key] for arch in compiled.ARCHS]
+            values = [archs[arch][key] for arch in compiled.ARCHS if arch in archs]
             return " ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
-        def loop(row: dict) -> str:
-            return "{} of {}".format(*row["loop"]) if row["tensor"] else "-"
+        def loop(row: dict | None) -> str:
+            return "{} of {}".format(*row["loop"]) if row and row["tensor"] else "-"
 
-        smem = (ampere["static_smem"] + ampere["smem"]) / 1024
+        smem = (hopper["static_smem"] + hopper["smem"]) / 1024
         bits = [max(hopper[key], default="-") for key in ("load_bits", "store_bits")]
-        name = f"`{ampere['kernel'].replace('_kernel<', '<').replace('AttentionTile', '')}`"
-        numbers = ampere["threads"], f"{smem:.1f}", four("registers"), four("blocks")
+        name = f"`{hopper['kernel'].replace('_kernel<', '<').replace('AttentionTile', '')}`"
+        numbers = hopper["threads"], f"{smem:.1f}", four("registers"), four("blocks")
         return (name, *numbers, "{}, {}".format(*bits), loop(ampere), loop(hopper))
 
     sizes = ("kernel", "threads", "KB", "registers", "blocks", "load, store bits")
     head = (*sizes, "tensor, sm_80", "tensor, sm_90a")
-    return table(head, [line(a) for a in kernels.values() if wanted(a["sm_80"])])
+    return table(head, [line(a) for a in kernels.values() if wanted(a["sm_90a"])])
 
 
 def counted_table(rows: list[dict]) -> str:
@@ -90,7 +90,8 @@ Four numbers are those of {", ".join(compiled.ARCHS)}; one stands for four. Thre
 shared memory (KB) are a launcher's; blocks are what one multiprocessor holds, 0 where it is too
 small and another tile is chosen. Bits are the widest access of global memory, on sm_90a. The last
 columns count tensor instructions among all that stand in the main loop; what an inner loop repeats
-stands there once. A warp's share of HGMMA.64x128x16 is 16 products of HMMA.16816.
+stands there once. A warp's share of an HGMMA.64xNx16 is N / 8 products of HMMA.16816. A HopperTile
+exists on sm_90a alone.
 
 {compiled_table(report["compiled"])}
 ## What the emulator counted
@@ -108,8 +109,9 @@ banks of shared memory, matrix products. Small shapes, bf16.
 
 def estimate_words() -> str:
     return (
-        "An estimate is the largest of the times that bytes from DRAM, bytes from L2, tensor work "
-        "and\nissued instructions would take alone, at full rate: arithmetic, not a measurement.\n"
+        "An estimate is the largest of the times that bytes from DRAM, from L2 and through shared "
+        "memory,\ntensor work and issued instructions would take alone, at full rate: arithmetic, "
+        "not a measurement.\n"
         f"{limits.ASSUMPTIONS}."
     )
 
@@ -154,10 +156,11 @@ def numbers() -> str:
     parts.append(
         "Kernels with tensor cores, in bf16 and without softcap: registers and blocks of "
         f"{', '.join(compiled.ARCHS[:2])},\n{', '.join(compiled.ARCHS[2:])} (one number stands "
-        "for four; 0 blocks: another tile is chosen there), and tensor\ninstructions among all of "
-        "the main loop.\n\n" + compiled_table(report["compiled"], is_shown)
+        "for four, or for\nHopper alone; 0 blocks: another tile is chosen there), and tensor "
+        "instructions among all of the main\nloop.\n\n"
+        + compiled_table(report["compiled"], is_shown)
     )
-    tensor = [row for row in report["estimates"] if row["tensor_us"]]
+    tensor = [row for row in report["estimates"] if row.get("tensor_us")]
     parts.append(estimate_words() + "\n\n" + estimates_table(tensor))
     if overhead:
         ratios = sorted(row["over_add"] for row in overhead)

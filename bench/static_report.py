@@ -30,7 +30,8 @@ import test_traffic as traffic  # noqa: E402
 from conftest import Backend  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "static.json"
-CARDS_KB = (99, 227)
+# KB of shared memory, and whether there is wgmma.
+CARDS = ((99, False), (227, False), (227, True))
 Call = tuple[str, dict]  # an op and its arguments
 
 
@@ -61,7 +62,7 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             yield "moe_experts", moe_inputs(b, tokens, experts, k, 64, 64, dtype)
         for head_dim in (64, 128, 256, 512):
             for softcap in (0.0, 30.0):
-                for tokens in (1, 17):
+                for tokens in (1, 17, 65):
                     yield (
                         "attention_prefill",
                         dict(prefill_inputs(b, tokens, 17, 1, head_dim, dtype), softcap=softcap),
@@ -130,16 +131,16 @@ def launches() -> dict[str, tuple[int, int]]:
     settings, names = emulated.control().settings, emulated.kernel_names()
     found: dict[str, tuple[int, int]] = {}
     before = settings.max_smem_bytes
-    for kb in CARDS_KB:
+    for kb, settings.has_wgmma in CARDS:
         settings.max_smem_bytes = kb * 1024
         for op, arguments in launch_cases(Backend("emulated", "cpu", emulated.ops())):
-            if kb != CARDS_KB[-1] and not op.startswith("attention"):
+            if (kb, settings.has_wgmma) != CARDS[-1] and not op.startswith("attention"):
                 continue  # the others' launches do not depend on it
             for launch in run(op, arguments).launched:
                 name = compiled.plain_name(names[launch.kernel])
                 size = (launch.threads, launch.smem_bytes)
                 found[name] = max(size, found.get(name, size))
-    settings.max_smem_bytes = before
+    settings.max_smem_bytes, settings.has_wgmma = before, False
     return found
 
 
@@ -259,8 +260,8 @@ def estimate_rows(rows: list[dict]) -> list[dict]:
     b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
     forward, backward = {}, {}
     for head_dim in (256, 512):
-        call = ("attention_prefill", prefill_inputs(b, 17, 17, 1, head_dim, dtype))
-        tile = emulated.control().attention_tile(head_dim, 10**6, 227 * 1024)
+        call = ("attention_prefill", prefill_inputs(b, 65, 65, 1, head_dim, dtype))
+        tile = emulated.control().attention_tile(head_dim, 10**6, 227 * 1024, True)
         forward[head_dim] = hopper_kernels(rows, call)[0], tile
         call = ("attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype))
         backward[head_dim] = hopper_kernels(rows, call)

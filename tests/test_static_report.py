@@ -114,6 +114,26 @@ def test_the_work_of_an_estimate_is_the_kernels(window):
     assert counts.mma * static_report.MMA_FLOP == walked * tile["rows"] * head_dim * 4
 
 
+@pytest.mark.parametrize("card", [(99, False), (227, False), (227, True)], ids=str)
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_shared_bytes_of_an_estimate_are_the_kernels(on_card, card, head_dim):
+    """The emulator counts as many wavefronts of 128 bytes as the estimate has for each tile of
+    keys, but for those that find 16 keys' addresses with 192 threads."""
+    b, (smem_kb, hopper) = on_card(*card), card
+    tile = emulated.control().attention_tile(head_dim, 4 * 96, smem_kb * 1024, hopper)
+
+    def wavefronts(keys: int) -> int:
+        inputs = static_report.prefill_inputs(b, 96, keys, 4, head_dim, torch.bfloat16)
+        counts = static_report.run("attention_prefill", inputs | {"causal": False})
+        return sum(site.wavefronts for site in counts.sites)
+
+    more = wavefronts(256) - wavefronts(128)
+    tiles = 128 / tile["keys"] * 4 * 96 / tile["rows"]
+    places = 8 * tile["keys"] / 128  # written, 8 bytes a key
+    expected = limits.shared_bytes(tile, head_dim, hopper) / 128 + places
+    assert more / tiles == pytest.approx(expected, rel=0.01 if tile["threads"] == 192 else 0)
+
+
 def test_floors_of_known_shapes():
     """Two that were worked out by hand: a windowed layer of 16 heads, the experts of one token."""
     flop = limits.attention_flop("26B-A4B", "sliding_attention", 8192, 8192)
