@@ -270,13 +270,13 @@ void wgmma(Wgmma kind) {
     const uint64_t tile_a = wgmma_tile<64>(smem.a, 0, 0) ^ mode;
     const uint64_t tile_b = wgmma_tile<128>(smem.b, 0, 0) ^ mode;
     for (int k = 0; k < 64; k += 16) {
-      if (kind != Wgmma::kNoFence || k == 0) ptx::wgmma_fence();
+      if (kind != Wgmma::kNoFence || k == 0) ptx::wgmma_fence(d);
       ptx::wgmma_64x128x16<T>(d, tile_a + k / 8, tile_b + k / 8);
       if (kind != Wgmma::kNotCommitted) ptx::wgmma_commit();
     }
     if (kind == Wgmma::kOverwritten && threadIdx.x == 0) smem.a[0] = 0;
-    if (kind != Wgmma::kNotWaited) ptx::wgmma_wait<1>();
-    if (kind != Wgmma::kNotWaited && kind != Wgmma::kWaitedTooLittle) ptx::wgmma_wait<0>();
+    if (kind != Wgmma::kNotWaited) ptx::wgmma_wait<1>(d);
+    if (kind != Wgmma::kNotWaited && kind != Wgmma::kWaitedTooLittle) ptx::wgmma_wait<0>(d);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int n = 0; n < 16; n++)
       for (int e = 0; e < 4; e++) {
@@ -310,7 +310,7 @@ void wgmma_trans() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = warp * 16 + lane / 4;
     float d[16][4] = {};
-    ptx::wgmma_fence();
+    ptx::wgmma_fence(d);
     for (int k = 0; k < 64; k += 16) {
       uint32_t operand[4];
       for (int i = 0; i < 4; i++) {
@@ -320,7 +320,7 @@ void wgmma_trans() {
       ptx::wgmma_64x128x16_trans<T>(d, operand, wgmma_tile<64>(tile, k, 0));
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(d);
     for (int n = 0; n < 16; n++)
       for (int e = 0; e < 4; e++) {
         float sum = 0;

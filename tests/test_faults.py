@@ -447,8 +447,8 @@ FAULTS = {
             ),
             (
                 "attention/attention.cuh",
-                "    ptx::wgmma_wait<0>();\n  };",
-                "    ptx::wgmma_wait<1>();\n  };",
+                "    ptx::wgmma_wait<0>(out);\n  };",
+                "    ptx::wgmma_wait<1>(out);\n  };",
             ),
         ],
         "test_attention_tiles.py::test_prefill_tiles[227 KB-256-causal-bf16]": [
@@ -464,7 +464,7 @@ FAULTS = {
         "test_attention_tiles.py::test_prefill_tiles[Hopper-256-causal-bf16]": [
             (
                 "attention/attention.cuh",
-                "      ptx::wgmma_wait<1>();\n      smem.put",
+                "      ptx::wgmma_wait<1>(next);\n      smem.put",
                 "      smem.put",
             ),
             (
@@ -475,7 +475,7 @@ FAULTS = {
             (WARP, "same_in_warp(Tile::row()) / 64 * 64", "0"),
             (
                 WARP,
-                "ptx::wgmma_fence();\n#pragma unroll\n  for (int n",
+                "ptx::wgmma_fence(d);\n#pragma unroll\n  for (int n",
                 "#pragma unroll\n  for (int n",
             ),
             ("common/tile.cuh", "kRows * 128);", "kRows * 64);"),
@@ -484,7 +484,7 @@ FAULTS = {
         "test_attention_tiles.py::test_prefill_tiles[Hopper-512-causal-bf16]": [
             (
                 "attention/attention.cuh",
-                "      ptx::wgmma_wait<1>();\n      smem.put",
+                "      ptx::wgmma_wait<1>(next);\n      smem.put",
                 "      smem.put",
             ),
             ("common/tile.cuh", "(columns / 64 * kRows + rows) * 8", "(columns / 64 + rows) * 8"),
@@ -766,7 +766,7 @@ FAULTS = {
                 "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
                 "",
             ),
-            ("moe/moe_tiles.cuh", "ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();"),
+            ("moe/moe_tiles.cuh", "ptx::wgmma_wait<0>(sum);", "ptx::wgmma_wait<1>(sum);"),
         ],
         "test_tiles_on_hopper[more tokens than a tile-bf16]": [
             ("common/tile.cuh", "+ columns % 64 / 8;", "+ columns % 64 / 16;"),

@@ -162,7 +162,7 @@ DEVICE void walk_keys_on_hopper(Smem& smem, float (&out)[Tile::kColumns / 8][4],
   ptx::fence_async_proxy();
   __syncthreads();
   start_multiply<Tile>(score, smem.q, smem.k[0]);
-  ptx::wgmma_wait<0>();
+  ptx::wgmma_wait<0>(score);
   smem.put(score);
 
   // The last turn apart: wgmmas that only some turns start would make the compiler wait for all.
@@ -182,11 +182,11 @@ DEVICE void walk_keys_on_hopper(Smem& smem, float (&out)[Tile::kColumns / 8][4],
     weigh(weight, score, turn);
     start_accumulate<Tile>(out, weight, smem.v[turn % 2]);
     if constexpr (!kLast) {
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<1>(next);
       smem.put(next, (turn + 1) % 2);
       __builtin_memcpy(score, next, sizeof score);
     }
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(out);
   };
   for (int turn = 0; turn < turns - 1; turn++) take_turn.template operator()<false>(turn);
   take_turn.template operator()<true>(turns - 1);

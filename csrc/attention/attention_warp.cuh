@@ -158,7 +158,7 @@ DEVICE void start_multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, cons
   const uint64_t a = wgmma_tile<Tile::kRows>(a_tile, same_in_warp(Tile::row()) / 64 * 64,
                                              same_in_warp(Tile::column()));
   const uint64_t b = wgmma_tile<Tile::kKeys>(b_tile, 0, same_in_warp(Tile::column()));
-  ptx::wgmma_fence();
+  ptx::wgmma_fence(d);
 #pragma unroll
   for (int column = 0; column < Tile::kColumns; column += 16) {
     const uint64_t a_at = a + wgmma_step<Tile::kRows>(0, column);
@@ -176,7 +176,7 @@ template <class Tile, class T>
 DEVICE void start_accumulate(float (&d)[Tile::kColumns / 8][4],
                              const uint32_t (&a)[Tile::kKeys / 8][2], const T* b_tile) {
   const uint64_t b = wgmma_tile<Tile::kKeys>(b_tile, 0, same_in_warp(Tile::column()));
-  ptx::wgmma_fence();
+  ptx::wgmma_fence(d);
 #pragma unroll
   for (int n = 0; n < Tile::kKeys / 16; n++) {
     const uint32_t operand[4] = {a[2 * n][0], a[2 * n][1], a[2 * n + 1][0], a[2 * n + 1][1]};

@@ -160,12 +160,28 @@ DEVICE void trap() { asm volatile("trap;"); }
 // reads it.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Before the first wgmma, and before each that follows an access to its accumulators.
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The compiler takes a wgmma's sums for written when it is issued. What it computes from them
+// before or after may not pass this place.
+template <class Sums>
+DEVICE void hold(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(Sums) / 4); i++)
+    asm volatile("" : "+f"(reinterpret_cast<float*>(&sums)[i])::"memory");
+}
+
+// Before the first wgmma that adds to these sums, and before each that follows another access to
+// them.
+template <class Sums>
+DEVICE void wgmma_fence(Sums& sums) {
+  hold(sums);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kGroupsLeft>
-DEVICE void wgmma_wait() {
+// Until all but the last groups are done; `sums` are theirs.
+template <int kGroupsLeft, class Sums>
+DEVICE void wgmma_wait(Sums& sums) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
+  hold(sums);
 }
 
 // d [64 x n] += a [64x16] bᵀ, b [n x 16], both in tiles as wgmma_tile describes them; _trans: d +=
@@ -297,14 +313,15 @@ DEVICE float exp2_approx(float x) { return ::exp2f(x); }
 DEVICE bool has_wgmma() { return emulation::has_wgmma(); }
 DEVICE void trap(emulation::Loc loc = emulation::Loc::current()) { emulation::trap(loc); }
 DEVICE void fence_async_proxy() { emulation::fence_async_proxy(); }
-DEVICE void wgmma_fence(emulation::Loc loc = emulation::Loc::current()) {
+template <class Sums>
+DEVICE void wgmma_fence(Sums& FROM_HERE) {
   emulation::wgmma_fence(loc);
 }
 DEVICE void wgmma_commit(emulation::Loc loc = emulation::Loc::current()) {
   emulation::wgmma_commit(loc);
 }
-template <int kGroupsLeft>
-DEVICE void wgmma_wait(emulation::Loc loc = emulation::Loc::current()) {
+template <int kGroupsLeft, class Sums>
+DEVICE void wgmma_wait(Sums& FROM_HERE) {
   emulation::wgmma_wait(kGroupsLeft, loc);
 }
 template <class T>

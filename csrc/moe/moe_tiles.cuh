@@ -49,7 +49,7 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
     const uint64_t weight = wgmma_tile<kTileWeightRows>(stage.weight, 0, 0);
     // A branch between them would make the compiler run them one by one.
     const auto multiply = [&]<int kBlocks>() {
-      ptx::wgmma_fence();
+      ptx::wgmma_fence(sum);
 #pragma unroll
       for (int column = 0; column < kTileColumns; column += 16)
 #pragma unroll
@@ -57,7 +57,7 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
           ptx::wgmma_64x128x16<T>(sum[i], x + wgmma_step<kRows>(i * 64, column),
                                   weight + wgmma_step<kTileWeightRows>(0, column));
       ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>(sum);
     };
     if (rows > 64)
       multiply.template operator()<kRows / 64>();
