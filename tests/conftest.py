@@ -217,14 +217,16 @@ class NoHostReads(TorchDispatchMode):
 
 
 @pytest.fixture
-def on_card():
-    """The emulated backend on a card with so many KB of shared memory a block, or on Hopper."""
-    backend, settings = emulated_backend(), emulated.control().settings
-    before = settings.max_smem_bytes
+def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
+    """The emulated backend on a card with so many KB of shared memory a block and with or without
+    wgmma; without a number the GPU that is here."""
 
-    def on_card(kb, has_wgmma=False):
-        settings.max_smem_bytes, settings.has_wgmma = kb * 1024, has_wgmma
+    def on_card(kb: int | None = None, has_wgmma: bool = False) -> Backend:
+        if kb is None:
+            return _backend("cuda")
+        backend, settings = emulated_backend(), emulated.control().settings
+        monkeypatch.setattr(settings, "max_smem_bytes", kb * 1024)
+        monkeypatch.setattr(settings, "has_wgmma", has_wgmma)
         return backend
 
-    yield on_card
-    settings.max_smem_bytes, settings.has_wgmma = before, False
+    return on_card

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import assert_close_to_float64
 
-# KB of shared memory, and whether there is wgmma: each gets other tiles.
-CARDS = {"99 KB": (99, False), "227 KB": (227, False), "Hopper": (227, True)}
+# KB of shared memory, and whether there is wgmma: each gets other tiles. None: this machine's GPU.
+CARDS = {"99 KB": (99, False), "227 KB": (227, False), "Hopper": (227, True), "cuda": (None,)}
 OPTIONS = {
     "causal": {},
     "window and softcap": dict(window=50, softcap=3.0),
@@ -48,17 +48,18 @@ def test_prefill_tiles(on_card, card, head_dim, options, dtype):
 @pytest.mark.parametrize("options", [*OPTIONS, "all"])
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 @pytest.mark.parametrize("head_dim", [256, 512])
-def test_packed_on_hopper(on_card, head_dim, paged, options):
+@pytest.mark.parametrize("card", ["Hopper", "cuda"])
+def test_packed_tiles(on_card, card, head_dim, paged, options):
     """Sequences of no key, of no token, of fewer and of more keys than tiles in flight; what no
     sequence owns is NaN."""
-    backend = on_card(227, has_wgmma=True)
+    backend = on_card(*CARDS[card])
     options = OPTIONS.get(options, dict(causal=False))
     lengths = (0, 5), (30, 30), (3, 0), (2, 150), (70, 300)
     queries, keys = zip(*lengths, strict=True)
     dtype, group, page = torch.bfloat16, 3, 16
     q = backend.randn(sum(queries), group, head_dim, dtype=dtype, std=head_dim**-0.25)
     k, v = (backend.nan(sum(keys), 1, head_dim, dtype=dtype) for _ in "kv")
-    pages = torch.randperm(len(keys) * 19).int().view(len(keys), 19)
+    pages = backend.to(torch.randperm(len(keys) * 19).int().view(len(keys), 19))
     k_pages, v_pages = (backend.nan(pages.numel(), page, 1, head_dim, dtype=dtype) for _ in "kv")
     first_q = first_k = 0
     expected = []
