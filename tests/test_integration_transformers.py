@@ -4,15 +4,17 @@ Longer than 400 lines because all of it runs on one set of small models.
 """
 
 import copy
+import random
 from pathlib import Path
 
 import emulated
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_compiler
 from torch.nn.utils import parametrize
 
-from gemma4_kernels import library
+from gemma4_kernels import library, ops, reference
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -52,6 +54,21 @@ def left_padding(batch, width):
 
 def close(a, b):
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+A_CPU_TAKES_OPS = plugin._takes_ops
+
+
+@pytest.fixture(autouse=True)
+def swapped(monkeypatch):
+    """The models here are on a CPU, and the tests are of the arithmetic that GPUs get."""
+    monkeypatch.setattr(plugin, "_takes_ops", lambda x: True)
+
+
+@pytest.fixture
+def as_on_a_cpu(swapped, monkeypatch):
+    """As without these tests: a CPU is left to transformers."""
+    monkeypatch.setattr(plugin, "_takes_ops", A_CPU_TAKES_OPS)
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +328,137 @@ def test_on_the_kernels(name, monkeypatch):
         step = ours(ids[1:, :1], past_key_values=output.past_key_values).logits.float()
     whole = torch.cat([ids[:1], ids[1:, :1]], 1)
     assert (step[:, -1] - exact(whole).logits[:, -1]).abs().mean() <= 0.1
+
+
+@each
+def test_cpu_calls_no_op(name, as_on_a_cpu, monkeypatch):
+    """Prompts, padding, chunks, shared layers, caches and training without a single op."""
+    monkeypatch.setattr(plugin, "ops", None)
+    test_attention_alone(name)
+    test_e10_enabled(name)
+    test_chunked_prefill(name)
+    test_shared_layers_with_sliced_queries(name)
+    test_training(name, checkpointing=True)
+    for cache in ("dynamic", "static"):
+        for padded in (False, True):
+            test_a10_generate(name, padded, cache)
+
+
+class Calls:
+    """The ops, and the names of those that were asked for."""
+
+    def __init__(self):
+        self.names = set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(ops, name)
+
+
+@torch.no_grad()
+def test_elsewhere_every_op_is_called(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(plugin, "ops", calls)
+    test_chunked_prefill("e4b_like")
+    dense = {"rms_norm", "add_rms_norm", "qkv_norm_rope", "ple_gate"}
+    dense |= {"attention_prefill", "attention_decode"}
+    assert calls.names == dense
+    test_chunked_prefill("moe_like")
+    assert calls.names == dense | {"moe_route", "moe_experts"}
+
+
+@each
+@torch.no_grad()
+def test_cpu_with_packed_rows_and_long_prompts(name, as_on_a_cpu, monkeypatch):
+    """What the attention op still does on a CPU, and steps of decoding after it."""
+    test_packed_rows(name)
+    theirs, ours = both(name)
+    calls = Calls()
+    monkeypatch.setattr(plugin, "ops", calls)
+    long = reference.FUSED_ROWS + 3
+    ids, mask = some_ids(2, long + 2), left_padding(2, long + 2)
+    found, cache = [], None
+    for begin, end in ((0, long), (long, long + 1), (long + 1, long + 2)):
+        out = ours(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        cache = out.past_key_values
+        found.append(out.logits)
+    difference = torch.cat(found, 1) - theirs(ids, attention_mask=mask).logits
+    assert difference[mask.bool()].abs().max() < 1e-4  # of logits near 2, over so many tokens
+    assert calls.names == {"attention_prefill"}
+
+
+BOUNDS = {
+    "none": None,
+    "ends": torch.tensor([[8], [6]]),
+    "begins and ends": torch.tensor([[0, 9], [2, 8]]),
+}
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize(
+    "options", [{}, dict(sliding_window=3), dict(softcap=2.0, scaling=1.0)], ids=str
+)
+def test_cpu_attention(options, bounds, queries, monkeypatch):
+    """It is the same function of masks, windows and softcaps with the ops and without."""
+    q, k, v = torch.randn(2, 4, queries, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    mask, results = BOUNDS[bounds], []
+    if mask is not None:
+        mask = mask.int()[:, None, None].repeat(1, 1, queries, 1)
+        mask[..., -1] += torch.arange(1 - queries, 1)
+    for takes in (True, False):
+        monkeypatch.setattr(plugin, "_takes_ops", lambda x, takes=takes: takes)
+        results.append(plugin.attention(torch.nn.Module(), q, k, v, mask, **options)[0])
+    close(*results)
+
+
+def test_cpu_attention_that_is_not_causal(as_on_a_cpu):
+    q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
+    found, _ = plugin.attention(torch.nn.Module(), q, k, v, None, is_causal=False)
+    close(found.transpose(1, 2), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_cpu_compiles_whole(as_on_a_cpu):
+    test_compiles_whole("moe_like")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@each
+@torch.no_grad()
+def test_modules_need_not_agree(name, seed, monkeypatch):
+    """A model may be spread over a GPU and a CPU: whatever its modules take, the numbers stay."""
+    chance = random.Random(seed)
+    monkeypatch.setattr(plugin, "_takes_ops", lambda x: chance.random() < 0.5)
+    test_e10_enabled(name)
+    test_chunked_prefill(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_cpu_experts_that_grouped_mm_refuses(dtype, as_on_a_cpu):
+    """float64, and in bf16 rows that are no multiple of 16 bytes, run on the op."""
+    model = load("moe_like").to(dtype)
+    layer = model.model.layers[0].experts
+    assert layer.down_proj.shape[-1] % 8, "bf16 rows that grouped_mm would take test nothing"
+    x = torch.randn(9, layer.hidden_dim, dtype=dtype)
+    weights, index = torch.rand(9, layer.num_experts, dtype=dtype).topk(2)
+    expected = layer(x, index, weights)
+    tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
+    plugin.enable(model)
+    found = layer(x, index, weights)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    says = "experts: eager torch (no kernels for cpu)"
+    assert (says in plugin.explain(model)) == (dtype != torch.float32)
+
+
+def test_explain_on_a_cpu(as_on_a_cpu, monkeypatch):
+    _, ours = both("moe_like")
+    monkeypatch.setattr(plugin.extension, "BUILD", plugin.extension.Build())
+    says = (
+        "attention: eager torch (no kernels for cpu); experts: grouped_mm; "
+        "norms, MLP, rotary: transformers"
+    )
+    assert all(line.endswith(says) for line in plugin.explain(ours).splitlines())
 
 
 def test_multimodal_class_with_text():

@@ -2,7 +2,9 @@
 
 `register()` adds an attention and an experts implementation to transformers, both called
 "gemma4_kernels". `enable(model)` also puts norms, MLP, rotary embedding, router and the per-layer
-gate of a Gemma 4 model on these ops, in place; `explain(model)` says what runs where.
+gate of a Gemma 4 model on these ops, in place; `explain(model)` says what runs where. On a CPU,
+which has no kernels, all of it is left to transformers and torch, but for the attention of long
+prompts.
 
 The mask function registered with the attention never builds a mask for what the kernels can do by
 themselves. What it hands to each layer is one of
@@ -27,17 +29,18 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from .. import extension, library, ops
+from .. import extension, library, ops, reference
 
 NAME = "gemma4_kernels"
 VERSIONS = ((5, 24), (6, 0))
 # attention_decode takes up to this many new tokens a sequence.
 DECODE_TOKENS = 16
+TANH_GELU = type(transformers.activations.ACT2FN["gelu_pytorch_tanh"])
 # What a mask function of transformers may be made of, for a mask that the kernels do themselves.
 KNOWN = {"causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function"}
 
@@ -158,6 +161,15 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return first
 
 
+def _takes_ops(x: Tensor) -> bool:
+    """Whether to run these ops on x, or what transformers would run without them.
+
+    On a CPU there is no kernel, and an eager twin's checks and shapes cost time. Asked at every
+    call, for a model may move.
+    """
+    return not x.is_cpu
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -183,6 +195,12 @@ def attention(
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.is_floating_point():
         return _masked(module, query, key, value, attention_mask, **options), None
+    packed = attention_mask is not None and attention_mask.dtype == torch.int64
+    # For more queries a mask would be large, and the op leaves out the keys that none of them sees.
+    short = query.shape[2] <= reference.FUSED_ROWS
+    if not _takes_ops(query) and short and is_causal and not packed and not softcap:
+        seen = _seen(query, key, attention_mask, sliding_window or 0)
+        return _by_torch(query, key, value, seen, options["scale"]), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     starts_at_0 = attention_mask is None or (
         attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 1
@@ -210,6 +228,22 @@ def attention(
         **options,
     )
     return out.view(q.shape), None
+
+
+def _seen(query: Tensor, key: Tensor, bounds: Tensor | None, window: int) -> Tensor | None:
+    """The keys that `bounds` let each query see, [B, 1, N, S] or [N, S]; None if it is all."""
+    queries, keys = query.shape[2], key.shape[2]
+    narrow = 0 < window < keys
+    if bounds is None and queries == 1 and not narrow:
+        return None
+    places = torch.arange(keys, dtype=torch.int32, device=query.device)
+    end = places[keys - queries :, None] + 1 if bounds is None else bounds[..., -1:]
+    seen = places < end
+    if narrow:
+        seen &= places >= end - window
+    if bounds is not None and bounds.shape[-1] == 2:
+        seen &= places >= bounds[..., :1]
+    return seen
 
 
 def _sequences(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -265,10 +299,14 @@ def _masked(
     )
     if softcap:
         raise ValueError(f"{NAME} attention with a softcap takes causal masks alone")
+    return _by_torch(query, key, value, mask[..., : key.shape[2]], scale)
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     gqa = key.shape[1] != query.shape[1]
-    out = F.scaled_dot_product_attention(
-        query, key, value, mask[..., : key.shape[2]], scale=scale, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous()
 
 
@@ -278,7 +316,7 @@ def experts(
     """What transformers calls for a layer's experts. Raises ValueError for experts that are not
     down(gelu_tanh(gate x) · up x) with gate and up in one tensor, gate first."""
     activation = getattr(module, "act_fn", None)
-    tanh = isinstance(activation, type(transformers.activations.ACT2FN["gelu_pytorch_tanh"]))
+    tanh = isinstance(activation, TANH_GELU)
     usual = not getattr(module, "is_transposed", False) and getattr(module, "has_gate", True)
     usual = usual and not getattr(module, "has_bias", False)
     if not (tanh and usual and getattr(module, "is_concatenated", True)):
@@ -286,42 +324,66 @@ def experts(
             f"{NAME} experts must have a tanh-GELU gate, no bias, and gate and up in one tensor "
             f"[E, 2F, D]; {type(module).__name__} has others ({type(activation).__name__})"
         )
+    if _by_grouped_mm(module.gate_up_proj, module.down_proj):
+        grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+        return grouped_mm(module, hidden_states, top_k_index, top_k_weights)
     return ops.moe_experts(
         hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights
     )
 
 
-# ---- enable: the same modules, as subclasses whose forward takes these ops
+def _by_grouped_mm(*weights: Tensor) -> bool:
+    """Whether transformers' grouped_mm runs these experts, its choice on a CPU.
+
+    torch's takes no float64, and rows of whole 16 bytes alone.
+    """
+    return not any(
+        _takes_ops(w)
+        or w.dtype == torch.float64
+        or w.shape[-1] * w.element_size() % 16
+        or not w.is_contiguous()
+        for w in weights
+    )
+
+
+# ---- enable: the same modules, as subclasses whose forward takes these ops off the CPU
 
 
 class RMSNorm(gemma4.Gemma4RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if not _takes_ops(hidden_states):
+            return super().forward(hidden_states)
         return ops.rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps)
 
 
 class MLP(gemma4.Gemma4TextMLP):
     def forward(self, x: Tensor) -> Tensor:
+        if not _takes_ops(x):
+            return super().forward(x)
         return self.down_proj(_gelu_times(self.gate_proj(x), self.up_proj(x)))
 
 
 def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
     """gelu_tanh(gate) · other, of any leading shape."""
-    if gate.is_cpu:  # never a kernel, and for one token the op's shapes cost more than its work
-        return F.gelu(gate, approximate="tanh") * other
     product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
     return product.view(gate.shape)
 
 
 class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
     """Hands on positions and frequencies in place of cosines and sines, shaped so that they can be
-    sliced alike; `Attention` below turns by them."""
+    sliced alike; `Attention` below turns by them. On a CPU cosines and sines, as ever."""
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        if not _takes_ops(x):
+            return super().forward(x, position_ids, layer_type)
         inv_freq = getattr(self, f"{layer_type}_inv_freq").float()
         return position_ids[..., None], inv_freq.expand(1, position_ids.shape[-1], -1)
 
 
 class Attention(gemma4.Gemma4TextAttention):
+    """Goes by what the rotary embedding made, not by its own device: in a model that is spread
+    over several the two may differ."""
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -331,6 +393,15 @@ class Attention(gemma4.Gemma4TextAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if position_embeddings[0].is_floating_point():  # cosines, and no positions
+            return super().forward(
+                hidden_states,
+                position_embeddings,
+                attention_mask,
+                shared_kv_states,
+                cache=cache,
+                **kwargs,
+            )
         shape = hidden_states.shape[:-1]
         x_TD = hidden_states.flatten(0, 1)
         positions = position_embeddings[0][..., 0].expand(shape).flatten()
@@ -372,6 +443,8 @@ class Attention(gemma4.Gemma4TextAttention):
 
 class Router(gemma4.Gemma4TextRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not _takes_ops(hidden_states):
+            return super().forward(hidden_states)
         scaled = self.norm(hidden_states) * self.scale * self.scalar_root_size
         scores = self.proj(scaled)
         weights, index = ops.moe_route(scores, self.per_expert_scale, self.config.top_k_experts)
@@ -392,6 +465,17 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        if not _takes_ops(hidden_states):
+            return super().forward(
+                hidden_states,
+                per_layer_input,
+                shared_kv_states,
+                position_embeddings,
+                attention_mask,
+                position_ids,
+                cache,
+                **kwargs,
+            )
         eps, scale = self.input_layernorm.eps, self.layer_scalar.to(hidden_states.dtype)
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -439,7 +523,8 @@ def enable(model: nn.Module) -> nn.Module:
     """Puts a Gemma 4 model's modules, attention and experts on these ops, in place.
 
     Weights, their names and the outputs stay; `disable` takes it back but for the implementations,
-    which `set_attn_implementation` sets. Returns the model. Raises ValueError for a model without
+    which `set_attn_implementation` sets. On a CPU all of it runs what transformers would, but for
+    the attention of long prompts. Returns the model. Raises ValueError for a model without
     Gemma 4 text layers, or with an activation or rotary embedding that these ops do not compute.
     """
     layers = [m for m in model.modules() if isinstance(m, gemma4.Gemma4TextDecoderLayer)]
@@ -482,8 +567,11 @@ def explain(model: nn.Module) -> str:
             gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
             args = (gate_up[0], gate_up, down)
             chosen = config._experts_implementation
+            if chosen == NAME and _by_grouped_mm(gate_up, down):
+                chosen = "grouped_mm"
             parts.append(_said("experts", chosen, "moe_experts", args, weight))
-        ours = NAME if isinstance(layer, DecoderLayer) else "transformers"
+        swapped = isinstance(layer, DecoderLayer) and _takes_ops(weight)
+        ours = NAME if swapped else "transformers"
         parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight,), weight))
         lines.append(f"layer {layer.layer_idx} ({attn.layer_type}): " + "; ".join(parts))
     return "\n".join(lines)
@@ -492,6 +580,8 @@ def explain(model: nn.Module) -> str:
 def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Tensor) -> str:
     if chosen != NAME:
         return f"{part}: {chosen}"
+    if not _takes_ops(weight):
+        return f"{part}: eager torch (no kernels for {weight.device})"
     if extension.BUILD.reason:
         return f"{part}: eager twins ({extension.BUILD.reason})"
     if not extension.covers(weight.device):
