@@ -5,7 +5,9 @@
 Small models on the CPU, on a GPU released sizes of which two fit. Each decodes as its `generate`
 does: ours with its `Decoder`, whose first step captures it and is not timed. Runs alternate, so
 that a noisy machine disturbs both alike, and the numbers are medians. The ratio is transformers'
-time over ours: above 1 is faster. Before any timing the two models' logits are compared.
+time over ours: above 1 is faster. Before any timing the two models' logits are compared. The last
+column is transformers' own model after `gemma4_kernels.integrations.transformers.enable`, also set
+beside sdpa.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from torch import Tensor
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from gemma4.decode import Decoder
 from gemma4.measure import machine
+from gemma4_kernels.integrations.transformers import enable
 
 PREFILL_TOKENS, DECODE_TOKENS = 512, 64
 
@@ -89,18 +92,18 @@ CONFIGS |= {name: options(Gemma4TextConfig.preset(name)) for name in RELEASED}
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
-    """Ours and transformers' with eager and sdpa attention, over the same weights."""
+    """Ours and transformers' with eager and sdpa attention and enabled, over the same weights."""
     torch.manual_seed(0)
     with device:
         model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIGS[name]))
     models = {"gemma4": model.to(dtype).eval()}
-    for attention in ("eager", "sdpa"):
+    for way in ("eager", "sdpa", "enabled"):
         theirs = transformers.Gemma4TextConfig(**CONFIGS[name])
-        theirs._attn_implementation = attention
+        theirs._attn_implementation = "eager" if way == "eager" else "sdpa"
         with device:
             model = transformers.Gemma4ForCausalLM(theirs)
         model.to(dtype).eval().load_state_dict(models["gemma4"].state_dict(), assign=True)
-        models[attention] = model
+        models[way] = enable(model) if way == "enabled" else model
     return models
 
 
@@ -164,7 +167,7 @@ def main() -> None:
     small = [name for name in CONFIGS if name not in RELEASED]
     rows = []
     print(f"{'model':<12} {'dtype':<9} {'prefill ms':>10} {'decode ms':>10}"
-          f" {'vs eager':>14} {'vs sdpa':>14}   (prefill, decode)")  # fmt: skip
+          f" {'vs eager':>14} {'vs sdpa':>14} {'enabled':>14}   (prefill, decode)")  # fmt: skip
     for name in args.only or (RELEASED if device.type == "cuda" else small):
         for dtype in (torch.bfloat16,) if name in RELEASED else (torch.float32, torch.bfloat16):
             models = build(name, dtype, device)
@@ -181,8 +184,8 @@ def main() -> None:
 def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple]) -> dict:
     ours = times["gemma4"]
 
-    def ratio(other: str) -> list[float]:
-        return [round(theirs / mine, 2) for theirs, mine in zip(times[other], ours, strict=True)]
+    def ratio(other: str, mine: str = "gemma4") -> list[float]:
+        return [round(a / b, 2) for a, b in zip(times[other], times[mine], strict=True)]
 
     return {
         "model": name,
@@ -191,16 +194,18 @@ def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple
         "decode_ms_per_token": round(ours[1] * 1e3 / DECODE_TOKENS, 2),
         "vs_eager": ratio("eager"),
         "vs_sdpa": ratio("sdpa"),
+        "enabled_vs_sdpa": ratio("sdpa", "enabled"),
         "max_logit_difference": difference,
         "transformers": transformers.__version__,
     }
 
 
 def line(r: dict) -> str:
-    ratios = ["{:>6.2f}x {:>5.2f}x".format(*r[key]) for key in ("vs_eager", "vs_sdpa")]
+    keys = ("vs_eager", "vs_sdpa", "enabled_vs_sdpa")
+    ratios = ["{:>6.2f}x {:>5.2f}x".format(*r[key]) for key in keys]
     return (
         f"{r['model']:<12} {r['dtype']:<9} {r['prefill_ms']:>10} {r['decode_ms_per_token']:>10}"
-        f" {ratios[0]:>14} {ratios[1]:>14}"
+        f" {ratios[0]:>14} {ratios[1]:>14} {ratios[2]:>14}"
     )
 
 
