@@ -5,6 +5,8 @@
 // the reader to see, which is why they stand in one file.
 #pragma once
 
+#include <type_traits>
+
 #include "platform.h"
 
 // A wrapper's last parameter and argument: under emulation the caller's place in the source, so
@@ -160,13 +162,17 @@ DEVICE void trap() { asm volatile("trap;"); }
 // reads it.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The compiler takes a wgmma's sums for written when it is issued. What it computes from them
-// before or after may not pass this place.
-template <class Sums>
-DEVICE void hold(Sums& sums) {
+// The compiler takes a wgmma's sums for written, and its operands in registers for read, when it is
+// issued. What it computes of them before or after may not pass this place.
+template <class Registers>
+DEVICE void hold(Registers& registers) {
+  using Value = std::remove_all_extents_t<Registers>;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(Sums) / 4); i++)
-    asm volatile("" : "+f"(reinterpret_cast<float*>(&sums)[i])::"memory");
+  for (int i = 0; i < int(sizeof(Registers) / 4); i++)
+    if constexpr (std::is_same_v<Value, float>)
+      asm volatile("" : "+f"(reinterpret_cast<Value*>(&registers)[i])::"memory");
+    else
+      asm volatile("" : "+r"(reinterpret_cast<Value*>(&registers)[i])::"memory");
 }
 
 // Before the first wgmma that adds to these sums, and before each that follows another access to
@@ -313,6 +319,8 @@ DEVICE float exp2_approx(float x) { return ::exp2f(x); }
 DEVICE bool has_wgmma() { return emulation::has_wgmma(); }
 DEVICE void trap(emulation::Loc loc = emulation::Loc::current()) { emulation::trap(loc); }
 DEVICE void fence_async_proxy() { emulation::fence_async_proxy(); }
+template <class Registers>
+DEVICE void hold(Registers&) {}
 template <class Sums>
 DEVICE void wgmma_fence(Sums& FROM_HERE) {
   emulation::wgmma_fence(loc);
