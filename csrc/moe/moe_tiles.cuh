@@ -12,8 +12,8 @@
 // the same places. Warps whose rows hold no token leave the tensor cores to others.
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
 // stage s - 1 is free. Shared memory: sizeof(MoeTilesSmem), 97 KB with 128 rows, 73 KB with 64: two
-// blocks on a large multiprocessor, one multiplies while the other waits. Bound: tensor cores; with
-// few tokens an expert the weights, from DRAM.
+// blocks on a large multiprocessor, one multiplies while the other waits. Bound: tensor cores and
+// shared memory alike; with few tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/math.cuh"
