@@ -571,6 +571,7 @@ const std::map<std::string, void (*)()> kChecks = {
     {"sectors: stride 1", [] { sectors(1, 4); }},
     {"sectors: stride 2", [] { sectors(2, 8); }},
     {"sectors: stride 8", [] { sectors(8, 32); }},
+    {"trap", [] { run(32, [] { ptx::trap(); }); }},
     {"too many threads", [] { run(1025, [] {}); }},
     {"empty grid", [] { run(dim3(0), 32, [] {}); }},
 };

@@ -74,6 +74,7 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "sectors: stride 1": "clean",
     "sectors: stride 2": "clean",
     "sectors: stride 8": "clean",
+    "trap": r"trap at emulation_checks.cpp:\d+",
     "too many threads": "a block has 1 to 1024 threads, got 1025",
     "empty grid": "the grid is empty or too large",
 }

@@ -1,6 +1,7 @@
 // How a launcher starts a kernel: one signature, a body for each compiler.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -55,9 +56,7 @@ inline bool has_wgmma(const Device& device) {
 #else
   constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};
 #endif
-  for (int arch : kCompiledFor)
-    if (arch == 900) return device.capability == 9;
-  return false;
+  return device.capability == 9 && std::ranges::count(kCompiledFor, 900) > 0;
 }
 
 #ifdef GEMMA4_EMULATION

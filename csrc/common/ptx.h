@@ -317,7 +317,7 @@ DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 DEVICE float exp2_approx(float x) { return ::exp2f(x); }
 
 DEVICE bool has_wgmma() { return emulation::has_wgmma(); }
-DEVICE void trap(emulation::Loc loc = emulation::Loc::current()) { emulation::trap(loc); }
+using emulation::trap;
 DEVICE void fence_async_proxy() { emulation::fence_async_proxy(); }
 template <class Registers>
 DEVICE void hold(Registers&) {}

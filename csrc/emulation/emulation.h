@@ -160,7 +160,7 @@ uint64_t shuffle(Shuffle, uint32_t mask, uint64_t value, int argument, int width
 uint32_t ballot(uint32_t mask, bool predicate, LOC);
 bool elect(LOC);
 void fence(LOC);  // __threadfence
-[[noreturn]] void trap(Loc);
+[[noreturn]] void trap(LOC);
 
 void load(void* to, const void* from, int bytes, Loc);
 void store(void* to, const void* from, int bytes, Loc);
