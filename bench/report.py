@@ -158,8 +158,8 @@ def numbers() -> str:
     parts.append(
         "Kernels with tensor cores, in bf16 and without softcap: registers and blocks of "
         f"{', '.join(compiled.ARCHS[:2])},\n{', '.join(compiled.ARCHS[2:])} (one number stands "
-        "for four, or for\nHopper alone; 0 blocks: another tile is chosen there), and tensor "
-        "instructions among all of the main\nloop.\n\n"
+        "for four, or for Hopper alone;\n0 blocks: another tile is chosen there), and tensor "
+        "instructions among all of the main loop.\n\n"
         + compiled_table(report["compiled"], is_shown)
     )
     tensor = [row for row in report["estimates"] if row.get("tensor_us")]
@@ -173,8 +173,8 @@ def numbers() -> str:
         )
     parts.append(
         "`python bench/bench_model.py` on a CPU (Xeon with AMX, threads: "
-        f"{models[0]['threads']}): transformers' time with sdpa over ours, and\nover its own after "
-        "`enable`.\n\n" + model_table(models)
+        f"{models[0]['threads']}): transformers' time\nwith sdpa over ours, and over its "
+        "own after `enable`.\n\n" + model_table(models)
     )
     return "\n".join(part.rstrip() + "\n" for part in parts)
 

@@ -27,11 +27,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import emulated  # noqa: E402
 import test_traffic as traffic  # noqa: E402
-from conftest import Backend  # noqa: E402
+from conftest import CARDS, Backend  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "static.json"
-# KB of shared memory, and whether there is wgmma.
-CARDS = ((99, False), (227, False), (227, True))
 Call = tuple[str, dict]  # an op and its arguments
 
 
@@ -131,10 +129,11 @@ def launches() -> dict[str, tuple[int, int]]:
     settings, names = emulated.control().settings, emulated.kernel_names()
     found: dict[str, tuple[int, int]] = {}
     before = settings.max_smem_bytes
-    for kb, settings.has_wgmma in CARDS:
+    for card in ("99 KB", "227 KB", "Hopper"):
+        kb, settings.has_wgmma = CARDS[card]
         settings.max_smem_bytes = kb * 1024
         for op, arguments in launch_cases(Backend("emulated", "cpu", emulated.ops())):
-            if (kb, settings.has_wgmma) != CARDS[-1] and not op.startswith("attention"):
+            if card != "Hopper" and not op.startswith("attention"):
                 continue  # the others' launches do not depend on it
             for launch in run(op, arguments).launched:
                 name = compiled.plain_name(names[launch.kernel])

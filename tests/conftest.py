@@ -216,16 +216,25 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# KB of shared memory that a block may have, and whether there is wgmma: what kernels depend on.
+CARDS = {
+    "99 KB": (99, False),
+    "163 KB": (163, False),
+    "227 KB": (227, False),
+    "Hopper": (227, True),
+}
+
+
 @pytest.fixture
 def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
-    """The emulated backend on a card with so many KB of shared memory a block and with or without
-    wgmma; without a number the GPU that is here."""
+    """The emulated backend on one of CARDS; on "cuda", the GPU that is here."""
 
-    def on_card(kb: int | None = None, has_wgmma: bool = False) -> Backend:
-        if kb is None:
-            return _backend("cuda")
+    def on_card(name: str) -> Backend:
+        if name == "cuda":
+            return _backend(name)
         backend, settings = emulated_backend(), emulated.control().settings
-        monkeypatch.setattr(settings, "max_smem_bytes", kb * 1024)
+        smem_kb, has_wgmma = CARDS[name]
+        monkeypatch.setattr(settings, "max_smem_bytes", smem_kb * 1024)
         monkeypatch.setattr(settings, "has_wgmma", has_wgmma)
         return backend
 

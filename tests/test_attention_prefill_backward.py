@@ -98,7 +98,7 @@ OPTIONS = {
 @pytest.mark.parametrize("kb", [99, 227])
 def test_tiles(on_card, kb, head_dim, options):
     """Each tile that a card may get, several of them each way, ragged, and 3 heads a key head."""
-    backend, options = on_card(kb), OPTIONS[options]
+    backend, options = on_card(f"{kb} KB"), OPTIONS[options]
     arguments = {
         "q": backend.randn(50, 3, head_dim, dtype=torch.bfloat16, std=head_dim**-0.25),
         "k": backend.randn(112, 1, head_dim, dtype=torch.bfloat16, std=head_dim**-0.25),

@@ -7,8 +7,6 @@ import pytest
 import torch
 from conftest import assert_close_to_float64
 
-# KB of shared memory, and whether there is wgmma: each gets other tiles. None: this machine's GPU.
-CARDS = {"99 KB": (99, False), "227 KB": (227, False), "Hopper": (227, True), "cuda": (None,)}
 OPTIONS = {
     "causal": {},
     "window and softcap": dict(window=50, softcap=3.0),
@@ -30,10 +28,10 @@ def check(actual, q, k, v, dtype=torch.bfloat16, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", ["99 KB", "227 KB", "Hopper", "cuda"])
 def test_prefill_tiles(on_card, card, head_dim, options, dtype):
     """3 heads a key head: rows of a tile belong to no whole number of tokens."""
-    backend, options = on_card(*CARDS[card]), OPTIONS[options]
+    backend, options = on_card(card), OPTIONS[options]
     tokens, keys = 45, 107
     q = backend.randn(tokens, 6, head_dim, dtype=dtype, std=head_dim**-0.25)
     k = backend.randn(keys, 2, head_dim, dtype=dtype, std=head_dim**-0.25)
@@ -52,7 +50,7 @@ def test_prefill_tiles(on_card, card, head_dim, options, dtype):
 def test_packed_tiles(on_card, card, head_dim, paged, options):
     """Sequences of no key, of no token, of fewer and of more keys than tiles in flight; what no
     sequence owns is NaN."""
-    backend = on_card(*CARDS[card])
+    backend = on_card(card)
     options = OPTIONS.get(options, dict(causal=False))
     lengths = (0, 5), (30, 30), (3, 0), (2, 150), (70, 300)
     queries, keys = zip(*lengths, strict=True)
@@ -97,7 +95,7 @@ def test_packed_tiles(on_card, card, head_dim, paged, options):
 def test_decode_over_splits(on_card, head_dim, new_tokens):
     """Lengths at, before and past the bounds of the splits of 256 keys; a batch of one gives the
     bits of the batch."""
-    backend = on_card(99)
+    backend = on_card("99 KB")
     lengths = (600, 256, 257, 512, 7)
     dtype, heads = torch.bfloat16, 4
     q = backend.randn(len(lengths), new_tokens, heads, head_dim, dtype=dtype, std=head_dim**-0.25)
@@ -120,7 +118,7 @@ def decode(backend, q, k, v):
 @pytest.mark.parametrize("size", [1e4, -1e4, 3e4])
 def test_large_scores(on_card, size):
     """Equal scores of any size weigh all keys alike; one that is larger takes all."""
-    backend = on_card(99)
+    backend = on_card("99 KB")
     q = torch.full((1, 2, 64), 4.0, dtype=torch.bfloat16)
     k = torch.full((300, 1, 64), size / 256, dtype=torch.bfloat16)
     v = backend.randn(300, 1, 64, dtype=torch.bfloat16)
@@ -132,7 +130,7 @@ def test_large_scores(on_card, size):
 
 
 def test_a_single_visible_key(on_card):
-    backend = on_card(99)
+    backend = on_card("99 KB")
     q = backend.randn(40, 2, 256, dtype=torch.bfloat16)
     k, v = backend.randn(2, 40, 1, 256, dtype=torch.bfloat16).unbind(0)
     cu = backend.int32(0, 40)
@@ -145,7 +143,7 @@ def test_a_single_visible_key(on_card):
 def test_many_keys(on_card):
     """Half of the weight on the first key, the rest spread thin over the others, which are no
     multiple of any tile or split: a sum that bf16 or a lost rescaling would not hold."""
-    backend = on_card(99)
+    backend = on_card("99 KB")
     keys = 33000
     q = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
     q[..., 0] = 1.0

@@ -442,7 +442,7 @@ FAULTS = {
             ),
             (
                 "attention/attention.cuh",
-                "Tile::kWgmma ? 3 : 2;",
+                "Tile::kStages + 1;",
                 "2;",
             ),
             (
@@ -472,7 +472,7 @@ FAULTS = {
                 "smem.q, smem.k[(turn + 1) % 2])",
                 "smem.q, smem.k[turn % 2])",
             ),
-            (WARP, "same_in_warp(Tile::row()) / 64 * 64", "0"),
+            (WARP, "same_in_warp(Tile::row() / 64 * 64)", "0"),
             (
                 WARP,
                 "ptx::wgmma_fence(d);\n#pragma unroll\n  for (int n",
@@ -488,7 +488,7 @@ FAULTS = {
                 "      smem.put",
             ),
             ("common/tile.cuh", "(columns / 64 * kRows + rows) * 8", "(columns / 64 + rows) * 8"),
-            (WARP, "(b_tile, 0, same_in_warp(Tile::column()))", "(b_tile, 0, 0)"),
+            (WARP, "(b_tile, 0, column)", "(b_tile, 0, 0)"),
         ],
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (

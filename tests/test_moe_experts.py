@@ -88,7 +88,7 @@ def test_moe_experts(backend, poisoned_memory, case, dtype):
 @pytest.mark.parametrize("case", [n for n in CASES if CASES[n][0] > 60])
 def test_tiles_on_hopper(on_card, poisoned_memory, case, dtype):
     """The same tiles with the products that sm_90a is compiled with."""
-    backend = on_card(227, has_wgmma=True)
+    backend = on_card("Hopper")
     check(backend, inputs(backend, case, dtype), dtype)
 
 

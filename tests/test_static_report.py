@@ -14,7 +14,7 @@ import limits
 import pytest
 import static_report
 import torch
-from conftest import emulated_backend, needs_compiler
+from conftest import CARDS, emulated_backend, needs_compiler
 
 COMMITTED = json.loads(static_report.RESULT.read_text())
 
@@ -114,12 +114,12 @@ def test_the_work_of_an_estimate_is_the_kernels(window):
     assert counts.mma * static_report.MMA_FLOP == walked * tile["rows"] * head_dim * 4
 
 
-@pytest.mark.parametrize("card", [(99, False), (227, False), (227, True)], ids=str)
+@pytest.mark.parametrize("card", ["99 KB", "227 KB", "Hopper"])
 @pytest.mark.parametrize("head_dim", [256, 512])
 def test_shared_bytes_of_an_estimate_are_the_kernels(on_card, card, head_dim):
     """The emulator counts as many wavefronts of 128 bytes as the estimate has for each tile of
     keys, but for those that find 16 keys' addresses with 192 threads."""
-    b, (smem_kb, hopper) = on_card(*card), card
+    b, (smem_kb, hopper) = on_card(card), CARDS[card]
     tile = emulated.control().attention_tile(head_dim, 4 * 96, smem_kb * 1024, hopper)
 
     def wavefronts(keys: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from conftest import emulated_backend
+from conftest import CARDS, emulated_backend
 
 T = 64
 WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
@@ -142,19 +142,11 @@ def check_sites(counts, exempt=(), exempt_lines=()):
             assert site.sectors == site.ideal_sectors, f"part of a sector at {site.where}"
 
 
-CARDS = {
-    "99 KB": (99, False),
-    "163 KB": (163, False),
-    "227 KB": (227, False),
-    "Hopper": (227, True),
-}
-
-
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_prefill_work(counted, on_card, card, head_dim):
     """Four heads share the keys; nothing is masked, so every product is useful."""
-    (smem_kb, hopper), backend = CARDS[card], on_card(*CARDS[card])
+    (smem_kb, hopper), backend = CARDS[card], on_card(card)
     tile = counted.attention_tile(head_dim, 384, smem_kb * 1024, hopper)
     tokens, heads, keys = 96, 4, 128
     q, k, v = (
@@ -190,7 +182,7 @@ def test_prefill_backward_work(counted, on_card, case):
     """Seven products and not one more, on tiles that are full; what a block owns is read once, the
     rest once for each block."""
     head_dim, smem_kb = case
-    backend = on_card(smem_kb)
+    backend = on_card(f"{smem_kb} KB")
     tokens, heads, keys = 64, 2, 128
     q, out, grad = backend.randn(3, tokens, heads, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
     k, v = backend.randn(2, keys, 1, head_dim, dtype=torch.bfloat16, std=0.3).unbind()

@@ -35,12 +35,12 @@
 namespace gemma4 {
 
 template <class T, class Tile>
-struct AttentionSmem : ScoreExchange<Tile, Tile::kWgmma ? 2 : 1> {
-  static constexpr int kStages = Tile::kWgmma ? 2 : 1, kPlaces = Tile::kWgmma ? 3 : 2;
+struct AttentionSmem : ScoreExchange<Tile> {
+  static constexpr int kPlaces = Tile::kStages + 1;
   static constexpr int kAlignment = Tile::kWgmma ? 1024 : 128;
   alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
-  alignas(kAlignment) T k[kStages][Tile::kKeys * Tile::kHeadDim];
-  alignas(kAlignment) T v[kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
   int64_t key_offset[kPlaces][Tile::kKeys];  // of this tile's keys and the next ones'
 };
 
@@ -248,20 +248,20 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
                             keys.begin + turn * kKeys + row < keys.end};
       });
   };
-  const auto copy_k = [&](int turn) { copy_keys(smem.k[turn % smem.kStages], p.k, turn); };
-  const auto copy_v = [&](int turn) { copy_keys(smem.v[turn % smem.kStages], p.v, turn); };
+  const auto copy_k = [&](int turn) { copy_keys(smem.k[turn % Tile::kStages], p.k, turn); };
+  const auto copy_v = [&](int turn) { copy_keys(smem.v[turn % Tile::kStages], p.v, turn); };
 
   float out[kColumns / 8][4] = {};
   RunningSoftmax<Tile> softmax;
   const auto weigh = [&](uint32_t (&weight)[kKeys / 8][2], float (&score)[kKeys / 8][4], int turn) {
-  // Scores become multiples of ln 2, which exp2 wants.
+    const int key = keys.begin + turn * kKeys;
+    // Scores become multiples of ln 2, which exp2 wants.
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++)
         score[n][e] = kSoftcap ? softcap_fast(score[n][e] * p.scale, p.softcap) * kLog2e
                                : score[n][e] * (p.scale * kLog2e);
-    const int key = keys.begin + turn * kKeys;
     if (key < by_all.begin || key + kKeys > by_all.end) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n++)
@@ -273,6 +273,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     }
     softmax.template weigh<T>(weight, score, out);
   };
+
   if (turns > 0) {
     copy_rows<kHeadDim, kRows, Tile::kThreads>(smem.q, query_at);
     if constexpr (Tile::kWgmma)

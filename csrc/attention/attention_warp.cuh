@@ -18,6 +18,7 @@ template <int kHeadDim_, int kRows_, int kKeys_, int kColumnWarps_>
 struct AttentionTile {
   static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kKeys = kKeys_;
   static constexpr bool kWgmma = false;
+  static constexpr int kStages = 1;  // tiles of keys in shared memory at a time
   static constexpr int kColumnWarps = kColumnWarps_, kRowWarps = kRows / 16;
   static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * 32;
   static constexpr int kColumns = kHeadDim / kColumnWarps;
@@ -31,14 +32,15 @@ struct AttentionTile {
 template <int kHeadDim, int kRows, int kKeys, int kColumnWarps>
 struct HopperTile : AttentionTile<kHeadDim, kRows, kKeys, kColumnWarps> {
   static constexpr bool kWgmma = true;
+  static constexpr int kStages = 2;
   static_assert(kRows % 64 == 0 && (kKeys == 32 || kKeys == 64));
   static_assert(kHeadDim / kColumnWarps % 128 == 0);
 };
 
-// Where the warps of the same rows add their parts of a product over all columns, of kStages tiles.
-template <class Tile, int kStages = 1, bool kNeeded = (Tile::kColumnWarps > 1)>
+// Where the warps of the same rows add their parts of a product over all columns.
+template <class Tile, bool kNeeded = (Tile::kColumnWarps > 1)>
 struct ScoreExchange {
-  float4 partial[kStages][Tile::kWarps][Tile::kKeys / 8][32];
+  float4 partial[Tile::kStages][Tile::kWarps][Tile::kKeys / 8][32];
 
   DEVICE void put(const float (&d)[Tile::kKeys / 8][4], int stage = 0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -62,8 +64,8 @@ struct ScoreExchange {
     }
   }
 };
-template <class Tile, int kStages>
-struct ScoreExchange<Tile, kStages, false> {
+template <class Tile>
+struct ScoreExchange<Tile, false> {
   DEVICE void put(const float (&)[Tile::kKeys / 8][4], int = 0) {}
   DEVICE void total(float (&)[Tile::kKeys / 8][4], int = 0) const {}
 };
@@ -155,14 +157,14 @@ DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 // multiply, as one group of wgmmas.
 template <class Tile, class T>
 DEVICE void start_multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, const T* b_tile) {
-  const uint64_t a = wgmma_tile<Tile::kRows>(a_tile, same_in_warp(Tile::row()) / 64 * 64,
-                                             same_in_warp(Tile::column()));
-  const uint64_t b = wgmma_tile<Tile::kKeys>(b_tile, 0, same_in_warp(Tile::column()));
+  const int row = same_in_warp(Tile::row() / 64 * 64), column = same_in_warp(Tile::column());
+  const uint64_t a = wgmma_tile<Tile::kRows>(a_tile, row, column);
+  const uint64_t b = wgmma_tile<Tile::kKeys>(b_tile, 0, column);
   ptx::wgmma_fence(d);
 #pragma unroll
-  for (int column = 0; column < Tile::kColumns; column += 16) {
-    const uint64_t a_at = a + wgmma_step<Tile::kRows>(0, column);
-    const uint64_t b_at = b + wgmma_step<Tile::kKeys>(0, column);
+  for (int c = 0; c < Tile::kColumns; c += 16) {
+    const uint64_t a_at = a + wgmma_step<Tile::kRows>(0, c);
+    const uint64_t b_at = b + wgmma_step<Tile::kKeys>(0, c);
     if constexpr (Tile::kKeys == 32)
       ptx::wgmma_64x32x16<T>(d, a_at, b_at);
     else
