@@ -9,13 +9,34 @@ from gemma4_kernels import library
 
 transformers = pytest.importorskip("transformers")
 
+import make_golden  # noqa: E402
+
 from gemma4_kernels.integrations import transformers as plugin  # noqa: E402
 from gemma4_kernels.integrations.transformers import attention, base, experts, modules  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["dense", "e2b_like", "moe_like", "k_eq_v", "attention_bias"]
 each = pytest.mark.parametrize("name", NAMES)
-IS_ON_A_GPU = base.takes_ops
+S, F = make_golden.S, make_golden.F
+# As few layers as have every kind of module: with experts, and keys that are values; with per-layer
+# inputs, and keys that are shared.
+SMALL = {
+    "moe": dict(
+        make_golden.K_EQ_V,
+        layer_types=[S, F],
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=8,
+    ),
+    "ple": dict(
+        make_golden.PLE,
+        layer_types=[S, F, S, F],
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
+}
+small_models = pytest.mark.parametrize("name", SMALL)
 
 
 @pytest.fixture(autouse=True, params=["as on a GPU", "as on a CPU"])
@@ -38,6 +59,17 @@ def load(name, attention="eager", **options):
     return transformers.Gemma4ForCausalLM.from_pretrained(
         GOLDEN / name, attn_implementation=attention, **options
     ).eval()
+
+
+def small(name):
+    """Under transformers' eager attention and experts; the same parameters at every call."""
+    options = make_golden.BASE | SMALL[name]
+    options |= dict(num_hidden_layers=len(options["layer_types"]))
+    config = transformers.Gemma4TextConfig(**options)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    make_golden.randomise(model, torch.Generator().manual_seed(1))
+    return model
 
 
 def both(name, **options):
