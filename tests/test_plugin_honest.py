@@ -4,6 +4,7 @@ Every submodule in turn: a hook that changes what it gives, hooks that change wh
 a wrapper in its place. Logits of a prompt, of a step of decoding, and gradients are compared.
 """
 
+import collections
 import copy
 import functools
 
@@ -21,6 +22,7 @@ from plugged import (
 )
 from plugged import way as way
 from torch import nn
+from torch.nn.utils import parametrize
 
 from gemma4_kernels import ops
 
@@ -129,3 +131,99 @@ def test_every_submodule(name, change, monkeypatch):
     # What is called with keywords alone gives a hook that sees none of them nothing to change.
     by_keyword = {path for path in modules_of(name) if path.endswith("self_attn")} | {"model"}
     assert without_effect == (by_keyword if change is pre_hook else set())
+
+
+class Calls(collections.Counter):
+    """The ops, and how often each was asked for."""
+
+    def __getattr__(self, name):
+        self[name] += 1
+        return getattr(ops, name)
+
+
+@small_models
+@torch.no_grad()
+def test_what_is_not_plain_leaves_the_rest_fused(name, way, monkeypatch):
+    if way == "as on a CPU":
+        return  # where nothing is fused
+    model = plugin.enable(small(name))
+    layers = len(model.model.layers)
+
+    def calls():
+        counted = Calls()
+        use_ops(monkeypatch, counted)
+        model(IDS, attention_mask=PADDING)
+        return counted
+
+    plain = calls()
+    assert plain["qkv_norm_rope"] == layers
+    expected = {
+        "": {},
+        "self_attn": {},
+        "self_attn.q_norm": {"qkv_norm_rope": -1, "rms_norm": 3},
+        "post_attention_layernorm": {"add_rms_norm": -1, "rms_norm": 2},
+        "pre_feedforward_layernorm": {"rms_norm": 1},
+        "post_feedforward_layernorm": {"add_rms_norm": -1, "rms_norm": 1},
+        "mlp": {},
+        "mlp.act_fn": {"ple_gate": -1},
+    }
+    for path, difference in expected.items():
+        module = model.model.layers[0].get_submodule(path)
+        handle = module.register_forward_hook(lambda *args: None)
+        assert calls() == {**plain, **{k: plain[k] + n for k, n in difference.items()}}, path
+        handle.remove()
+    # Whoever sees what a layer is given sees cosines, and so do all layers.
+    handle = model.model.layers[0].register_forward_hook(lambda *args: None, with_kwargs=True)
+    assert calls()["qkv_norm_rope"] == 0
+    handle.remove()
+    assert calls() == plain
+
+
+def test_the_rotary_embedding_gives_cosines_to_others():
+    """Called by hand, and to a hook; within a model that is all plain and outside of it."""
+    theirs, ours = small("moe"), plugin.enable(small("moe"))
+    x, positions = torch.randn(1, 5, 32), torch.arange(5)[None]
+    ours(IDS)
+    for model in (theirs, ours):
+        model.seen = []
+        cos, sin = model.model.rotary_emb(x, positions, "full_attention")
+        model.model.rotary_emb.register_forward_hook(lambda m, a, o, to=model.seen: to.append(o))
+        model(IDS)
+        model.seen.append((cos, sin))
+    for a, b in zip(ours.seen, theirs.seen, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+class Half(nn.Module):
+    def forward(self, scalar):
+        return scalar / 2
+
+
+@small_models
+def test_layer_scalars_that_are_trained_or_computed(name, monkeypatch):
+    use_ops(monkeypatch, ops)
+    theirs, ours = small(name), plugin.enable(small(name))
+    for model in (theirs, ours):
+        first, second = model.model.layers[:2]
+        del first.layer_scalar
+        first.layer_scalar = nn.Parameter(torch.tensor([0.7]))
+        parametrize.register_parametrization(second, "layer_scalar", Half())
+    for a, b in zip(*(results(m, IDS, PADDING) for m in (ours, theirs)), strict=True):
+        close(a, b)
+    close_gradients(ours, theirs)
+    assert ours.model.layers[0].layer_scalar.grad is not None
+
+
+def test_hooks_of_all_modules(monkeypatch):
+    use_ops(monkeypatch, ops)
+    theirs, ours, seen = small("ple"), plugin.enable(small("ple")), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(id(m)))
+    try:
+        for model in (theirs, ours):
+            seen.clear()
+            model(IDS)
+            called = [name for i in seen for name, m in model.named_modules() if id(m) == i]
+            model.called = called
+    finally:
+        handle.remove()
+    assert ours.called == theirs.called

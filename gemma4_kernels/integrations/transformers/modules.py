@@ -61,10 +61,8 @@ def _close(
     return x, y if following is None else following(x)
 
 
-def _gelu_times(activation: nn.Module, gate: Tensor, other: Tensor) -> Tensor:
-    """activation(gate) · other, of any leading shape."""
-    if not is_plain(activation, base.TanhGELU):
-        return activation(gate) * other
+def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
+    """gelu_tanh(gate) · other, of any leading shape."""
     product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
     return product.view(gate.shape)
 
@@ -73,7 +71,10 @@ class MLP(gemma4.Gemma4TextMLP):
     def forward(self, x: Tensor) -> Tensor:
         if not base.takes_ops(x):
             return super().forward(x)
-        return self.down_proj(_gelu_times(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)
+        if is_plain(self.act_fn, base.TanhGELU):
+            return self.down_proj(_gelu_times(gate, self.up_proj(x)))
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
 
 
 class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
@@ -270,7 +271,11 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         scale, closing = self.layer_scalar.to(x.dtype), self.post_feedforward_layernorm
         if self.hidden_size_per_layer_input:
             x, _ = _close(branch, x, closing)
-            gated = _gelu_times(self.act_fn, self.per_layer_input_gate(x), per_layer_input)
+            gate = self.per_layer_input_gate(x)
+            if is_plain(self.act_fn, base.TanhGELU):
+                gated = _gelu_times(gate, per_layer_input)
+            else:
+                gated = self.act_fn(gate) * per_layer_input
             branch, closing = self.per_layer_projection(gated), self.post_per_layer_input_norm
         x, _ = _close(branch, x, closing, scale=scale)
         return x
