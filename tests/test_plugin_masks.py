@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from plugged import (
     base,
     close,
+    close_gradients,
     left_padding,
     load,
+    plugin,
+    small,
+    small_models,
     some_ids,
     transformers,
     use_ops,
@@ -104,3 +108,72 @@ def test_without_the_mask_function_padding_is_lost():
     with torch.no_grad():
         a, b = (m(ids, attention_mask=padding).logits[padding.bool()] for m in (ours, theirs))
     assert (a - b).abs().max() > 1e-2
+
+
+def with_holes(batch, queries, keys, window=None):
+    """Causal, the queries being the last keys, but for a few keys that nobody sees."""
+    places = torch.arange(keys)
+    ends = places[keys - queries :, None]
+    seen = (places <= ends) & (places > ends - (window or keys))
+    seen = seen.expand(batch, 1, queries, keys).clone()
+    seen[0, ..., 3] &= places[keys - queries :] == 3
+    return seen
+
+
+def additive(seen):
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+FORMS = {
+    "bool": lambda seen: seen,
+    "additive": additive,
+}
+
+
+@pytest.mark.parametrize("by_layer_type", [False, True], ids=["one", "one for each layer type"])
+@pytest.mark.parametrize("form", FORMS)
+@small_models
+def test_masks_made_by_the_user(name, form, by_layer_type, monkeypatch):
+    """Boolean and additive [B, 1, N, S], with a cache and without, in training and generation."""
+    use_ops(monkeypatch, ops)
+    theirs, ours = small(name), plugin.enable(small(name))
+    theirs.set_attn_implementation("sdpa")  # to eager attention True is a score of 1
+    ids = some_ids(2, 12)
+
+    def given(queries, keys):
+        def make(window):
+            return FORMS[form](with_holes(2, queries, keys, window))
+
+        masks = {"sliding_attention": make(6), "full_attention": make(None)}
+        return masks if by_layer_type else make(None)
+
+    with pytest.warns(UserWarning, match="without a kernel"):
+        for model in (theirs, ours):
+            model.whole = model(ids, attention_mask=given(12, 12), use_cache=False).logits
+            model.whole.square().mean().backward()
+            # One that holds all keys in all layers, as one mask needs.
+            cache = transformers.DynamicCache()
+            options = dict(past_key_values=cache, logits_to_keep=2)
+            first = model(ids[:, :8], attention_mask=given(8, 8), **options).logits
+            second = model(ids[:, 8:], attention_mask=given(4, 12), **options).logits
+            model.parts = torch.cat([first, second], 1)
+    close(ours.whole, theirs.whole)
+    close(ours.parts, theirs.parts)
+    close_gradients(ours, theirs)
+
+
+@small_models
+def test_short_position_ids_are_named(name):
+    ours = plugin.enable(small(name))
+    with pytest.raises(
+        ValueError, match="as many as the tokens, 12, or one for all of them, got 7"
+    ):
+        ours(some_ids(2, 12), position_ids=torch.arange(7)[None])
+
+
+@torch.no_grad()
+def test_one_position_for_all_tokens():
+    theirs, ours = small("ple"), plugin.enable(small("ple"))
+    options = dict(position_ids=torch.tensor([[3]]), attention_mask=torch.ones(2, 12))
+    a, b = (m(some_ids(2, 12), **options).logits for m in (ours, theirs))
+    close(a, b)

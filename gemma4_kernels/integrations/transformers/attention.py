@@ -137,8 +137,8 @@ def _masked(
     """Attention under a mask of any form, by torch."""
     _warn(
         f"{type(module).__name__} runs torch's attention, without a kernel: its mask is not causal "
-        "with padding at the ends (images, a bidirectional model, or what a compiler cannot tell "
-        "from packed rows: then give an attention_mask)"
+        "with padding at the ends (one of your own, images, a bidirectional model, or what a "
+        "compiler cannot tell from packed rows: then give an attention_mask)"
     )
     if softcap:
         raise ValueError(f"{base.NAME} attention with a softcap takes causal masks alone")
