@@ -1,11 +1,12 @@
 """What the tests of the plug-in for transformers share: small models, and both ways to run them."""
 
+import collections
 from pathlib import Path
 
 import pytest
 import torch
 
-from gemma4_kernels import library
+from gemma4_kernels import library, ops
 
 transformers = pytest.importorskip("transformers")
 
@@ -108,3 +109,11 @@ def use_ops(monkeypatch, ops):
     """Puts others in the place of the ops that the plug-in calls."""
     for module in (attention, experts, modules):
         monkeypatch.setattr(module, "ops", ops)
+
+
+class Calls(collections.Counter):
+    """The ops, and how often each was asked for."""
+
+    def __getattr__(self, name):
+        self[name] += 1
+        return getattr(ops, name)

@@ -4,13 +4,13 @@ Every submodule in turn: a hook that changes what it gives, hooks that change wh
 a wrapper in its place. Logits of a prompt, of a step of decoding, and gradients are compared.
 """
 
-import collections
 import copy
 import functools
 
 import pytest
 import torch
 from plugged import (
+    Calls,
     close,
     close_gradients,
     left_padding,
@@ -131,14 +131,6 @@ def test_every_submodule(name, change, monkeypatch):
     # What is called with keywords alone gives a hook that sees none of them nothing to change.
     by_keyword = {path for path in modules_of(name) if path.endswith("self_attn")} | {"model"}
     assert without_effect == (by_keyword if change is pre_hook else set())
-
-
-class Calls(collections.Counter):
-    """The ops, and how often each was asked for."""
-
-    def __getattr__(self, name):
-        self[name] += 1
-        return getattr(ops, name)
 
 
 @small_models
