@@ -3,7 +3,8 @@
 from .cache import Cache
 from .config import Gemma4TextConfig
 from .generate import GenerationConfig
-from .model import CausalLMOutput, Gemma4ForCausalLM, Gemma4TextModel, ModelOutput
+from .model import Gemma4ForCausalLM, Gemma4TextModel
+from .outputs import CausalLMOutput, ModelOutput
 from .tokenizer import Gemma4Tokenizer, TextStreamer
 
 __all__ = [

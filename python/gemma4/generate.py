@@ -133,7 +133,7 @@ def generate(
         )
     generators = _generators(seed, batch, device)
     length = width + options.max_new_tokens
-    cache = Cache(model.config, batch, model.dtype, device, length)
+    cache = Cache(model.config, batch, model.compute_dtype, device, length)
     logits = _prefill(model, inputs, mask, cache, prefill_chunk_size)
     decoder = Decoder(model, cache, options.max_new_tokens - 1)
     eos = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
@@ -189,7 +189,7 @@ def _prefill(
         seen = None if mask is None else mask[:, :end]
         if end < width:
             # Only the keys are wanted: one column is the least that later layers can be given.
-            model.model.run(attention_mask=seen, cache=cache, columns=1, **part)
+            model.model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
         else:
             output = model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
     return output.logits[:, -1]

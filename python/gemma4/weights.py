@@ -127,6 +127,8 @@ def _materialise(
         # to_empty would give the table room on the device for a moment; it may not fit there.
         tables[0].weight = nn.Parameter(torch.empty(0, dtype=dtype, device="meta"))
     model.to_empty(device=device)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     if host is not None:
         tables[0].weight = nn.Parameter(host)
 
@@ -302,7 +304,7 @@ def save_pretrained(model: nn.Module, path: str | Path, max_shard_size: int | st
         state.pop("lm_head.weight", None)
     plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
-        # Copies, one file's worth: the parts of a packed projection are views of one memory.
+        # Copies, one file's worth: projections that are multiplied as one share their memory.
         tensors = {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
         save_file(tensors, Path(path) / file, metadata={"format": "pt"})
     index = Path(path) / "model.safetensors.index.json"
