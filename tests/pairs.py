@@ -28,7 +28,6 @@ def pair(name: str, **overrides: object) -> tuple[nn.Module, Gemma4ForCausalLM]:
     config._attn_implementation = config._experts_implementation = "eager"
     theirs = transformers.Gemma4ForCausalLM(config).eval()
     theirs.load_state_dict(ours.state_dict())
-    theirs.generation_config.eos_token_id = None
     return theirs, ours
 
 

@@ -174,10 +174,13 @@ def test_backward_hooks_of_any_module(name: str) -> None:
     over_all_modules(submodules(theirs, ours), check)
 
 
-def tensors(output: Any) -> list[Tensor]:
+def tensors(module: nn.Module, output: Any) -> list[Tensor]:
+    """What both models give; eager attention alone also has a matrix of weights."""
     if hasattr(output, "last_hidden_state"):
         return [output.last_hidden_state]
-    return [x for x in (output if isinstance(output, tuple) else [output]) if isinstance(x, Tensor)]
+    if type(module).__name__.endswith("Attention"):
+        return [output[0]]
+    return list(output) if isinstance(output, tuple) else [output]
 
 
 @pytest.mark.parametrize("run", ["prefill", "decode"])
@@ -186,8 +189,8 @@ def test_hooks_see_what_they_see_there(name: str, run: str) -> None:
     """The same shapes, [B, S, ...], and where there are tokens the same values."""
     seen: list[list[Tensor]] = []
 
-    def record(_: nn.Module, args: tuple, output: Any) -> None:
-        seen[-1] += [x.clone() for x in tensors(output)]
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        seen[-1] += [x.clone() for x in tensors(module, output)]
 
     theirs, ours = pair(name)
     real = left_padded(WIDTH, PADDING)["attention_mask"].bool()
@@ -198,6 +201,8 @@ def test_hooks_see_what_they_see_there(name: str, run: str) -> None:
             seen.append([])
             with model.get_submodule(module).register_forward_hook(record):
                 RUNS[run](model)
+        if module == "model.rotary_emb":  # called for one kind of layer and the other, in any order
+            seen[:] = [sorted(found, key=lambda x: (x.shape, x.sum())) for found in seen]
         expected, actual = seen
         assert [x.shape for x in actual] == [x.shape for x in expected]
         for a, b in zip(actual, expected, strict=True):
@@ -207,7 +212,8 @@ def test_hooks_see_what_they_see_there(name: str, run: str) -> None:
                 a, b = a[real.flatten()], b[real.flatten()]
             close(a, b)
 
-    over_all_modules(submodules(theirs, ours), check)
+    # An expert's activation sees the tokens that came to it, in any order, and padding with them.
+    over_all_modules([n for n in submodules(theirs, ours) if "experts.act" not in n], check)
 
 
 @pytest.mark.parametrize("run", ["prefill", "decode"])
@@ -215,9 +221,10 @@ def test_hooks_see_what_they_see_there(name: str, run: str) -> None:
 def test_hooks_that_choose_a_column(name: str, run: str) -> None:
     """In place, as activation patching does it: the last column of a left-padded batch."""
 
-    def patch(_: nn.Module, args: tuple, output: Any) -> None:
-        for x in tensors(output)[:1]:
-            x[:, -1] += torch.arange(x[:, -1].shape[-1], dtype=x.dtype).cos()
+    def patch(module: nn.Module, args: tuple, output: Any) -> None:
+        x = tensors(module, output)[0]
+        if x.ndim > 2:  # the router and the experts see tokens [B S, D]
+            x[:, -1] += torch.arange(x.shape[-1], dtype=x.dtype).cos()
 
     theirs, ours = pair(name)
 
