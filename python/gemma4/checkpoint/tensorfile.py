@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..files import LFS_POINTER, MAX_JSON_BYTES, naming, parse_json, short
 
-PIECE_BYTES = 64 * 2**20
+# Small enough that a piece stays in the caches between the file and its place.
+PIECE_BYTES = 8 * 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Tensors of other modalities, and of quantised checkpoints, may have any of these.
