@@ -27,7 +27,7 @@ import gemma4_kernels
 from . import Gemma4ForCausalLM, Gemma4TextConfig, demo, measure
 from .config import FULL
 from .tokenizer import Gemma4Tokenizer, TextStreamer
-from .weights import resolve
+from .checkpoint import resolve
 
 RELEASED = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 SUFFIXES = (".json", ".jinja", ".safetensors")

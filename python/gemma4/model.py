@@ -27,7 +27,7 @@ from .layout import Layout, make_layout
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
 from .steps import CachePlan, DecodePlan, PackedPlan
-from .weights import load_pretrained, save_pretrained
+from .checkpoint import load_pretrained, save_pretrained
 
 # Tokens whose loss is computed at once: the fp32 copy of their logits is all that exists of it.
 LOSS_TOKENS = 1024
