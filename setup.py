@@ -250,7 +250,14 @@ def main() -> None:
         arguments.setdefault("cmdclass", {})["build_py"] = build_py_with(chosen)
     setup(
         version=version(),
-        packages=[PACKAGE, f"{PACKAGE}.integrations", "gemma4", "gemma4.demo"],
+        packages=[
+            PACKAGE,
+            f"{PACKAGE}.integrations",
+            "gemma4",
+            "gemma4.cli",
+            "gemma4.demo",
+            "gemma4.generate",
+        ],
         package_dir={PACKAGE: PACKAGE, "gemma4": "python/gemma4"},
         package_data={
             PACKAGE: ["py.typed"],
