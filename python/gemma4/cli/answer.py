@@ -13,7 +13,8 @@ class Clock:
     """A streamer that notes when the prompt was put, and when each new token came."""
 
     def __init__(self) -> None:
-        self.prompt_tokens, self.times = 0, []
+        self.prompt_tokens = 0
+        self.times: list[float] = []
         self.reused = 0  # prompt tokens that a cache held already
 
     def put(self, ids: torch.Tensor) -> None:

@@ -37,9 +37,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 def _prompt(argument: str | None) -> str:
     if argument is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("no prompt: give it as an argument or on stdin")
-    prompt = argument
-    if argument in (None, "-"):
-        prompt = decoded(sys.stdin.buffer.read()).removesuffix("\n")
+    piped = argument is None or argument == "-"
+    prompt = decoded(sys.stdin.buffer.read()).removesuffix("\n") if piped else argument
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     return prompt
