@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ALL, DENSE, E_SERIES, MOE, ids, tiny
 
-import gemma4.weights
+import gemma4.checkpoint.folder
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig, Gemma4TextModel
 
 COUNTS = {
@@ -166,7 +166,7 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(gemma4.weights, "snapshot_download", offline)
+    monkeypatch.setattr(gemma4.checkpoint.folder, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"owner/name.*no network"):
         load("owner/name")
 

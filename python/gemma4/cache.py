@@ -5,6 +5,9 @@ slot p mod slots of its rings; rows count their real tokens alone, so padding ta
 one forward does with a cache stands in steps.py.
 """
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,8 @@ class Cache:
     """The cache of one batch; made by the model, handed back to it with the next tokens.
 
     lengths counts the tokens of each row, columns those of the padded batch. rollback is how many
-    tokens `trim` can take back once a sliding layer's ring is full.
+    tokens `trim` can take back once a sliding layer's ring is full. ids are the first tokens of
+    each row as far as `generate` wrote them, and reused counts those that its last call found here.
     """
 
     def __init__(
@@ -33,11 +37,15 @@ class Cache:
         max_length: int = 0,
         rollback: int = DECODE_TOKENS,
     ):
+        if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
+            raise ValueError(f"rollback must be a whole number of at least 0, got {rollback!r}")
         self.config, self.signature = config, _signature(config)
         self.window, self.rollback = config.sliding_window, rollback
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch_size
         self.columns = 0
+        self.ids: list[list[int]] = [[] for _ in range(batch_size)]
+        self.reused = [0] * batch_size
         # The longest each row has been: what lies this far back in a ring is overwritten.
         self._written = [0] * batch_size
         self.k: dict[int, Tensor] = {}
@@ -69,28 +77,75 @@ class Cache:
         )
         if not same:
             raise ValueError("cache belongs to a model of another shape")
+        if config.rope_parameters != self.config.rope_parameters:
+            raise ValueError("cache belongs to a model with other rope_parameters")
         if self.dtype != dtype:
             raise ValueError(f"cache holds {self.dtype}, the model computes in {dtype}")
         if self.batch_size != batch_size:
             raise ValueError(f"cache holds {self.batch_size} rows, the input has {batch_size}")
 
-    def trim(self, count: int) -> None:
-        """Takes back the last `count` tokens of every row.
+    def trim(self, count: int | Sequence[int]) -> None:
+        """Takes back the last `count` tokens of every row; a sequence has one count a row.
 
         Raises ValueError if a row holds fewer, or if a ring no longer holds the window before them.
         """
-        if count < 0 or count > min(self.lengths):
-            raise ValueError(f"cannot trim {count} tokens, rows hold {self.lengths}")
-        slots = self.window + self.rollback
-        for length, written in zip(self.lengths, self._written, strict=True):
-            oldest = written - slots
-            if any(self._ring.values()) and oldest > max(0, length - count - self.window + 1):
+        counts = count if isinstance(count, (list, tuple)) else [count] * self.batch_size
+        if len(counts) != self.batch_size:
+            raise ValueError(f"cannot trim {len(counts)} rows, the cache holds {self.batch_size}")
+        for row, (some, length) in enumerate(zip(counts, self.lengths, strict=True)):
+            whole = isinstance(some, int) and not isinstance(some, bool)
+            if not whole or not 0 <= some <= length:
+                raise ValueError(f"cannot trim {some!r} tokens, rows hold {self.lengths}")
+            if not self._can_keep(row, length - some):
                 raise ValueError(
-                    f"cannot trim {count} tokens: sliding layers keep {self.rollback} tokens "
+                    f"cannot trim {some} tokens: sliding layers keep {self.rollback} tokens "
                     "beyond the window (rollback)"
                 )
-        self.lengths = [length - count for length in self.lengths]
-        self.columns -= count
+        self.lengths = [length - some for length, some in zip(self.lengths, counts, strict=True)]
+        self.columns = self.columns - count if counts is not count else max(self.lengths)
+        self.ids = [ids[:length] for ids, length in zip(self.ids, self.lengths, strict=True)]
+        pairs = zip(self._written, self.lengths, strict=True)
+        self._written = [written if length else 0 for written, length in pairs]
+
+    def _can_keep(self, row: int, length: int) -> bool:
+        """Whether the rings still hold the window at the end of the row's first `length` tokens."""
+        if length == 0 or not any(self._ring.values()):
+            return True
+        oldest = self._written[row] - self.window - self.rollback
+        return oldest <= max(0, length - self.window + 1)
+
+    def resume(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Takes back all but what the cache and `rows` begin with; returns the tokens kept of each.
+
+        A row's last token is never kept, for its logits are wanted. Tokens beyond `ids`, those of a
+        forward, are taken to be the row's own. A row whose rings have lost the window before the
+        next token starts anew.
+        """
+        kept = []
+        for row, (ids, known, length) in enumerate(zip(rows, self.ids, self.lengths, strict=True)):
+            pairs = zip(ids, known, strict=False)
+            same = next((i for i, (one, other) in enumerate(pairs) if one != other), length)
+            same = min(same, length, len(ids) - 1)
+            kept.append(same if self._can_keep(row, same) else 0)
+        self.trim([length - same for length, same in zip(self.lengths, kept, strict=True)])
+        self.reused = kept
+        return kept
+
+    def record(self, rows: Sequence[list[int]], cut_short: bool) -> None:
+        """Notes which tokens the rows hold. cut_short: a step may have written one more."""
+        self.ids = [ids[:length] for ids, length in zip(rows, self.lengths, strict=True)]
+        self._written = [written + cut_short for written in self._written]
+
+    def repeated(self, times: int) -> "Cache":
+        """A cache that holds each row `times` times, one copy after the other."""
+        other = copy(self)
+        for name in ("lengths", "ids", "reused", "_written"):
+            setattr(other, name, [x for x in getattr(self, name) for _ in range(times)])
+        for name in ("k", "v"):
+            store = getattr(self, name)
+            setattr(other, name, {i: x.repeat_interleave(times, 0) for i, x in store.items()})
+        other.block_table = other._pages(self.block_table.shape[1])
+        return other
 
     def reserve(self, length: int) -> None:
         """Room for `length` tokens a row on the full layers, doubling so that growth is linear."""
@@ -104,8 +159,11 @@ class Cache:
                 old = store[layer]
                 store[layer] = old.new_empty(old.shape[0], slots, *old.shape[2:])
                 store[layer][:, : old.shape[1]] = old
-        pages = torch.arange(self.batch_size * (slots // PAGE_SIZE), dtype=torch.int32)
-        self.block_table = pages.view(self.batch_size, -1).to(self.device)
+        self.block_table = self._pages(slots // PAGE_SIZE)
+
+    def _pages(self, per_row: int) -> Tensor:
+        pages = torch.arange(self.batch_size * per_row, dtype=torch.int32)
+        return pages.view(self.batch_size, per_row).to(self.device)
 
     @property
     def room(self) -> int | None:

@@ -20,6 +20,7 @@ from gemma4_kernels import ops
 from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .cache import Cache
+from .checkpoint import load_pretrained, save_pretrained
 from .config import Gemma4TextConfig
 from .generate import GenerationConfig, generate
 from .layers import DecoderLayer, Tail
@@ -27,7 +28,6 @@ from .layout import Layout, make_layout
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
 from .steps import CachePlan, DecodePlan, PackedPlan
-from .weights import load_pretrained, save_pretrained
 
 # Tokens whose loss is computed at once: the fp32 copy of their logits is all that exists of it.
 LOSS_TOKENS = 1024
@@ -262,11 +262,11 @@ class Gemma4TextModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -385,15 +385,16 @@ class Gemma4TextModel(nn.Module):
     ) -> tuple[PackedPlan, Cache | None]:
         if cache is not None and self.config.bidirectional:
             raise ValueError("use_bidirectional_attention 'all' has no cache: every token sees all")
+        device = self.device
         if cache is not None:
             cache.check(self.config, shape[0], self.compute_dtype)
             pasts = (cache.lengths, cache.columns)
-            layout = make_layout(shape, self.device, attention_mask, position_ids, *pasts)
+            layout = make_layout(shape, device, attention_mask, position_ids, *pasts)
         else:
-            layout = make_layout(shape, self.device, attention_mask, position_ids)
+            layout = make_layout(shape, device, attention_mask, position_ids)
             if self._wants_cache(use_cache, layout):
                 length = layout.max_seqlen_q
-                cache = Cache(self.config, shape[0], self.compute_dtype, self.device, length)
+                cache = Cache(self.config, shape[0], self.compute_dtype, device, length)
         return (PackedPlan(layout) if cache is None else CachePlan(layout, cache)), cache
 
     def _wants_cache(self, use_cache: bool | None, layout: Layout) -> bool:
@@ -454,7 +455,7 @@ class Gemma4TextModel(nn.Module):
         """Normed states [T, D] of the tokens, or of the last columns alone, and hidden states."""
         layout, layers = plan.layout, list(self.layers)
         if input_ids is not None:
-            ids_T = layout.pack(input_ids).to(self.device)
+            ids_T = layout.pack(input_ids).to(layout.positions.device)
             x_TD = layout.call(self.embed_tokens, ScaledEmbedding, ids_T)
         else:
             ids_T, x_TD = None, layout.pack(inputs_embeds)
