@@ -69,6 +69,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def is_file_name(name: Any) -> bool:
+    """Whether `name` names a file of the folder that it is read in, and none elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and bool(name.strip("."))
+
+
 def short(value: Any, most: int = 80) -> str:
     """`value` as an error shows it: however large it is, a few words of it."""
     try:
@@ -120,7 +125,7 @@ def finish(folder: Path) -> None:
     if (committed / MANIFEST).is_file():
         manifest = read_json(committed / MANIFEST)
         # A folder may come from anywhere: what its manifest names must lie in it.
-        if any(Path(name).name != name for name in manifest["moved"] + manifest["removed"]):
+        if not all(map(is_file_name, manifest["moved"] + manifest["removed"])):
             raise ValueError(f"{committed / MANIFEST} names files outside of its folder")
         for name in manifest["moved"]:
             # What is not there any more was moved before the kill.

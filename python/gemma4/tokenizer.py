@@ -267,7 +267,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer: {short(str(error), 200)}") from None
+        raise ValueError(f"{file} is not a tokenizer: {str(error)[:200]}") from None
 
 
 def _model_rows(folder: Path) -> int | None:
