@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, extension, reference
+from .autocast import unaffected
 
 NAMESPACE = "gemma4_kernels"
 COMPILED = "gemma4_kernels_compiled"
@@ -61,6 +62,17 @@ _public = getattr(torch.ops, NAMESPACE)
 _HALF = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256, 512)
 _MOST_ROUTED_EXPERTS, _MOST_ROUTES = 512, 32
+# Arguments whose dtype may be another than x's, though no kernel takes that.
+_BESIDE = {
+    "rms_norm": (1,),
+    "add_rms_norm": (1, 2, 3, 4),
+    "qkv_norm_rope": (3, 4),
+    "qkv_norm_rope_cache": (3, 4),
+    "moe_norm": (1, 2),
+    "moe_experts": (1, 2),
+    "ple_embed": (1, 3),
+    "ple_gate": (1,),
+}
 # Ops whose kernels compute in 16-bit types alone, with their matrix products on tensor cores.
 _ATTENTION = ("attention_prefill", "attention_prefill_backward", "attention_decode")
 _HALF_OPS = (*_ATTENTION, "moe_experts")
@@ -96,6 +108,9 @@ def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
     dtypes = _HALF if name in _HALF_OPS else (torch.float32, *_HALF)
     if x.dtype not in dtypes:
         return f"it is for {', '.join(map(str, dtypes))}, got {x.dtype}"
+    for i in _BESIDE.get(name, ()):
+        if args[i] is not None and args[i].dtype != x.dtype:
+            return f"it is for one dtype, got {x.dtype} and {args[i].dtype}"
     if name in _ATTENTION and x.shape[-1] not in _HEAD_DIMS:
         return f"it is for head_dim {_HEAD_DIMS}, got {x.shape[-1]}"
     if name == "ple_embed" and args[1].is_cpu and not x.is_cpu and not args[1].is_pinned():
@@ -164,7 +179,9 @@ def rms_norm(x, weight, eps):
 @_fake
 def add_rms_norm(x, residual, post_weight, next_weight, scale, eps):
     checks.add_rms_norm(x, residual, post_weight, next_weight, scale)
-    return _new(x, *x.shape), _new(x, 0) if next_weight is None else _new(x, *x.shape)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    y_shape = (0,) if next_weight is None else x.shape
+    return _new(x, *x.shape, dtype=dtype), _new(x, *y_shape, dtype=dtype)
 
 
 @_fake
@@ -231,7 +248,8 @@ def attention_decode(
 @_fake
 def moe_norm(x, weight, scale, eps):
     checks.moe_norm(x, weight, scale)
-    return _new(x, *x.shape), _new(x, *x.shape)
+    router_dtype = torch.promote_types(x.dtype, scale.dtype)
+    return _new(x, *x.shape), _new(x, *x.shape, dtype=router_dtype)
 
 
 @_fake
@@ -256,15 +274,16 @@ def moe_experts_backward(grad, x, gate_up, down, experts, weights):
 @_fake
 def ple_embed(ids, table, projected, weight, eps):
     checks.ple_embed(ids, table, projected, weight)
-    return _new(
-        projected, projected.shape[0], projected.shape[1] // weight.shape[0], weight.shape[0]
-    )
+    tokens, columns = projected.shape
+    width = weight.shape[0]
+    dtype = torch.promote_types(projected.dtype, table.dtype)
+    return _new(projected, tokens, columns // width, width, dtype=dtype)
 
 
 @_fake
 def ple_gate(gate, ple, layer):
     checks.ple_gate(gate, ple, layer)
-    return _new(gate, *gate.shape)
+    return _new(gate, *gate.shape, dtype=torch.promote_types(gate.dtype, ple.dtype))
 
 
 @_fake
@@ -300,6 +319,7 @@ def _recomputed(name: str) -> None:
     """Gradient of an op by running its eager twin again on the saved inputs."""
     twin = getattr(reference, name)
 
+    @unaffected
     def backward(ctx, *grads):
         with torch.enable_grad():
             wanted = ctx.needs_input_grad

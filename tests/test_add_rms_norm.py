@@ -91,10 +91,10 @@ def test_inputs_stay_as_they_are(backend):
 
 BAD = {
     "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
-    "residual dtype": (
-        {"residual": lambda r: r.double()},
+    "integer residual": (
+        {"residual": lambda t: t.int()},
         TypeError,
-        "residual must have the dtype of x, torch.float32, got torch.float64",
+        "residual must be a floating-point tensor, got torch.int32",
     ),
     "residual shape": (
         {"residual": lambda r: r[:2]},
@@ -106,30 +106,30 @@ BAD = {
         ValueError,
         "residual must be on the device of x, c.*, got meta",
     ),
-    "post_weight dtype": (
-        {"post_weight": lambda w: w.half()},
+    "integer post_weight": (
+        {"post_weight": lambda t: t.int()},
         TypeError,
-        "post_weight must have the dtype of x, torch.float32, got torch.float16",
+        "post_weight must be a floating-point tensor, got torch.int32",
     ),
     "post_weight shape": (
         {"post_weight": lambda w: w[:32]},
         ValueError,
         r"post_weight must have shape \[64\], got \[32\]",
     ),
-    "next_weight dtype": (
-        {"next_weight": lambda w: w.bfloat16()},
+    "integer next_weight": (
+        {"next_weight": lambda t: t.int()},
         TypeError,
-        "next_weight must have the dtype of x, torch.float32, got torch.bfloat16",
+        "next_weight must be a floating-point tensor, got torch.int32",
     ),
     "next_weight shape": (
         {"next_weight": lambda w: w[:32]},
         ValueError,
         r"next_weight must have shape \[64\], got \[32\]",
     ),
-    "scale dtype": (
-        {"scale": lambda s: s.half()},
+    "integer scale": (
+        {"scale": lambda t: t.int()},
         TypeError,
-        "scale must have the dtype of x, torch.float32, got torch.float16",
+        "scale must be a floating-point tensor, got torch.int32",
     ),
     "scale of no dimension": (
         {"scale": lambda s: s[0]},

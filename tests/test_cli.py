@@ -463,7 +463,7 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
         now += next(steps)
         return now
 
-    monkeypatch.setattr("gemma4.cli.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("gemma4.cli.answer.time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr("gemma4.measure.copy_bandwidth", lambda device: 20e9)
     monkeypatch.setattr("gemma4.measure.gemm_rate", lambda device, dtype: 3e12)
     monkeypatch.setattr("gemma4.measure.decode_bytes", lambda model: 4e9)

@@ -251,7 +251,7 @@ BAD = {
     "gate_up dtype": (
         {"gate_up": lambda g: g.half()},
         TypeError,
-        "gate_up must have the dtype of x, torch.float32, got torch.float16",
+        "gate_up must be torch.float32 or of the dtype of x, torch.float32, got torch.float16",
     ),
     "gate_up device": (
         {"gate_up": lambda g: g.to("meta")},
@@ -276,7 +276,7 @@ BAD = {
     "down dtype": (
         {"down": lambda d: d.double()},
         TypeError,
-        "down must have the dtype of x, torch.float32, got torch.float64",
+        "down must have the dtype of gate_up, torch.float32, got torch.float64",
     ),
     "m10 down transposed": (
         {"down": lambda d: d.transpose(1, 2)},

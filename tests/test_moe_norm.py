@@ -87,20 +87,20 @@ def test_inputs_stay_as_they_are(backend):
 BAD = {
     "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
     "scalar x": ({"x": lambda x: x[0, 0]}, ValueError, "x must have at least one dimension"),
-    "weight dtype": (
-        {"weight": lambda w: w.half()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of x, torch.float32, got torch.float16",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight shape": (
         {"weight": lambda w: w[:32]},
         ValueError,
         r"weight must have shape \[64\], got \[32\]",
     ),
-    "scale dtype": (
-        {"scale": lambda s: s.half()},
+    "integer scale": (
+        {"scale": lambda t: t.int()},
         TypeError,
-        "scale must have the dtype of x, torch.float32, got torch.float16",
+        "scale must be a floating-point tensor, got torch.int32",
     ),
     "scale shape": (
         {"scale": lambda s: s[:1]},

@@ -135,10 +135,10 @@ BAD = {
         ValueError,
         r"projected must have shape \[5, 256\], got \[5, 64\]",
     ),
-    "table dtype": (
-        {"table": lambda t: t.half()},
+    "integer table": (
+        {"table": lambda t: t.int()},
         TypeError,
-        "table must have the dtype of projected, torch.float32, got torch.float16",
+        "table must be a floating-point tensor, got torch.int32",
     ),
     "table width": (
         {"table": lambda t: t[:, :250]},
@@ -150,10 +150,10 @@ BAD = {
         ValueError,
         r"table must be .* got \[256\] and \[64\]",
     ),
-    "weight dtype": (
-        {"weight": lambda w: w.double()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of projected, torch.float32, got torch.float64",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight device": (
         {"weight": lambda w: w.to("meta")},

@@ -74,10 +74,10 @@ BAD = {
         ValueError,
         r"gate must be \[T, P\], got \[1, 5, 64\]",
     ),
-    "ple dtype": (
-        {"ple": lambda p: p.half()},
+    "integer ple": (
+        {"ple": lambda t: t.int()},
         TypeError,
-        "ple must have the dtype of gate, torch.float32, got torch.float16",
+        "ple must be a floating-point tensor, got torch.int32",
     ),
     "ple device": (
         {"ple": lambda p: p.to("meta")},

@@ -160,10 +160,10 @@ BAD = {
         ValueError,
         r"q_weight must have shape \[128\], got \[64\]",
     ),
-    "q_weight dtype": (
-        {"q_weight": lambda w: w.half()},
+    "integer q_weight": (
+        {"q_weight": lambda t: t.int()},
         TypeError,
-        "q_weight must have the dtype of q, torch.float32, got torch.float16",
+        "q_weight must be a floating-point tensor, got torch.int32",
     ),
     "k without its weight": (
         {"k_weight": lambda w: None},

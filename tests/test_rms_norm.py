@@ -79,10 +79,10 @@ def test_r07_zero_weight_gives_zero(backend):
 BAD = {
     "integer x": ({"x": lambda x: x.int()}, TypeError, "x must be a floating.*got torch.int32"),
     "scalar x": ({"x": lambda x: x[0, 0]}, ValueError, "x must have at least one dim.*scalar"),
-    "weight dtype": (
-        {"weight": lambda w: w.half()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of x, torch.float32, got torch.float16",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight shape": (
         {"weight": lambda w: w[:63]},

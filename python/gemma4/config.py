@@ -6,7 +6,7 @@ The checks and the table of released sizes take this file past 400 lines.
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .config_file import FULL, SLIDING, read_fields
 from .files import finish, read_json, replacing, short, write_json
@@ -29,6 +29,10 @@ class Gemma4TextConfig:
     `layer_types` defaults to five sliding layers, then a full one. Raises ValueError, naming the
     key, for a combination that no model can have.
     """
+
+    # What programs around a model look up in its config.
+    model_type: ClassVar[str] = "gemma4_text"
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("cache", "past_key_values")
 
     vocab_size: int = 262_144
     hidden_size: int = 2304
@@ -256,7 +260,7 @@ class Gemma4TextConfig:
     def to_dict(self) -> dict[str, Any]:
         """The flat spelling, ready for config.json."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", **data}
+        return {"architectures": ["Gemma4ForCausalLM"], "model_type": self.model_type, **data}
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json into a folder, made if need be."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gemma4_kernels.fusion import why_not_fused
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Layout:
     index: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int], device: torch.device) -> "Layout":
+        """Rows without padding, one sequence each."""
+        return make_layout(tuple(shape), device)
 
     @property
     def max_seqlen_q(self) -> int:
@@ -63,6 +70,13 @@ class Layout:
             return x.unflatten(0, self.shape)
         cells = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
         return cells.index_copy(0, self.index, x).unflatten(0, self.shape)
+
+    def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
+        """module(x) for packed x [T, ...]; unless all of `module` is plain it gets, and may change,
+        what it would in a model without packing: [B, S, ...]."""
+        if why_not_fused(module, cls) is None:
+            return module(x)
+        return self.pack(module(self.unpack(x)))
 
     def tail(self, columns: int) -> "tuple[Layout, Tensor] | None":
         """The layout of the last columns alone, and which packed tokens they hold.
