@@ -84,9 +84,7 @@ def load_pretrained(
 
 
 def _dtype(name: torch.dtype | str) -> torch.dtype:
-    if isinstance(name, torch.dtype):
-        return name
-    name = name.removeprefix("torch.")
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return getattr(torch, name)
@@ -250,6 +248,7 @@ def _read(
     """The model's tensors: mapped from their files where that serves, else filled from them."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     memory: dict[Path, torch.UntypedStorage] = {}
+    buffer = tensorfile.make_buffer(pinned=device.type == "cuda")
     state = {}
     for name, parts in tqdm(found.items(), desc="weights", unit=" tensors", disable=not progress):
         where, pinned = device, False
@@ -262,6 +261,6 @@ def _read(
         if tensor is None:
             tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
             for part, entry in parts.items():
-                tensorfile.fill(_view(tensor, part), entry)
+                tensorfile.fill(_view(tensor, part), entry, buffer)
         state[name] = tensor
     return state
