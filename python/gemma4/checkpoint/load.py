@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import DTYPES, Gemma4TextConfig
 from . import tensorfile
@@ -66,7 +67,7 @@ def load_pretrained(
     dtype = _dtype(config.dtype if dtype is None else dtype)
     entries = read_entries(folder)
     check_sizes(folder, config, entries)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = cls(config)
     found, skipped = _matched(model, folder, entries)
     device = torch.device(device or "cpu")
@@ -76,11 +77,22 @@ def load_pretrained(
         model.tie_weights()
     # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
     # NaN, and not whatever memory holds, shows what is not.
-    model._apply(lambda x: torch.full_like(x, math.nan, device=device) if x.is_meta else x)
+    model._apply(
+        lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
+    )
     model.skipped, model.folder = skipped, folder
     if hasattr(model, "generation_config"):
         model.generation_config = model.generation_config.updated_from(folder)
     return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: drawing them on meta makes nothing, and imports for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _dtype(name: torch.dtype | str) -> torch.dtype:
