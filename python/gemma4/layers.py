@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
-from gemma4_kernels.fusion import is_plain
+from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .config import FULL, Gemma4TextConfig
 from .layout import Layout
@@ -352,14 +352,21 @@ class DecoderLayer(nn.Module):
 
     def _with_experts(self, x_TD: Tensor, dense_TD: Tensor, layout: Layout) -> Tensor:
         """norm_1(dense) + norm_2(experts); the router reads the raw residual."""
-        router, norm = self.router, self.pre_feedforward_layernorm_2
-        if is_plain(router, Router) and is_plain(router.norm, RMSNorm) and is_plain(norm, RMSNorm):
-            y_TD, scaled_TD = ops.moe_norm(x_TD, norm.weight, router.scale, norm.eps)
-            weights_TK, experts_TK = router.route(scaled_TD)
+        norm = self.pre_feedforward_layernorm_2
+        if (
+            is_plain(norm, RMSNorm)
+            and why_not_fused(self.router, Router) is None
+            and why_not_fused(self.experts, Experts) is None
+        ):
+            y_TD, scaled_TD = ops.moe_norm(x_TD, norm.weight, self.router.scale, norm.eps)
+            weights_TK, experts_TK = self.router.route(scaled_TD)
+            routed_TD = self.experts(y_TD, experts_TK, weights_TK)
         else:
-            _, weights_TK, experts_TK = router(x_TD)
-            y_TD = norm(x_TD)
-        routed_TD = self.experts(y_TD, experts_TK, weights_TK)
+            # In transformers these see the rows of the padded batch, flattened.
+            rows = layout.unpack(x_TD).flatten(0, 1)
+            _, weights, experts = self.router(rows)
+            routed = self.experts(norm(rows), experts, weights)
+            routed_TD = layout.pack(routed.unflatten(0, layout.shape))
         dense_TD = layout.call(self.post_feedforward_layernorm_1, RMSNorm, dense_TD)
         both_TD, _ = self._close(routed_TD, dense_TD, self.post_feedforward_layernorm_2, layout)
         return both_TD
