@@ -13,7 +13,6 @@ from typing import Any
 
 # Every JSON file of a released model is far smaller, the table of a file of tensors included.
 MAX_JSON_BYTES = 32 * 2**20
-LFS_POINTER = b"version https://git-lfs"
 
 COMMITTED, MANIFEST = ".saved", "manifest.json"
 _STAGED = re.compile(rf"\.saving-{re.escape(platform.node())}-(\d+)-\w+")
@@ -47,8 +46,7 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     key twice, or is larger or deeper than any such file."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{source} is not valid JSON: it is longer than {MAX_JSON_BYTES} bytes")
-    if data.startswith(LFS_POINTER):
-        raise ValueError(f"{source} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
+    check_no_pointer(source, data)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
@@ -58,6 +56,12 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source} must hold a JSON object, got {short(value)}")
     return value
+
+
+def check_no_pointer(file: Path | str, begin: bytes) -> None:
+    """Refuses what git leaves in a large file's place until git-lfs fetches it."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import LFS_POINTER, MAX_JSON_BYTES, naming, parse_json, short
+from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 
 # Small enough that a piece stays in the caches between the file and its place.
 PIECE_BYTES = 8 * 2**20
@@ -58,11 +58,11 @@ def read_table(file: Path) -> list[Entry]:
     """
     total = file.stat().st_size
     with file.open("rb") as stream:
-        begin = stream.read(8)
-        length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else total
+        begin = stream.read(64)
+        check_no_pointer(file, begin)
+        length = struct.unpack("<Q", begin[:8])[0] if total >= 8 else total
+        stream.seek(8)
         data = b"" if length > min(total - 8, MAX_JSON_BYTES) else stream.read(length)
-    if begin == LFS_POINTER[:8]:
-        raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
     if not data:
         raise ValueError(f"{file} is no safetensors file, or its header is cut off")
     table = parse_json(data, f"{file}'s header")
