@@ -280,7 +280,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_w
   expect_shape("residual", residual, shape_of(x));
   const ScalarType other = call.promoted(residual.scalar_type());
   if (residual.scalar_type() != other) residual = Call::as_float(residual);
-  const DTypes dtypes = call.dtypes(other, {&post_weight, pointer_to(next_weight)});
+  const DTypes dtypes =
+      call.dtypes(other, {&post_weight, pointer_to(next_weight), pointer_to(scale)});
   const Rows x_rows = as_rows(x), residual_rows = as_rows(residual);
   Tensor new_residual = call.empty(shape_of(x), other);
   Tensor y = call.empty(next_weight ? shape_of(x) : Shape{0}, other);
@@ -289,7 +290,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_w
        .residual = call.in("residual", residual_rows.tensor),
        .post_weight = call.weight("post_weight", post_weight, width, dtypes.weight),
        .next_weight = call.weight("next_weight", next_weight, width, dtypes.weight),
-       .scale = scale ? call.floats("scale", *scale, {1}) : Floats{},
+       .scale = call.weight("scale", scale, 1, dtypes.weight),
        .new_residual = call.out("new_residual", new_residual),
        .y = next_weight ? call.out("y", y) : nullptr,
        .rows = x_rows.rows,

@@ -51,7 +51,7 @@ struct AddRmsNormParams {
   const void* residual;     // [rows, width], of the other dtype, as are both results
   const void* post_weight;  // [width]
   const void* next_weight;  // [width] or null
-  Floats scale;             // [1] or null
+  const void* scale;        // [1] or null
   void *new_residual, *y;   // [rows, width]; y null without next_weight
   int64_t rows, x_stride, residual_stride;
   int width;

@@ -22,6 +22,11 @@ struct alignas(kWidth * sizeof(T)) Vec {
 template <class... T>
 constexpr int kFullWidth = 16 / std::max({sizeof(T)...});
 
+// How few blocks a multiprocessor may hold: where weights are wider than what they are multiplied
+// with, the compiler would rather spill than give up one. 0 leaves it the choice.
+template <class X, class W>
+constexpr int kLeastBlocks = sizeof(W) > sizeof(X) ? 1 : 0;
+
 // Of memory that no thread writes during the launch.
 template <int kWidth, bool kOnce = false, class T>
 DEVICE Vec<T, kWidth> load(const T* p FROM_HERE) {

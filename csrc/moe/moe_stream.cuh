@@ -26,7 +26,6 @@
 namespace gemma4 {
 
 constexpr int kStreamWarps = 8, kStreamRows = 16;
-constexpr int kStreamColumns = 64;  // of a warp at a time: a line of 128 bytes of each row
 
 // kTokens columns; kAssignments bounds A.
 template <int kTokens_, int kAssignments_>
@@ -50,38 +49,53 @@ struct DownSmem {
   alignas(16) float product[Stream::kAssignments][kStreamRows];
 };
 
-// Which 8 of 32 neighbouring columns a lane holds: runs of 16 bytes of a row of weights.
+DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
+}
+DEVICE uint2 load_8_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_8(p HERE) : uint2{0, 0};
+}
+DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
+}
+
+// How a warp walks along rows of weights: a line of 128 bytes of each at a time, in groups of 32
+// columns, of which a lane takes 8 of a row that exists, up to its width, and zeros otherwise.
 template <class T, class W>
 struct LaneColumns {
-  static constexpr int kRun = 16 / sizeof(W), kRuns = 8 / kRun;
+  static constexpr int kColumns = 128 / sizeof(W), kGroups = kColumns / 32;
 
-  DEVICE static int column(int run) { return run * 16 + threadIdx.x % 4 * kRun; }
-
-  // Of the row that begins at p, from column `first` of `width` on, as T; zeros where none exist.
-  DEVICE static uint4 weights(bool exists, const W* p, int first, int width FROM_HERE) {
-    uint32_t v[4] = {};
-#pragma unroll
-    for (int run = 0; run < kRuns; run++) {
-      const int from = first + column(run);
-      if (!exists || from >= width) continue;
-      const auto w = load_once<kRun>(p + from HERE);
-      if constexpr (kRuns == 1)
-        __builtin_memcpy(v, &w, 16);
-      else
-        for (int i = 0; i < 2; i++) v[2 * run + i] = pack_pair<T>(w[2 * i], w[2 * i + 1]);
-    }
-    return {v[0], v[1], v[2], v[3]};
+  DEVICE static uint4 weights(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 8;
+    return load_once_if(exists && column < width, row + column HERE);
   }
-  DEVICE static uint4 tokens(bool exists, const T* p, int first, int width FROM_HERE) {
-    uint32_t v[4] = {};
-#pragma unroll
-    for (int run = 0; run < kRuns; run++) {
-      const int from = first + column(run);
-      if (!exists || from >= width) continue;
-      const auto x = load<kRun>(p + from HERE);
-      __builtin_memcpy(v + 2 * run, &x, sizeof x);
-    }
-    return {v[0], v[1], v[2], v[3]};
+  DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 8;
+    return load_if(exists && column < width, row + column HERE);
+  }
+};
+
+// A lane's 8 columns are two runs of 4, each 16 bytes of a row of weights.
+template <class T>
+struct LaneColumns<T, float> {
+  static constexpr int kColumns = 32, kGroups = 1;
+
+  DEVICE static uint4 weights(bool exists, const float* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 4;
+    const uint4 bits[2] = {
+        load_once_if(exists && column < width, row + column HERE),
+        load_once_if(exists && column + 16 < width, row + column + 16 HERE),
+    };
+    float w[8];
+    __builtin_memcpy(w, bits, sizeof w);
+    return {pack_pair<T>(w[0], w[1]), pack_pair<T>(w[2], w[3]), pack_pair<T>(w[4], w[5]),
+            pack_pair<T>(w[6], w[7])};
+  }
+  DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 4;
+    const uint2 low = load_8_if(exists && column < width, row + column HERE);
+    const uint2 high = load_8_if(exists && column + 16 < width, row + column + 16 HERE);
+    return {low.x, low.y, high.x, high.y};
   }
 };
 
@@ -115,10 +129,11 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   }
 
   float gate[kBlocks][4] = {}, up[kBlocks][4] = {};
-  for (int first = warp * kStreamColumns; first < p.width; first += kStreamWarps * kStreamColumns) {
-    uint4 weight[2][4], x[2][kBlocks];
+  for (int first = warp * Columns::kColumns; first < p.width;
+       first += kStreamWarps * Columns::kColumns) {
+    uint4 weight[Columns::kGroups][4], x[Columns::kGroups][kBlocks];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < Columns::kGroups; i++) {
       const auto weights = [&](bool exists, const W* from) {
         return Columns::weights(exists, from, first + i * 32, p.width);
       };
@@ -132,7 +147,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
         x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows, token[n], first + i * 32, p.width);
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < Columns::kGroups; i++)
 #pragma unroll
       for (int n = 0; n < kBlocks; n++) {
         if (n * 8 >= tile.rows) break;
@@ -189,10 +204,10 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
 
     float product[kBlocks][4] = {};
 #pragma unroll 2
-    for (int first = 0; first < p.hidden_width; first += kStreamColumns) {
-      uint4 weight[2][2], x[2][kBlocks];
+    for (int first = 0; first < p.hidden_width; first += Columns::kColumns) {
+      uint4 weight[Columns::kGroups][2], x[Columns::kGroups][kBlocks];
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < Columns::kGroups; i++) {
         const int from = first + i * 32;
         weight[i][0] = Columns::weights(row < p.width, weight_row, from, p.hidden_width);
         weight[i][1] = Columns::weights(row + 8 < p.width, weight_row + int64_t{8} * p.hidden_width,
@@ -203,7 +218,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
                                     hidden + int64_t{n} * 8 * p.hidden_width, from, p.hidden_width);
       }
 #pragma unroll
-      for (int i = 0; i < 2; i++)
+      for (int i = 0; i < Columns::kGroups; i++)
 #pragma unroll
         for (int n = 0; n < kBlocks; n++) {
           if (n * 8 >= tile.rows) break;

@@ -7,7 +7,6 @@
 // sizeof(R)) bytes of DRAM a row.
 #pragma once
 
-#include "../common/indices.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
 #include "../ops.h"
@@ -15,7 +14,7 @@
 namespace gemma4 {
 
 template <class T, class R, class W, int kPieces>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, kLeastBlocks<R, W>)
     add_rms_norm_kernel(const __grid_constant__ AddRmsNormParams p) {
   constexpr int kWidth = kFullWidth<T, R>;
   BlockSum& smem = shared_memory<BlockSum>();
@@ -28,7 +27,7 @@ __global__ void __launch_bounds__(256)
     post_weight[i] = load<kWidth>(static_cast<const W*>(p.post_weight) + column(i));
     if (p.y) next_weight[i] = load<kWidth>(static_cast<const W*>(p.next_weight) + column(i));
   }
-  const float layer_scale = p.scale.data ? float_at(p.scale, 0) : 1.0f;
+  const float layer_scale = p.scale ? to_float(*static_cast<const W*>(p.scale)) : 1.0f;
 
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(256)
   BlockSum& smem = shared_memory<BlockSum>();
   const W* post_weight = static_cast<const W*>(p.post_weight);
   const W* next_weight = static_cast<const W*>(p.next_weight);
-  const float layer_scale = p.scale.data ? float_at(p.scale, 0) : 1.0f;
+  const float layer_scale = p.scale ? to_float(*static_cast<const W*>(p.scale)) : 1.0f;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;

@@ -59,7 +59,7 @@ struct HeadLanes {
 };
 
 template <class T, class W, int kHeadDim>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
     qkv_norm_rope_kernel(const __grid_constant__ QkvNormRopeParams p) {
   using Lanes = HeadLanes<T, kHeadDim>;
   constexpr int kWidth = Lanes::kWidth, kPieces = Lanes::kPieces, kHalf = kHeadDim / 2;

@@ -13,7 +13,8 @@
 namespace gemma4 {
 
 template <class T, class W, int kPieces>
-__global__ void __launch_bounds__(256) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+__global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
+    rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   constexpr int kWidth = kFullWidth<T>;
   BlockSum& smem = shared_memory<BlockSum>();
   const auto column = [](int piece) -> int { return (piece * blockDim.x + threadIdx.x) * kWidth; };
