@@ -13,7 +13,6 @@ from typing import Any
 
 # Every JSON file of a released model is far smaller, the table of a file of tensors included.
 MAX_JSON_BYTES = 32 * 2**20
-LFS_POINTER = b"version https://git-lfs"
 
 COMMITTED, MANIFEST = ".saved", "manifest.json"
 _STAGED = re.compile(rf"\.saving-{re.escape(platform.node())}-(\d+)-\w+")
@@ -47,8 +46,7 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     key twice, or is larger or deeper than any such file."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{source} is not valid JSON: it is longer than {MAX_JSON_BYTES} bytes")
-    if data.startswith(LFS_POINTER):
-        raise ValueError(f"{source} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
+    check_no_pointer(source, data)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
@@ -60,6 +58,12 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     return value
 
 
+def check_no_pointer(file: Path | str, begin: bytes) -> None:
+    """Refuses what git leaves in a large file's place until git-lfs fetches it."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -67,6 +71,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"it gives the key {short(twice)} twice")
     return made
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether `name` names a file of the folder that it is read in, and none elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and bool(name.strip("."))
 
 
 def short(value: Any, most: int = 80) -> str:
@@ -120,7 +129,7 @@ def finish(folder: Path) -> None:
     if (committed / MANIFEST).is_file():
         manifest = read_json(committed / MANIFEST)
         # A folder may come from anywhere: what its manifest names must lie in it.
-        if any(Path(name).name != name for name in manifest["moved"] + manifest["removed"]):
+        if not all(map(is_file_name, manifest["moved"] + manifest["removed"])):
             raise ValueError(f"{committed / MANIFEST} names files outside of its folder")
         for name in manifest["moved"]:
             # What is not there any more was moved before the kill.

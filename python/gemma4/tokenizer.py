@@ -13,7 +13,7 @@ import tokenizers
 import torch
 
 from .checkpoint import resolve
-from .files import LFS_POINTER, naming, read_json, replacing, short, write_json
+from .files import check_no_pointer, naming, read_json, replacing, short, write_json
 from .template import render
 
 TURN_START, TURN_END = "<|turn>", "<turn|>"
@@ -184,7 +184,7 @@ class Gemma4Tokenizer:
 
     def _template(self, name: str) -> str:
         source = self.templates.get(name) or self.templates.get("default")
-        if source is None:
+        if not (source or "").strip():
             names = ", ".join(sorted(self.templates)) or "none"
             raise ValueError(f"{self.source} comes without a default chat template (has: {names})")
         return source
@@ -249,17 +249,17 @@ class TextStreamer:
 
 def _content(config: dict[str, Any], name: str, default: str) -> str:
     token = config.get(name)
+    if token is None:
+        return default
     text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str):
+    if not isinstance(text, str):
         raise ValueError(f"{name} must be a token's text, got {short(token)}")
-    return text or default
+    return text
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     with file.open("rb") as stream:
-        begin = stream.read(len(LFS_POINTER))
-    if begin == LFS_POINTER:
-        raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
+        check_no_pointer(file, stream.read(64))
     if (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
         raise ValueError(
             f"{file} must be at most {MAX_TOKENIZER_BYTES} bytes to be a tokenizer, got {size}"
@@ -267,7 +267,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer: {short(str(error), 200)}") from None
+        raise ValueError(f"{file} is not a tokenizer: {str(error)[:200]}") from None
 
 
 def _model_rows(folder: Path) -> int | None:
@@ -289,6 +289,7 @@ def _read_templates(
             data = stream.read(MAX_TEMPLATE_BYTES + 1)
         if len(data) > MAX_TEMPLATE_BYTES:
             raise ValueError(f"{file} must be at most {MAX_TEMPLATE_BYTES} bytes")
+        check_no_pointer(file, data)
         try:
             return {"default": data.decode("utf-8")}, file
         except UnicodeDecodeError as error:

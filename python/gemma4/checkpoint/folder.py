@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..files import finish, read_json, short
+from ..files import finish, is_file_name, read_json, short
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -73,7 +73,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
             f"got {short(table)}"
         )
     for tensor, name in table.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
+        if not is_file_name(name):
             raise ValueError(
                 f"{index}: weight_map[{short(tensor)}] must name a file of its folder, "
                 f"got {short(name)}"
@@ -94,7 +94,7 @@ def owned_files(folder: Path) -> set[str]:
     """The names of the files that hold the folder's weights now, its index with them."""
     try:
         table = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
-        shards = {name for name in table if Path(name).name == name}
+        shards = set(filter(is_file_name, table))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         shards = set()  # what no index names is not the old model's to delete
     return {name for name in {WEIGHTS, INDEX, *shards} if (folder / name).is_file()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import DTYPES, Gemma4TextConfig
 from . import tensorfile
@@ -66,7 +67,7 @@ def load_pretrained(
     dtype = _dtype(config.dtype if dtype is None else dtype)
     entries = read_entries(folder)
     check_sizes(folder, config, entries)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = cls(config)
     found, skipped = _matched(model, folder, entries)
     device = torch.device(device or "cpu")
@@ -76,17 +77,26 @@ def load_pretrained(
         model.tie_weights()
     # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
     # NaN, and not whatever memory holds, shows what is not.
-    model._apply(lambda x: torch.full_like(x, math.nan, device=device) if x.is_meta else x)
+    model._apply(
+        lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
+    )
     model.skipped, model.folder = skipped, folder
     if hasattr(model, "generation_config"):
         model.generation_config = model.generation_config.updated_from(folder)
     return model.eval()
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: drawing them on meta makes nothing, and imports for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _dtype(name: torch.dtype | str) -> torch.dtype:
-    if isinstance(name, torch.dtype):
-        return name
-    name = name.removeprefix("torch.")
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return getattr(torch, name)
@@ -250,6 +260,7 @@ def _read(
     """The model's tensors: mapped from their files where that serves, else filled from them."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     memory: dict[Path, torch.UntypedStorage] = {}
+    buffer = tensorfile.make_buffer(pinned=device.type == "cuda")
     state = {}
     for name, parts in tqdm(found.items(), desc="weights", unit=" tensors", disable=not progress):
         where, pinned = device, False
@@ -262,6 +273,6 @@ def _read(
         if tensor is None:
             tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
             for part, entry in parts.items():
-                tensorfile.fill(_view(tensor, part), entry)
+                tensorfile.fill(_view(tensor, part), entry, buffer)
         state[name] = tensor
     return state

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import LFS_POINTER, MAX_JSON_BYTES, naming, parse_json, short
+from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 
 # Small enough that a piece stays in the caches between the file and its place.
 PIECE_BYTES = 8 * 2**20
@@ -58,11 +58,11 @@ def read_table(file: Path) -> list[Entry]:
     """
     total = file.stat().st_size
     with file.open("rb") as stream:
-        begin = stream.read(8)
-        length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else total
+        begin = stream.read(64)
+        check_no_pointer(file, begin)
+        length = struct.unpack("<Q", begin[:8])[0] if total >= 8 else total
+        stream.seek(8)
         data = b"" if length > min(total - 8, MAX_JSON_BYTES) else stream.read(length)
-    if begin == LFS_POINTER[:8]:
-        raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
     if not data:
         raise ValueError(f"{file} is no safetensors file, or its header is cut off")
     table = parse_json(data, f"{file}'s header")
@@ -126,14 +126,18 @@ def mapped(entry: Entry, memory: dict[Path, torch.UntypedStorage]) -> Tensor | N
     return torch.empty(0, dtype=entry.torch_dtype).set_(storage, 0, entry.shape)
 
 
-def pieces(entry: Entry, pinned: bool = False) -> Iterator[Tensor]:
-    """The tensor's elements in order, a bounded number at a time, in memory that is used again."""
-    buffer = torch.empty(min(entry.size, PIECE_BYTES), dtype=torch.uint8, pin_memory=pinned)
+def make_buffer(pinned: bool = False) -> Tensor:
+    """Memory for the pieces of one tensor after another."""
+    return torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+
+
+def pieces(entry: Entry, buffer: Tensor) -> Iterator[Tensor]:
+    """The tensor's elements in order, as many at a time as `buffer` holds."""
     with naming(entry.file), entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         left = entry.size
         while left:
-            piece = buffer[: min(left, PIECE_BYTES)]
+            piece = buffer[:left]
             view, done = memoryview(piece.numpy()), 0
             while done < len(view):
                 count = stream.readinto(view[done:])
@@ -144,10 +148,10 @@ def pieces(entry: Entry, pinned: bool = False) -> Iterator[Tensor]:
             yield piece.view(entry.torch_dtype)
 
 
-def fill(target: Tensor, entry: Entry) -> None:
+def fill(target: Tensor, entry: Entry, buffer: Tensor) -> None:
     """Copies a tensor of a file into `target`, of the same shape and any dtype and device."""
     flat, at = target.view(-1), 0
-    for piece in pieces(entry, pinned=target.is_cuda):
+    for piece in pieces(entry, buffer):
         flat[at : at + len(piece)].copy_(piece)
         at += len(piece)
 
@@ -156,7 +160,8 @@ def equal(one: Entry, other: Entry) -> bool:
     """Whether two tensors of files are the same numbers."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return all(torch.equal(*both) for both in zip(pieces(one), pieces(other), strict=True))
+    both = zip(pieces(one, make_buffer()), pieces(other, make_buffer()), strict=True)
+    return all(torch.equal(x, y) for x, y in both)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
