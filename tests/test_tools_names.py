@@ -234,6 +234,25 @@ def test_written_weights_are_seen(name: str) -> None:
 
 
 @each
+def test_weights_that_others_hold(name: str) -> None:
+    """In one flat buffer, as optimizers that step over all weights at once keep them."""
+    theirs, ours = pair(name)
+    logits(ours)
+    buffers = []
+    for model in (theirs, ours):
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        parts = flat.split([p.numel() for p in model.parameters()])
+        for parameter, part in zip(model.parameters(), parts, strict=True):
+            parameter.data = part.view(parameter.shape)
+        buffers.append(flat)
+        logits(model)
+    noise = 0.05 * torch.randn_like(buffers[0])
+    for flat in buffers:
+        flat += noise
+    close(logits(ours), logits(theirs))
+
+
+@each
 def test_frozen_and_trained_parts_of_one_pack(name: str) -> None:
     theirs, ours = pair(name)
     logits(ours)

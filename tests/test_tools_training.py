@@ -103,12 +103,12 @@ def test_trainer(name: str, recipe: str, tmp_path: Path) -> None:
 
 @each
 def test_trainer_in_bf16(name: str, tmp_path: Path) -> None:
-    """Weights stay fp32; the losses follow those of fp32 as far as three digits let them."""
+    """Weights stay fp32; the losses follow those of fp32 as far as two digits let them."""
     theirs, ours = pair(name)
     exact, run = trainer(theirs, tmp_path), trainer(ours, tmp_path, bf16=True)
     exact.train()
     run.train()
-    close(losses(run), losses(exact), 5e-3)
+    close(losses(run), losses(exact), 1e-2)
     assert not torch.equal(losses(run), losses(exact))
     assert all(p.dtype == torch.float32 for p in ours.parameters())
 
