@@ -72,13 +72,11 @@ class Cache:
     def check(self, config: Gemma4TextConfig, batch_size: int, dtype: torch.dtype) -> None:
         """Raises ValueError if this is not a cache of this model and batch."""
         # The model that made the cache hands it back every step: its own config needs no look.
-        same = config is self.config or (
-            self.signature == _signature(config) and self.window == config.sliding_window
-        )
-        if not same:
-            raise ValueError("cache belongs to a model of another shape")
-        if config.rope_parameters != self.config.rope_parameters:
-            raise ValueError("cache belongs to a model with other rope_parameters")
+        if config is not self.config:
+            if self.signature != _signature(config) or self.window != config.sliding_window:
+                raise ValueError("cache belongs to a model of another shape")
+            if self.config.rope_parameters != config.rope_parameters:
+                raise ValueError("cache belongs to a model with other rope_parameters")
         if self.dtype != dtype:
             raise ValueError(f"cache holds {self.dtype}, the model computes in {dtype}")
         if self.batch_size != batch_size:

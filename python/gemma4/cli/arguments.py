@@ -37,11 +37,11 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 def _prompt(argument: str | None) -> str:
     if argument is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("no prompt: give it as an argument or on stdin")
-    piped = argument is None or argument == "-"
-    prompt = decoded(sys.stdin.buffer.read()).removesuffix("\n") if piped else argument
-    if not prompt.strip():
+    if argument is None or argument == "-":
+        argument = decoded(sys.stdin.buffer.read()).removesuffix("\n")
+    if not argument.strip():
         raise ValueError("the prompt is empty")
-    return prompt
+    return argument
 
 
 def decoded(data: bytes) -> str:

@@ -129,7 +129,7 @@ def generate(
             ids_B = torch.where(stopper.done, config.pad_token_id or 0, ids_B)
             new.append(ids_B)
             _warn_beyond_positions(model.config, max(prompt.lengths), len(new))
-            if config.output_scores:
+            if scores_BV is not None:
                 scores.append(scores_BV)
             if config.output_logits:
                 logits.append(logits_BV.to(torch.float32, copy=True))

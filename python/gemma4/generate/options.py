@@ -65,7 +65,7 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> list[int]:
         eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, Integral) else list(eos)
+        return list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
 
     @property
     def stops(self) -> list[str]:
@@ -188,14 +188,14 @@ Rule = tuple[Callable[[Any], bool], str]
 
 def _whole(least: int) -> Rule:
     def holds(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
     return holds, f"a whole number of at least {least}"
 
 
 def _number(test: Callable[[float], bool], rule: str) -> Rule:
     def holds(value: Any) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and test(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and test(float(value))
 
     return holds, f"a number {rule}"
 

@@ -62,7 +62,7 @@ def processors(
     return found + functions("logits_processor", given)
 
 
-def functions(name: str, given: Any) -> list[Callable]:
+def functions(name: str, given: Any) -> list[Any]:
     """An argument that is one function, several or None, as a list; TypeError if it is not."""
     found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for function in found:
