@@ -266,6 +266,8 @@ def moved(bytes_: int) -> Callable[[Table], None]:
         (moved(10**15), "must begin where the one before it ends"),
         (lambda table: table.update({NORM: 5}), "layers.3.*described by an object, got 5"),
         (lambda table: table.pop(NORM) and None, "must begin where the one before it ends"),
+        (lambda t: t.update({"a\nb": t.pop(NORM)}), r"'a\\nb' must have a name of .* printable"),
+        (lambda t: t.update({"a" * 10**6: t.pop(NORM)}), "must have a name of at most 256"),
         (lambda _: b'{"a": 1, "a": 2}', "gives the key 'a' twice"),
         (lambda _: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
         (lambda _: b"[]", "must hold a JSON object"),

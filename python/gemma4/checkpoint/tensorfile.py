@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_MOST_DIMENSIONS = 8
+_MOST_DIMENSIONS, _MOST_LETTERS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def read_table(file: Path) -> list[Entry]:
 
 def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
     where = f"{file}: tensor {short(name)}"
+    if not name.isprintable() or len(name) > _MOST_LETTERS:
+        raise ValueError(f"{where} must have a name of at most {_MOST_LETTERS} printable letters")
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be described by an object, got {short(entry)}")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -104,7 +106,7 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
     return Entry(file, name, dtype, tuple(shape), begin + offsets[0], size)
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
     )
