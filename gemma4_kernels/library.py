@@ -60,16 +60,18 @@ for _schema in SCHEMAS:
 
 _public = getattr(torch.ops, NAMESPACE)
 _HALF = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALF)
 _HEAD_DIMS = (64, 128, 256, 512)
 _MOST_ROUTED_EXPERTS, _MOST_ROUTES = 512, 32
-# Arguments whose dtype may be another than x's, though no kernel takes that.
+# Where an op takes a dtype of its own beside x's.
 _BESIDE = {
     "rms_norm": (1,),
     "add_rms_norm": (1, 2, 3, 4),
     "qkv_norm_rope": (3, 4),
     "qkv_norm_rope_cache": (3, 4),
     "moe_norm": (1, 2),
-    "moe_experts": (1, 2),
+    "moe_route": (1,),
+    "moe_experts": (4,),
     "ple_embed": (1, 3),
     "ple_gate": (1,),
 }
@@ -105,14 +107,16 @@ def covers(name: str, args: tuple[Any, ...]) -> bool:
 def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
     """What keeps the op's kernel, where there is one, from serving this call; None if nothing."""
     x = main_tensor(name, args)
-    dtypes = _HALF if name in _HALF_OPS else (torch.float32, *_HALF)
+    dtypes = _HALF if name in _HALF_OPS else _FLOATS
     if x.dtype not in dtypes:
         return f"it is for {', '.join(map(str, dtypes))}, got {x.dtype}"
     for i in _BESIDE.get(name, ()):
-        if args[i] is not None and args[i].dtype != x.dtype:
-            return f"it is for one dtype, got {x.dtype} and {args[i].dtype}"
+        if args[i] is not None and args[i].dtype not in _FLOATS:
+            return f"it is for {', '.join(map(str, _FLOATS))}, got {args[i].dtype}"
     if name in _ATTENTION and x.shape[-1] not in _HEAD_DIMS:
         return f"it is for head_dim {_HEAD_DIMS}, got {x.shape[-1]}"
+    if name == "ple_embed" and args[1].dtype not in (x.dtype, torch.float32):
+        return f"the table is {args[1].dtype} beside {x.dtype}"
     if name == "ple_embed" and args[1].is_cpu and not x.is_cpu and not args[1].is_pinned():
         return "the table is in host memory that is not pinned"
     if name == "moe_route" and (x.shape[-1] > _MOST_ROUTED_EXPERTS or args[2] > _MOST_ROUTES):
@@ -124,7 +128,7 @@ def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
             return f"it is for widths that are multiples of 8, got {tuple(down.shape[-2:])}"
         if not (gate_up.is_contiguous() and down.is_contiguous()):
             return "gate_up and down are not contiguous"
-        if gate_up.storage_offset() % 8 or down.storage_offset() % 8:
+        if any(w.storage_offset() * w.itemsize % 16 for w in (gate_up, down)):
             return "gate_up and down do not begin on a multiple of 16 bytes"
     return None
 

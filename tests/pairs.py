@@ -27,7 +27,7 @@ def pair(name: str, **overrides: object) -> tuple[nn.Module, Gemma4ForCausalLM]:
     config = transformers.Gemma4TextConfig(**options)
     config._attn_implementation = config._experts_implementation = "eager"
     theirs = transformers.Gemma4ForCausalLM(config).eval()
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict({"lm_head.weight": ours.lm_head.weight, **ours.state_dict()})
     return theirs, ours
 
 

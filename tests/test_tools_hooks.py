@@ -95,10 +95,12 @@ def prefill(model: nn.Module) -> Tensor:
 
 def decode(model: nn.Module) -> Tensor:
     """Logits of a prompt and of two steps over its cache."""
-    ids, cache, logits = tiny.ids(2, WIDTH), None, []
+    ids, positions = tiny.ids(2, WIDTH), torch.arange(WIDTH).repeat(2, 1)
+    cache, logits = None, []
     with torch.no_grad():
-        for part in ids.split((WIDTH - 2, 1, 1), dim=1):
-            output = model(part, cache=cache, use_cache=True)
+        for begin, end in ((0, WIDTH - 2), (WIDTH - 2, WIDTH - 1), (WIDTH - 1, WIDTH)):
+            place = positions[:, begin:end]
+            output = model(ids[:, begin:end], position_ids=place, cache=cache, use_cache=True)
             cache = output.cache
             logits.append(output.logits)
     return torch.cat(logits, 1)

@@ -85,7 +85,11 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 @each
 def test_trainer(name: str, recipe: str, tmp_path: Path) -> None:
-    runs = [trainer(model, tmp_path, **RECIPES[recipe]) for model in pair(name)]
+    theirs, ours = pair(name)
+    options = RECIPES[recipe]
+    # Without checkpoints: reentrant ones lose gradients of shared keys in transformers.
+    plain = {key: value for key, value in options.items() if "checkpointing" not in key}
+    runs = [trainer(theirs, tmp_path, **plain), trainer(ours, tmp_path, **options)]
     for run in runs:
         run.train()
     theirs, ours = runs
@@ -99,15 +103,14 @@ def test_trainer(name: str, recipe: str, tmp_path: Path) -> None:
 
 @each
 def test_trainer_in_bf16(name: str, tmp_path: Path) -> None:
-    """As far from the losses in fp32 as transformers is."""
-    exact = trainer(pair(name)[0], tmp_path)
+    """Weights stay fp32; the losses follow those of fp32 as far as three digits let them."""
+    theirs, ours = pair(name)
+    exact, run = trainer(theirs, tmp_path), trainer(ours, tmp_path, bf16=True)
     exact.train()
-    runs = [trainer(model, tmp_path, bf16=True) for model in pair(name)]
-    for run in runs:
-        run.train()
-    theirs, ours = ((losses(run) - losses(exact)).abs().mean() for run in runs)
-    assert 0 < ours <= max(2 * theirs, 5e-3)
-    assert all(p.dtype == torch.float32 for p in runs[1].model.parameters())
+    run.train()
+    close(losses(run), losses(exact), 5e-3)
+    assert not torch.equal(losses(run), losses(exact))
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -199,11 +202,10 @@ def test_a_cache_with_tokens_is_not_trained_through() -> None:
 def test_gradient_checkpointing(name: str, options: dict | None) -> None:
     theirs, ours = pair(name)
     batch = left_padded(11, 3)
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    assert ours.is_gradient_checkpointing
     for model in (theirs, ours):
-        model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        assert model.is_gradient_checkpointing
-        model(**batch).loss.backward()
+        model.train()(**batch).loss.backward()
     close_gradients(ours, theirs)
     ours.gradient_checkpointing_disable()
     assert not ours.is_gradient_checkpointing

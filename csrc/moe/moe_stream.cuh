@@ -6,6 +6,7 @@
 // anyway, and one load of a weight serves all tokens of its expert. Columns may be permuted in a
 // sum of products as long as both sides agree: a lane's 8 neighbouring values are taken as the
 // operands of two products, so that rows are read in whole sectors and nothing is exchanged.
+// Weights in float are rounded as they come.
 //
 // gate_up: a block owns 16 gate rows, the 16 up rows that belong to them, and one tile of an
 // expert's assignments; its warps take turns along D and add up through shared memory in the order
@@ -49,12 +50,40 @@ struct DownSmem {
   alignas(16) float product[Stream::kAssignments][kStreamRows];
 };
 
-DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
-}
-DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
-}
+// Which 8 of 32 neighbouring columns a lane holds: runs of 16 bytes of a row of weights.
+template <class T, class W>
+struct LaneColumns {
+  static constexpr int kRun = 16 / sizeof(W), kRuns = 8 / kRun;
+
+  DEVICE static int column(int run) { return run * 16 + threadIdx.x % 4 * kRun; }
+
+  // Of the row that begins at p, from column `first` of `width` on, as T; zeros where none exist.
+  DEVICE static uint4 weights(bool exists, const W* p, int first, int width FROM_HERE) {
+    uint32_t v[4] = {};
+#pragma unroll
+    for (int run = 0; run < kRuns; run++) {
+      const int from = first + column(run);
+      if (!exists || from >= width) continue;
+      const auto w = load_once<kRun>(p + from HERE);
+      if constexpr (kRuns == 1)
+        __builtin_memcpy(v, &w, 16);
+      else
+        for (int i = 0; i < 2; i++) v[2 * run + i] = pack_pair<T>(w[2 * i], w[2 * i + 1]);
+    }
+    return {v[0], v[1], v[2], v[3]};
+  }
+  DEVICE static uint4 tokens(bool exists, const T* p, int first, int width FROM_HERE) {
+    uint32_t v[4] = {};
+#pragma unroll
+    for (int run = 0; run < kRuns; run++) {
+      const int from = first + column(run);
+      if (!exists || from >= width) continue;
+      const auto x = load<kRun>(p + from HERE);
+      __builtin_memcpy(v + 2 * run, &x, sizeof x);
+    }
+    return {v[0], v[1], v[2], v[3]};
+  }
+};
 
 // d [16 rows x 8 tokens] += 32 columns of both: a lane holds 8 of its row, of row + 8 and of its
 // token.
@@ -64,9 +93,10 @@ DEVICE void multiply(float (&d)[4], uint4 row, uint4 row_8, uint4 token FROM_HER
   ptx::mma_16816<T>(d, {row.z, row_8.z, row.w, row_8.w}, token.z, token.w HERE);
 }
 
-template <class T, class Stream>
+template <class T, class W, class Stream>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
+  using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Stream::kTokens / 8;
   auto& smem = shared_memory<GateUpSmem<T, Stream>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -74,9 +104,9 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   if (tile.rows == 0) return;
 
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
-  const T* gate_row = static_cast<const T*>(p.gate_up) +
+  const W* gate_row = static_cast<const W*>(p.gate_up) +
                       (int64_t{2} * tile.expert * p.hidden_width + row) * p.width;
-  const T* up_row = gate_row + int64_t{p.hidden_width} * p.width;
+  const W* up_row = gate_row + int64_t{p.hidden_width} * p.width;
   const T* token[kBlocks];
 #pragma unroll
   for (int n = 0; n < kBlocks; n++) {
@@ -89,16 +119,17 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     uint4 weight[2][4], x[2][kBlocks];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int column = first + i * 32 + lane % 4 * 8;
-      const bool low = column < p.width && row < p.hidden_width;
-      const bool high = column < p.width && row + 8 < p.hidden_width;
-      weight[i][0] = load_once_if(low, gate_row + column);
-      weight[i][1] = load_once_if(high, gate_row + int64_t{8} * p.width + column);
-      weight[i][2] = load_once_if(low, up_row + column);
-      weight[i][3] = load_once_if(high, up_row + int64_t{8} * p.width + column);
+      const auto weights = [&](bool exists, const W* from) {
+        return Columns::weights(exists, from, first + i * 32, p.width);
+      };
+      const bool low = row < p.hidden_width, high = row + 8 < p.hidden_width;
+      weight[i][0] = weights(low, gate_row);
+      weight[i][1] = weights(high, gate_row + int64_t{8} * p.width);
+      weight[i][2] = weights(low, up_row);
+      weight[i][3] = weights(high, up_row + int64_t{8} * p.width);
 #pragma unroll
       for (int n = 0; n < kBlocks; n++)
-        x[i][n] = load_if(column < p.width && n * 8 + lane / 4 < tile.rows, token[n] + column);
+        x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows, token[n], first + i * 32, p.width);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -139,9 +170,10 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
         load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
 }
 
-template <class T, class Stream>
+template <class T, class W, class Stream>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
+  using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Stream::kTokens / 8;
   auto& smem = shared_memory<DownSmem<Stream>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -150,8 +182,8 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   for (int t = warp;; t += kStreamWarps) {
     const MoeTile tile = moe_tile(p, t, Stream::kTokens);
     if (tile.rows == 0) break;
-    const T* weight_row =
-        static_cast<const T*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
+    const W* weight_row =
+        static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
     const T* hidden =
         static_cast<const T*>(p.hidden) + int64_t{tile.begin + lane / 4} * p.hidden_width;
 
@@ -161,15 +193,14 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
       uint4 weight[2][2], x[2][kBlocks];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int column = first + i * 32 + lane % 4 * 8;
-        const bool exists = column < p.hidden_width;
-        weight[i][0] = load_once_if(exists && row < p.width, weight_row + column);
-        weight[i][1] = load_once_if(exists && row + 8 < p.width,
-                                    weight_row + int64_t{8} * p.hidden_width + column);
+        const int from = first + i * 32;
+        weight[i][0] = Columns::weights(row < p.width, weight_row, from, p.hidden_width);
+        weight[i][1] = Columns::weights(row + 8 < p.width, weight_row + int64_t{8} * p.hidden_width,
+                                        from, p.hidden_width);
 #pragma unroll
         for (int n = 0; n < kBlocks; n++)
-          x[i][n] = load_if(exists && n * 8 + lane / 4 < tile.rows,
-                            hidden + int64_t{n} * 8 * p.hidden_width + column);
+          x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows,
+                                    hidden + int64_t{n} * 8 * p.hidden_width, from, p.hidden_width);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++)

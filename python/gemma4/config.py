@@ -32,7 +32,7 @@ class Gemma4TextConfig:
 
     # What programs around a model look up in its config.
     model_type: ClassVar[str] = "gemma4_text"
-    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("cache", "past_key_values")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 262_144
     hidden_size: int = 2304
@@ -224,6 +224,10 @@ class Gemma4TextConfig:
         """Feed-forward width: doubled on the layers that borrow keys if use_double_wide_mlp."""
         doubled = self.use_double_wide_mlp and self.kv_owner(layer) != layer
         return self.intermediate_size * (2 if doubled else 1)
+
+    def get_text_config(self) -> "Gemma4TextConfig":
+        """Itself: what programs ask a config for that may be a multimodal model's."""
+        return self
 
     @property
     def bidirectional(self) -> bool:

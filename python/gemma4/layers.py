@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
-from gemma4_kernels.fusion import is_plain, why_not_fused
+from gemma4_kernels.fusion import is_plain
 
 from .config import FULL, Gemma4TextConfig
 from .layout import Layout
-from .modules import GELUTanh, RMSNorm, cosines_and_sines, joined, linear, rotated
+from .modules import GELUTanh, RMSNorm, cosines_and_sines, linear, rotated
 from .steps import Keys, PackedPlan
 
 # The layout of the last columns, and which of the packed tokens these are.
@@ -69,8 +69,8 @@ class Attention(nn.Module):
 
     def packed(self, y_TD: Tensor, plan: PackedPlan, tail: Tail | None = None) -> Tensor:
         """tail: keys are made for all tokens, and attended to by the last columns alone."""
-        q, k, v = self._project(y_TD, plan.layout)
-        if plan.rotation is None and self._norms_are_plain():
+        q, k, v = self._project(y_TD, plan)
+        if plan.rotation is None and self._norms_are_plain(plan):
             q, keys = self._norm_and_rotate(q, k, v, plan)
         else:
             q, keys = self._call_norms(q, k, v, plan, y_TD.dtype)
@@ -82,18 +82,20 @@ class Attention(nn.Module):
             layout, chosen = tail
             q = q[chosen]
         out_THC = keys.attend(q, layout, self.causal, self.window, self.window_right)
-        return layout.call(self.o_proj, nn.Linear, out_THC.flatten(1))
+        return plan.call(self.o_proj, nn.Linear, out_THC.flatten(1))
 
-    def _project(self, y_TD: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _project(
+        self, y_TD: Tensor, plan: PackedPlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """q [T, H, C], k and v [T, G, C]; no v where k gives it, no k where keys are borrowed."""
         if self.owner != self.layer_idx:
-            return self._heads(layout.call(self.q_proj, nn.Linear, y_TD)), None, None
+            return self._heads(plan.call(self.q_proj, nn.Linear, y_TD)), None, None
         linears = [self.q_proj, self.k_proj]
         if self.v_proj is not None:
             linears.append(self.v_proj)
-        one = joined(*linears)
+        one = plan.joined(*linears)
         if one is None:
-            parts = [self._heads(layout.call(part, nn.Linear, y_TD)) for part in linears]
+            parts = [self._heads(plan.call(part, nn.Linear, y_TD)) for part in linears]
         else:
             heads = self._heads(F.linear(y_TD, *one))
             parts = heads.split([part.out_features // self.head_dim for part in linears], 1)
@@ -102,10 +104,10 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.head_dim))
 
-    def _norms_are_plain(self) -> bool:
-        return is_plain(self.q_norm, RMSNorm) and (
+    def _norms_are_plain(self, plan: PackedPlan) -> bool:
+        return plan.plain(self.q_norm, RMSNorm) and (
             self.owner != self.layer_idx
-            or (is_plain(self.k_norm, RMSNorm) and is_plain(self.v_norm, RMSNorm))
+            or (plan.plain(self.k_norm, RMSNorm) and plan.plain(self.v_norm, RMSNorm))
         )
 
     def _norm_and_rotate(
@@ -131,11 +133,11 @@ class Attention(nn.Module):
         else:
             cos, sin = cosines_and_sines(layout.positions, plan.inv_freq[self.kind], dtype)
         made = q.dtype
-        q = rotated(layout.call(self.q_norm, RMSNorm, q), cos, sin).to(made)
+        q = rotated(plan.call(self.q_norm, RMSNorm, q), cos, sin).to(made)
         if k is None:
             return q, plan.keys[self.owner]
-        v = layout.call(self.v_norm, RMSNorm, k if v is None else v)
-        k = rotated(layout.call(self.k_norm, RMSNorm, k), cos, sin).to(made)
+        v = plan.call(self.v_norm, RMSNorm, k if v is None else v)
+        k = rotated(plan.call(self.k_norm, RMSNorm, k), cos, sin).to(made)
         return q, plan.store(self.layer_idx, k, v)
 
 
@@ -156,12 +158,16 @@ class MLP(nn.Module):
         self.act_fn = GELUTanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = is_plain(self.act_fn, GELUTanh)
-        one = joined(self.gate_proj, self.up_proj) if fused else None
-        if one is not None:
-            return self.down_proj(ops.geglu(F.linear(x, *one)))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_gelu_times(gate, up) if fused else self.act_fn(gate) * up)
+        if is_plain(self.act_fn, GELUTanh):
+            return self.down_proj(_gelu_times(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
+
+    def packed(self, y_TD: Tensor, plan: PackedPlan) -> Tensor:
+        one = plan.joined(self.gate_proj, self.up_proj)
+        if one is None:
+            return self.forward(y_TD)
+        return self.down_proj(ops.geglu(F.linear(y_TD, *one)))
 
 
 def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
@@ -301,78 +307,80 @@ class DecoderLayer(nn.Module):
         of them is this layer's. tail: keys are made for all tokens, everything after them for the
         last columns alone.
         """
-        layout = plan.layout
         if y_TD is None:
-            y_TD = layout.call(self.input_layernorm, RMSNorm, x_TD)
-        if is_plain(self.self_attn, Attention):
+            y_TD = plan.call(self.input_layernorm, RMSNorm, x_TD)
+        if plan.plain(self.self_attn, Attention):
             attended = self.self_attn.packed(y_TD, plan, tail)
         else:
+            layout = plan.layout
             attended, *_ = self.self_attn(hidden_states=layout.unpack(y_TD), plan=plan)
             attended = layout.pack(attended)
         if tail is not None:
-            layout, chosen = tail
-            x_TD = x_TD[chosen]
-            ple = None if ple is None else (ple[0][chosen], ple[1])
+            x_TD = x_TD[tail[1]]
+            ple = None if ple is None else (ple[0][tail[1]], ple[1])
         x_TD, y_TD = self._close(
-            attended, x_TD, self.post_attention_layernorm, layout, self.pre_feedforward_layernorm
+            attended, x_TD, self.post_attention_layernorm, plan, self.pre_feedforward_layernorm
         )
         if y_TD is None:
-            y_TD = layout.call(self.pre_feedforward_layernorm, RMSNorm, x_TD)
-        branch_TD = layout.call(self.mlp, MLP, y_TD)
+            y_TD = plan.call(self.pre_feedforward_layernorm, RMSNorm, x_TD)
+        if plan.whole(self.mlp, MLP):
+            branch_TD = self.mlp.packed(y_TD, plan)
+        else:
+            branch_TD = plan.layout.call(self.mlp, y_TD)
         if self.has_experts:
-            branch_TD = self._with_experts(x_TD, branch_TD, layout)
+            branch_TD = self._with_experts(x_TD, branch_TD, plan)
         closing = self.post_feedforward_layernorm
         if self.ple_width:
-            x_TD, _ = self._close(branch_TD, x_TD, closing, layout)
-            gate_TP = layout.call(self.per_layer_input_gate, nn.Linear, x_TD)
-            branch_TD = layout.call(
-                self.per_layer_projection, nn.Linear, self._gated(gate_TP, ple, layout)
-            )
+            x_TD, _ = self._close(branch_TD, x_TD, closing, plan)
+            gate_TP = plan.call(self.per_layer_input_gate, nn.Linear, x_TD)
+            gated_TP = self._gated(gate_TP, ple, plan)
+            branch_TD = plan.call(self.per_layer_projection, nn.Linear, gated_TP)
             closing = self.post_per_layer_input_norm
-        return self._close(branch_TD, x_TD, closing, layout, next_norm, self.layer_scalar)
+        return self._close(branch_TD, x_TD, closing, plan, next_norm, self.layer_scalar)
 
     @staticmethod
     def _close(
         branch_TD: Tensor,
         x_TD: Tensor,
         post_norm: nn.Module,
-        layout: Layout,
+        plan: PackedPlan,
         next_norm: nn.Module | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x = (x + post_norm(branch)) scale, and next_norm(x) where one op can make both."""
-        if not is_plain(post_norm, RMSNorm):
-            x_TD = x_TD + layout.call(post_norm, RMSNorm, branch_TD)
+        if not plan.plain(post_norm, RMSNorm):
+            x_TD = x_TD + plan.call(post_norm, RMSNorm, branch_TD)
             return (x_TD if scale is None else x_TD * scale), None
-        opens = next_norm is not None and is_plain(next_norm, RMSNorm, x_TD.device)
+        opens = next_norm is not None and plan.plain(next_norm, RMSNorm, x_TD.device)
         next_weight = next_norm.weight if opens else None
         return ops.add_rms_norm(
             branch_TD, x_TD, post_norm.weight, next_weight, scale, post_norm.eps
         )
 
-    def _with_experts(self, x_TD: Tensor, dense_TD: Tensor, layout: Layout) -> Tensor:
+    def _with_experts(self, x_TD: Tensor, dense_TD: Tensor, plan: PackedPlan) -> Tensor:
         """norm_1(dense) + norm_2(experts); the router reads the raw residual."""
         norm = self.pre_feedforward_layernorm_2
         if (
-            is_plain(norm, RMSNorm)
-            and why_not_fused(self.router, Router) is None
-            and why_not_fused(self.experts, Experts) is None
+            plan.plain(norm, RMSNorm)
+            and plan.whole(self.router, Router)
+            and plan.whole(self.experts, Experts)
         ):
             y_TD, scaled_TD = ops.moe_norm(x_TD, norm.weight, self.router.scale, norm.eps)
             weights_TK, experts_TK = self.router.route(scaled_TD)
             routed_TD = self.experts(y_TD, experts_TK, weights_TK)
         else:
             # In transformers these see the rows of the padded batch, flattened.
+            layout = plan.layout
             rows = layout.unpack(x_TD).flatten(0, 1)
             _, weights, experts = self.router(rows)
             routed = self.experts(norm(rows), experts, weights)
             routed_TD = layout.pack(routed.unflatten(0, layout.shape))
-        dense_TD = layout.call(self.post_feedforward_layernorm_1, RMSNorm, dense_TD)
-        both_TD, _ = self._close(routed_TD, dense_TD, self.post_feedforward_layernorm_2, layout)
+        dense_TD = plan.call(self.post_feedforward_layernorm_1, RMSNorm, dense_TD)
+        both_TD, _ = self._close(routed_TD, dense_TD, self.post_feedforward_layernorm_2, plan)
         return both_TD
 
-    def _gated(self, gate_TP: Tensor, ple: tuple[Tensor, int], layout: Layout) -> Tensor:
+    def _gated(self, gate_TP: Tensor, ple: tuple[Tensor, int], plan: PackedPlan) -> Tensor:
         ple_TLP, index = ple
-        if is_plain(self.act_fn, GELUTanh):
+        if plan.plain(self.act_fn, GELUTanh):
             return ops.ple_gate(gate_TP, ple_TLP, index)
-        return layout.call(self.act_fn, GELUTanh, gate_TP) * ple_TLP[:, index]
+        return plan.layout.call(self.act_fn, gate_TP) * ple_TLP[:, index]

@@ -5,13 +5,12 @@ Rows, or the segments packed into a row, are sequences: a length and a number of
 each. Left and right padding are the same thing here, and no S x S mask exists.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, nn
-
-from gemma4_kernels.fusion import why_not_fused
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,8 @@ class Layout:
         cells = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
         return cells.index_copy(0, self.index, x).unflatten(0, self.shape)
 
-    def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
-        """module(x) for packed x [T, ...]; unless all of `module` is plain it gets, and may change,
-        what it would in a model without packing: [B, S, ...]."""
-        if why_not_fused(module, cls) is None:
-            return module(x)
+    def call(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """module(x) for packed x [T, ...], in the shape that it has in a model without packing."""
         return self.pack(module(self.unpack(x)))
 
     def tail(self, columns: int) -> "tuple[Layout, Tensor] | None":

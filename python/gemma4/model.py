@@ -196,7 +196,8 @@ class Gemma4ForCausalLM(nn.Module):
 
     def logits(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """[T, D] normed hidden states to soft-capped logits [T, V]."""
-        logits = layout.call(self.lm_head, nn.Linear, x_TD)
+        head = self.lm_head
+        logits = head(x_TD) if is_plain(head, nn.Linear) else layout.call(head, x_TD)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else ops.softcap(logits, cap)
 
@@ -456,29 +457,29 @@ class Gemma4TextModel(nn.Module):
         layout, layers = plan.layout, list(self.layers)
         if input_ids is not None:
             ids_T = layout.pack(input_ids).to(layout.positions.device)
-            x_TD = layout.call(self.embed_tokens, ScaledEmbedding, ids_T)
+            x_TD = plan.call(self.embed_tokens, ScaledEmbedding, ids_T)
         else:
             ids_T, x_TD = None, layout.pack(inputs_embeds)
         ple_TLP = None
         if self.ple_width:
             token_part = None if per_layer_inputs is None else layout.pack(per_layer_inputs)
-            ple_TLP = self._ple(ids_T, x_TD, token_part, layout)
+            ple_TLP = self._ple(ids_T, x_TD, token_part, plan)
         self._set_rotation(plan, x_TD)
         # The last layer that makes keys: after it, nothing reads the states of dropped columns.
         last_owner = len(layers) - self.config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
         states = [layout.unpack(x_TD)] if output_hidden_states else None
         y_TD = None
-        if is_plain(layers[0], DecoderLayer):
-            y_TD = layout.call(layers[0].input_layernorm, RMSNorm, x_TD)
+        if plan.plain(layers[0], DecoderLayer):
+            y_TD = plan.call(layers[0].input_layernorm, RMSNorm, x_TD)
         for index, layer in enumerate(layers):
             last = index + 1 == len(layers)
             following = self.norm if last else layers[index + 1]
             if not last:
-                plain = is_plain(following, DecoderLayer)
+                plain = plan.plain(following, DecoderLayer)
                 following = following.input_layernorm if plain else None
             cut = tail if index == last_owner else None
-            inside = cut is not None and why_not_fused(layer, DecoderLayer) is None
+            inside = cut is not None and plan.whole(layer, DecoderLayer)
             x_TD, y_TD = self._layer(
                 index, x_TD, y_TD, ple_TLP, plan, following, cut if inside else None
             )
@@ -493,7 +494,7 @@ class Gemma4TextModel(nn.Module):
             if states is not None and not last:
                 states.append(plan.layout.unpack(x_TD))
         if y_TD is None:
-            y_TD = plan.layout.call(self.norm, RMSNorm, x_TD)
+            y_TD = plan.call(self.norm, RMSNorm, x_TD)
         if states is None:
             return y_TD, None
         return y_TD, (*states, plan.layout.unpack(y_TD))
@@ -514,7 +515,7 @@ class Gemma4TextModel(nn.Module):
         def run(
             x_TD: Tensor, y_TD: Tensor | None, ple_TLP: Tensor | None, plan: PackedPlan
         ) -> tuple[Tensor, Tensor | None]:
-            if is_plain(layer, DecoderLayer):
+            if plan.plain(layer, DecoderLayer):
                 ple = None if ple_TLP is None else (ple_TLP, index)
                 return layer.packed(x_TD, y_TD, ple, plan, next_norm, tail)
             layout = plan.layout
@@ -545,26 +546,26 @@ class Gemma4TextModel(nn.Module):
         return x_TD, y_TD
 
     def _ple(
-        self, ids_T: Tensor | None, x_TD: Tensor, token_part: Tensor | None, layout: Layout
+        self, ids_T: Tensor | None, x_TD: Tensor, token_part: Tensor | None, plan: PackedPlan
     ) -> Tensor:
         """Per-layer inputs [T, L, P]: the context's projection joined with the token's rows."""
-        projected = layout.call(self.per_layer_model_projection, nn.Linear, x_TD)
+        projected = plan.call(self.per_layer_model_projection, nn.Linear, x_TD)
         projected = projected * self.config.hidden_size**-0.5
         table, norm = self.embed_tokens_per_layer, self.per_layer_projection_norm
         if token_part is None:
-            if is_plain(table, ScaledEmbedding) and is_plain(norm, RMSNorm):
+            if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
                 return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
             # The table may have stayed in host memory.
             ids_T = ids_T.to(next(table.parameters()).device)
-            token_part = layout.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
+            token_part = plan.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
         parts = (-1, self.config.num_hidden_layers, self.ple_width)
-        context = layout.call(norm, RMSNorm, projected.view(parts))
+        context = plan.call(norm, RMSNorm, projected.view(parts))
         return (context + token_part.view(parts)) * 2.0**-0.5
 
     def _set_rotation(self, plan: PackedPlan, x_TD: Tensor) -> None:
         """What layers rotate by: positions and frequencies, or what a hooked module makes of it."""
         rotary = self.rotary_emb
-        if is_plain(rotary, RotaryEmbedding):
+        if plan.plain(rotary, RotaryEmbedding):
             plan.inv_freq, plan.rotation = rotary.tables, None
             return
         layout = plan.layout

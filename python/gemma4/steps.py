@@ -11,12 +11,14 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma4_kernels import ops
+from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .cache import DECODE_TOKENS, PAGE_SIZE, Cache
 from .layout import Layout, cumulative
+from .modules import joined
 
 
 class Keys(Protocol):
@@ -98,6 +100,24 @@ class PackedPlan:
         self.inv_freq: dict[str, Tensor] = {}
         self.rotation: dict[str, tuple[Tensor, Tensor]] | None = None
         self.keys: dict[int, Keys] = {}
+
+    def plain(
+        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
+    ) -> bool:
+        """Whether a fused op may stand in for `module` (see `gemma4_kernels.fusion`)."""
+        return is_plain(module, cls, device)
+
+    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+        """The same of the module and all its parts."""
+        return why_not_fused(module, cls) is None
+
+    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        """As `modules.joined`."""
+        return joined(*linears)
+
+    def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
+        """module(x) for packed x [T, ...]; what is not plain sees [B, S, ...]."""
+        return module(x) if self.whole(module, cls) else self.layout.call(module, x)
 
     def write(
         self,
@@ -238,7 +258,8 @@ class DecodePlan(PackedPlan):
 
     Positions, lengths and slots lie in device tensors that `finish` moves on in place: every step
     reads the same addresses, so that one CUDA graph serves all lengths. The cache's own counts, on
-    the host, are left to `Cache.count_one`.
+    the host, are left to `Cache.count_one`. Which modules are plain, and where joined weights lie,
+    is asked in the first step and holds for all of them, as it must for a graph.
     """
 
     def __init__(self, cache: Cache):
@@ -261,7 +282,29 @@ class DecodePlan(PackedPlan):
         self.rows = torch.arange(rows, device=device)
         self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
         self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
+        self._plain: dict[int, bool] = {}
+        self._whole: dict[int, bool] = {}
+        self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
         self._place()
+
+    def plain(
+        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
+    ) -> bool:
+        answer = self._plain.get(id(module))
+        if answer is None:
+            answer = self._plain[id(module)] = is_plain(module, cls, device)
+        return answer
+
+    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+        answer = self._whole.get(id(module))
+        if answer is None:
+            answer = self._whole[id(module)] = super().whole(module, cls)
+        return answer
+
+    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        if id(linears[0]) not in self._joined:
+            self._joined[id(linears[0])] = joined(*linears)
+        return self._joined[id(linears[0])]
 
     def _place(self) -> None:
         torch.add(self.positions, 1, out=self.seq_lens)

@@ -3,18 +3,35 @@
 Answers go to stdout; thoughts, rates and errors go to stderr. Exit codes: 0, 2 for an error,
 130 for ctrl-c, 141 for a pipe that was closed at the other end.
 
-Nothing is imported up here: `main` sees to ctrl-c first, and torch, which takes seconds, comes when
-the arguments are right.
+Next to nothing is imported up here: `main` sees to ctrl-c first, and torch, which takes seconds,
+comes when the arguments are right.
 """
+
+import sys
 
 _INTERRUPTED = "gemma4: interrupted"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code. argparse exits by itself on a wrong option."""
+    """Runs one command; returns the exit code. argparse exits by itself on a wrong option.
+
+    Without argv this is the process's own command, and ctrl-c cannot disturb its end.
+    """
+    try:
+        code = _run(argv)
+        if argv is None:
+            _ignore_ctrl_c()
+    except KeyboardInterrupt:
+        if argv is None:
+            _ignore_ctrl_c()
+        code = 130
+        print(_INTERRUPTED, file=sys.stderr)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     import os
     import signal
-    import sys
 
     debug = False
     try:
@@ -38,9 +55,6 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="replace")
         code = getattr(commands, args.command)(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(_INTERRUPTED, file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The interpreter flushes stdout once more at its end; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +80,12 @@ def _in_main_thread() -> bool:
     import threading
 
     return threading.current_thread() is threading.main_thread()
+
+
+def _ignore_ctrl_c() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave(signal_number: int, frame: object) -> None:

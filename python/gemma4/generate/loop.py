@@ -114,6 +114,7 @@ def generate(
     new: list[Tensor] = []
     scores: list[Tensor] = []
     logits: list[Tensor] = []
+    _warn_beyond_positions(model.config, max(prompt.lengths), 0)
     with _recorded(held, rows, new):
         logits_BV = _prefill(model, prompt, held, prefill_chunk_size)
     _check_finite(logits_BV, model, prompt, prefill_chunk_size)
@@ -127,6 +128,7 @@ def generate(
             ids_B, scores_BV = sampler(ids_BT, logits_BV)
             ids_B = torch.where(stopper.done, config.pad_token_id or 0, ids_B)
             new.append(ids_B)
+            _warn_beyond_positions(model.config, max(prompt.lengths), len(new))
             if config.output_scores:
                 scores.append(scores_BV)
             if config.output_logits:
@@ -138,7 +140,6 @@ def generate(
             stopper(ids_B, ids_BT, scores)
             if len(new) == limit or bool(stopper.done.all()):
                 break
-            _warn_beyond_positions(model.config, max(prompt.lengths), len(new))
             logits_BV = decode(ids_B)
     if streamer is not None:
         streamer.end()
@@ -196,7 +197,6 @@ def _recorded(cache: Cache, rows: list[list[int]] | None, new: list[Tensor]) -> 
 
 def _prefill(model: Any, prompt: Prompt, cache: Cache, chunk: int) -> Tensor:
     """Runs what the cache lacks, chunk by chunk; the logits [B, V] after the last token."""
-    _warn_beyond_positions(model.config, max(prompt.lengths), 0)
     inputs, mask = prompt.rest(cache)
     past, width = cache.columns, next(iter(inputs.values())).shape[1]
     for begin in range(0, width, chunk):
@@ -237,7 +237,7 @@ def _warn_beyond_positions(config: Any, length: int, new: int) -> None:
         warnings.warn(
             f"the model was made for {most} positions (max_position_embeddings), and a row is "
             "longer now: what follows may make no sense",
-            stacklevel=5,
+            stacklevel=4,  # generate's caller: no_grad's wrapper lies between
         )
 
 

@@ -85,6 +85,9 @@ def read_prompt(
     """
     if input_ids is not None and inputs_embeds is not None:
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    for name, x in (("inputs_embeds", inputs_embeds), ("per_layer_inputs", per_layer_inputs)):
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     given = inputs_embeds if input_ids is None else _ids(input_ids, vocab_size)
     dimensions = 3 if input_ids is None else 2
     if given is not None and given.ndim != dimensions:
@@ -98,9 +101,14 @@ def read_prompt(
         raise ValueError("the batch is empty: it must hold at least one row")
     given = given.to(device)
     inputs = {"input_ids" if input_ids is not None else "inputs_embeds": given}
-    if per_layer_inputs is not None:
-        inputs["per_layer_inputs"] = per_layer_inputs
     batch, width = given.shape[:2]
+    if per_layer_inputs is not None:
+        if per_layer_inputs.shape[:2] != (batch, width):
+            raise ValueError(
+                f"per_layer_inputs must be [{batch}, {width}, L, P], like inputs_embeds, "
+                f"got {list(per_layer_inputs.shape)}"
+            )
+        inputs["per_layer_inputs"] = per_layer_inputs
     lengths = [width] * batch
     if attention_mask is not None:
         inputs, lengths = _left_padded(inputs, _tensor("attention_mask", attention_mask), given)

@@ -1,0 +1,36 @@
+"""These ops under models of transformers.
+
+`register()` adds an attention and an experts implementation to transformers, both called
+"gemma4_kernels". `enable(model)` also puts norms, MLP, rotary embedding, router and the per-layer
+gate of a Gemma 4 model on these ops, in place; `explain(model)` says what runs where. On a CPU,
+which has no kernels, all of it is left to transformers and torch, but for the attention of long
+prompts.
+
+    base        the name, the versions of transformers that this is made for, when ops run
+    mask        what a layer is told about its mask
+    attention   what transformers calls for attention
+    experts     what it calls for a layer's experts
+    modules     transformers' modules as subclasses whose forward takes these ops
+    swap        puts them in and takes them out
+    report      says what they do
+"""
+
+from .base import NAME, VERSIONS
+from .modules import MLP, Attention, DecoderLayer, RMSNorm, RotaryEmbedding, Router  # in pickles
+from .report import explain
+from .swap import disable, enable, register
+
+__all__ = [
+    "MLP",
+    "NAME",
+    "VERSIONS",
+    "Attention",
+    "DecoderLayer",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Router",
+    "disable",
+    "enable",
+    "explain",
+    "register",
+]

@@ -1,0 +1,289 @@
+"""The modules of a Gemma 4 text model, as subclasses whose forward takes these ops off the CPU.
+
+Where an op stands in for modules, it does so while these are plain, as `fusion` has it, and one by
+one: a hook on one norm leaves the other ops of its layer as they are. What is called is called as
+transformers calls it, in its order and with its shapes.
+
+The rotary embedding is read by every layer. `qkv_norm_rope` turns by positions and frequencies, so
+cosines and sines are made where something else reads them, and only there.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _hooks_of_all
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
+
+from ... import ops
+from ...fusion import is_plain, why_not_plain
+from . import base
+
+Positions = tuple[Tensor, Tensor]
+
+
+class RMSNorm(gemma4.Gemma4RMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not base.takes_ops(hidden_states):
+            return super().forward(hidden_states)
+        return ops.rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps)
+
+
+def why_called(
+    norm: nn.Module, device: torch.device | None, eps: float | None = None, scaled: bool = True
+) -> str | None:
+    """Why an op may not stand in for a norm (with this eps, with a weight), or None."""
+    reason = why_not_plain(norm, RMSNorm, device)
+    if reason is None and (norm.with_scale != scaled or eps not in (None, norm.eps)):
+        reason = f"has with_scale {norm.with_scale} and eps {norm.eps}"
+    return reason
+
+
+def _close(
+    branch: Tensor,
+    residual: Tensor,
+    post: nn.Module,
+    following: nn.Module | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """residual' = (residual + post(branch)) scale, and following(residual'): one op at best."""
+    weight = None
+    if why_called(post, residual.device) is None:
+        if following is not None and why_called(following, residual.device, post.eps) is None:
+            weight, following = following.weight, None
+        x, y = ops.add_rms_norm(branch, residual, post.weight, weight, scale, post.eps)
+    else:
+        x, y = residual + post(branch), None
+        if scale is not None:
+            x *= scale
+    return x, y if following is None else following(x)
+
+
+def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
+    """gelu_tanh(gate) · other, of any leading shape."""
+    product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
+    return product.view(gate.shape)
+
+
+class MLP(gemma4.Gemma4TextMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if not base.takes_ops(x):
+            return super().forward(x)
+        gate = self.gate_proj(x)
+        if is_plain(self.act_fn, base.TanhGELU):
+            return self.down_proj(_gelu_times(gate, self.up_proj(x)))
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
+    """Cosines and sines, or, while the text model says that its layers alone read them, positions
+    [.., N, 1] and frequencies [1, N, C/2], shaped so that they can be sliced alike."""
+
+    read_by_layers_alone = False
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Positions:
+        if not (self.read_by_layers_alone and base.takes_ops(x)):
+            return super().forward(x, position_ids, layer_type)
+        inv_freq = getattr(self, f"{layer_type}_inv_freq").float()
+        return position_ids[..., None], inv_freq.expand(1, position_ids.shape[-1], -1)
+
+
+def _are_positions(position_embeddings: Positions | None) -> bool:
+    return position_embeddings is not None and not position_embeddings[0].is_floating_point()
+
+
+def _cosines(position_embeddings: Positions, x: Tensor) -> Positions:
+    """What transformers' rotary embedding would have made."""
+    positions, inv_freq = position_embeddings
+    angles = positions.float() * inv_freq
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """What else could see the keyword arguments of a call of `module`, a `cls`; None if nothing."""
+    if type(module) is not cls:
+        return f"is a {type(module).__name__}"
+    own = module.__dict__
+    if "forward" in own or "_compiled_call_impl" in own:
+        return "has a forward of its own"
+    if (
+        own["_forward_hooks_with_kwargs"]
+        or own["_forward_pre_hooks_with_kwargs"]
+        or _hooks_of_all._global_forward_hooks_with_kwargs
+    ):
+        return "has hooks that see keyword arguments"
+    return None
+
+
+def why_cosines(model: nn.Module) -> str | None:
+    """Why the rotary embedding of a text model makes cosines and sines for all layers, or None."""
+    reason = why_not_plain(model.rotary_emb, RotaryEmbedding)
+    if reason is not None:
+        return f"rotary_emb {reason}"
+    for number, layer in enumerate(model.layers):
+        reason = why_seen(layer, DecoderLayer)
+        if reason is not None:
+            return f"layers.{number} {reason}"
+    return None
+
+
+def before_model(model: nn.Module, _: Any) -> None:
+    """A hook of the text model. It is no subclass: transformers knows what a model can record
+    (hidden states, router logits) by the name of its class."""
+    if why_cosines(model) is None:
+        model.rotary_emb.read_by_layers_alone = True
+
+
+def after_model(model: nn.Module, *_: Any) -> None:
+    if type(model.rotary_emb) is RotaryEmbedding:
+        model.rotary_emb.read_by_layers_alone = False
+
+
+class Attention(gemma4.Gemma4TextAttention):
+    """Goes by what the rotary embedding made, not by its own device: in a model that is spread
+    over several the two may differ."""
+
+    def why_unfused(self, device: torch.device | None) -> str | None:
+        """Why the norms are called and not read by `qkv_norm_rope`, or None."""
+        reason = why_called(self.q_norm, device)
+        if reason is not None:
+            return f"q_norm {reason}"
+        if self.is_kv_shared_layer:
+            return None
+        reason = why_called(self.k_norm, device, self.q_norm.eps)
+        if reason is not None:
+            return f"k_norm {reason}"
+        reason = why_called(self.v_norm, device, self.q_norm.eps, scaled=False)
+        return reason and f"v_norm {reason}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Positions,
+        attention_mask: Tensor | None,
+        shared_kv_states: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, positions = hidden_states.shape[1], position_embeddings[0].shape[1]
+        if positions not in (1, tokens):
+            raise ValueError(
+                f"position_ids must be as many as the tokens, {tokens}, or one for all of them, "
+                f"got {positions}"
+            )
+        fused = _are_positions(position_embeddings)
+        if fused and self.why_unfused(hidden_states.device) is not None:
+            position_embeddings, fused = _cosines(position_embeddings, hidden_states), False
+        if not fused:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, shared_kv_states, **kwargs
+            )
+        # The cache's name until transformers 5.23, and from then on.
+        cache = kwargs.pop("past_key_values", None)
+        cache = kwargs.pop("cache", cache)
+        shape = hidden_states.shape[:-1]
+        positions_T = position_embeddings[0][..., 0].expand(shape).flatten()
+        inv_freq = position_embeddings[1][0, 0]
+
+        def heads(projection: nn.Module) -> Tensor:
+            return projection(hidden_states).flatten(0, 1).unflatten(-1, (-1, self.head_dim))
+
+        q, q_weight, eps = heads(self.q_proj), self.q_norm.weight, self.q_norm.eps
+        if self.is_kv_shared_layer:
+            q, _, _ = ops.qkv_norm_rope(q, None, None, q_weight, None, positions_T, inv_freq, eps)
+            key, value = shared_kv_states[self.layer_type]
+        else:
+            k, v = heads(self.k_proj), None if self.v_proj is None else heads(self.v_proj)
+            q, k, v = ops.qkv_norm_rope(
+                q, k, v, q_weight, self.k_norm.weight, positions_T, inv_freq, eps
+            )
+            key, value = (x.unflatten(0, shape).transpose(1, 2) for x in (k, v))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if self.store_full_length_kv:
+            shared_kv_states[self.layer_type] = key, value
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, gemma4.eager_attention_forward
+        )
+        out, weights = attend(
+            self,
+            q.unflatten(0, shape).transpose(1, 2),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*shape, -1)), weights
+
+
+class Router(gemma4.Gemma4TextRouter):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not base.takes_ops(hidden_states):
+            return super().forward(hidden_states)
+        scaled = self.norm(hidden_states) * self.scale * self.scalar_root_size
+        scores = self.proj(scaled)
+        weights, index = ops.moe_route(scores, self.per_expert_scale, self.config.top_k_experts)
+        return F.softmax(scores, dim=-1, dtype=torch.float32), weights, index.long()
+
+
+class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
+    """Each norm that closes a branch, its residual and the norm that opens the next are one op."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        per_layer_input: Tensor | None = None,
+        shared_kv_states: Any = None,
+        position_embeddings: Positions | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if _are_positions(position_embeddings) and why_seen(self.self_attn, Attention) is not None:
+            position_embeddings = _cosines(position_embeddings, hidden_states)
+        kwargs |= dict(
+            shared_kv_states=shared_kv_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        if not base.takes_ops(hidden_states):
+            return super().forward(hidden_states, per_layer_input, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        x, y = _close(
+            attended,
+            hidden_states,
+            self.post_attention_layernorm,
+            self.pre_feedforward_layernorm,
+        )
+        branch = self.mlp(y)
+        if self.enable_moe_block:
+            dense, flat = self.post_feedforward_layernorm_1(branch), x.flatten(0, 1)
+            _, weights, index = self.router(flat)
+            routed = self.experts(self.pre_feedforward_layernorm_2(flat), index, weights)
+            branch, _ = _close(routed.view(x.shape), dense, self.post_feedforward_layernorm_2)
+        scale, closing = self.layer_scalar.to(x.dtype), self.post_feedforward_layernorm
+        if self.hidden_size_per_layer_input:
+            x, _ = _close(branch, x, closing)
+            gate = self.per_layer_input_gate(x)
+            if is_plain(self.act_fn, base.TanhGELU):
+                gated = _gelu_times(gate, per_layer_input)
+            else:
+                gated = self.act_fn(gate) * per_layer_input
+            branch, closing = self.per_layer_projection(gated), self.post_per_layer_input_norm
+        x, _ = _close(branch, x, closing, scale=scale)
+        return x
+
+
+SWAPPED = {
+    cls.__base__: cls for cls in (RMSNorm, MLP, RotaryEmbedding, Attention, Router, DecoderLayer)
+}
+for _theirs, _ours in SWAPPED.items():
+    # Tools find layers by the name of their class (which to shard, which not to split).
+    _ours.__name__ = _theirs.__name__

@@ -1,0 +1,104 @@
+"""Switching the plug-in for transformers on and off, what it says of itself, what it refuses."""
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from plugged import base, both, close, each, load, plugin, some_ids, transformers, use_ops
+from plugged import way as way
+
+from gemma4_kernels import extension, ops
+from gemma4_kernels.integrations.transformers.attention import attention
+
+
+@each
+@torch.no_grad()
+def test_enable_and_disable(name):
+    model = load(name)
+    ids = some_ids(2, 12)
+    before, classes = model(ids).logits, [type(m) for m in model.modules()]
+    plugin.enable(plugin.enable(model))
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    plugin.disable(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
+    model.set_attn_implementation("eager")
+    if name == "moe_like":
+        model.set_experts_implementation("eager")
+    assert torch.equal(model(ids).logits, before)
+    for other in (copied, pickled):
+        assert type(other.model.layers[0]) is plugin.DecoderLayer
+        close(other(ids).logits, before)
+
+
+@torch.no_grad()
+def test_transformers_finds_what_it_looks_for_by_class():
+    """Hidden states, and the names by which tools shard and split."""
+    theirs, ours = both("moe_like")
+    ids = some_ids(2, 12)
+    a, b = (m(ids, output_hidden_states=True, output_router_logits=True) for m in (ours, theirs))
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
+        close(x, y)
+    assert [type(m).__name__ for m in ours.modules()] == [
+        type(m).__name__ for m in theirs.modules()
+    ]
+    assert "not fused" not in plugin.explain(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_experts_that_grouped_mm_refuses(dtype, way, monkeypatch):
+    """float64, and in bf16 rows that are no multiple of 16 bytes, run on the op anywhere."""
+    model = load("moe_like").to(dtype)
+    layer = model.model.layers[0].experts
+    assert layer.down_proj.shape[-1] % 8, "bf16 rows that grouped_mm would take test nothing"
+    x = torch.randn(9, layer.hidden_dim, dtype=dtype)
+    weights, index = torch.rand(9, layer.num_experts, dtype=dtype).topk(2)
+    expected = layer(x, index, weights)
+    tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
+    use_ops(monkeypatch, ops)
+    plugin.enable(model)
+    found = layer(x, index, weights)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    if way == "as on a CPU":
+        says = "experts: eager torch (no kernels for cpu)"
+        assert (says in plugin.explain(model)) == (dtype != torch.float32)
+
+
+def test_explain(way, monkeypatch):
+    _, ours = both("moe_like")
+    monkeypatch.setattr(extension, "BUILD", extension.Build())
+    says = {
+        "as on a CPU": "attention: eager torch (no kernels for cpu); experts: "
+        "grouped_mm_experts_forward (no kernels); norms, MLP, rotary: transformers",
+        "as on a GPU": "attention: eager twins (no kernels for cpu); experts: "
+        "eager twins (no kernels for cpu); norms, MLP, rotary: eager twins (no kernels for cpu)",
+    }
+    assert all(line.endswith(says[way]) for line in plugin.explain(ours).splitlines())
+
+
+def test_refusals():
+    _, ours = both("dense")
+    attn = ours.model.layers[0].self_attn
+    q, k = torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16)
+    with pytest.raises(ValueError, match=r"has no dropout, got attention_dropout 0\.1"):
+        attention(attn, q, k, k, None, dropout=0.1)
+    with pytest.raises(ValueError, match="enable needs a Gemma 4 text model, got Linear"):
+        plugin.enable(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "6.0.0"])
+def test_wrong_version_is_named(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"needs transformers >= .*, < 6, got {version}"):
+        plugin.register()
+
+
+def test_versions_are_those_of_the_metadata():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (first, since), (before, _) = base.VERSIONS
+    bounds = re.findall(r'"transformers([^"]*)"', text)
+    assert len(bounds) == 2 and set(bounds) == {f">={first}.{since},<{before}"}
