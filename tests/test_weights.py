@@ -454,6 +454,32 @@ def test_sizes_of_shards(size: str | int, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+class Wrapped(torch.Tensor):
+    """What sharding and quantising libraries put in a tensor's place."""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.ones(64, device="meta"), "Parameter on meta|Tensor on meta"),
+        (torch.ones(64, dtype=torch.int8), "torch.int8"),
+        (torch.ones(64).as_subclass(Wrapped), "Wrapped on cpu"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_not_saved(
+    tensor: torch.Tensor, what: str, tmp_path: Path
+) -> None:
+    tiny(DENSE).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tiny(DENSE)
+    model.model.layers[3].input_layernorm.weight = torch.nn.Parameter(tensor, requires_grad=False)
+    with pytest.raises(
+        ValueError, match=f"{NORM} must be a plain floating-point .* got .*({what})"
+    ):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_saved_folder_is_complete(tmp_path: Path) -> None:
     model = load(demo.path())
     model.save_pretrained(tmp_path)

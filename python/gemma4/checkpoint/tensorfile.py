@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 
@@ -174,9 +174,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     at = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.is_meta or tensor.dtype not in _NAMES:
-            what = "a tensor without memory" if tensor.is_meta else tensor.dtype
-            raise ValueError(f"{name} must be a floating-point tensor to be saved, got {what}")
+        whole = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+        if not whole or tensor.dtype not in _NAMES:
+            what = tensor.dtype if whole else f"a {type(tensor).__name__} on {tensor.device}"
+            raise ValueError(
+                f"{name} must be a plain floating-point tensor to be saved, got {what}"
+            )
         end = at + tensor.numel() * tensor.element_size()
         shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
