@@ -266,6 +266,8 @@ def moved(bytes_: int) -> Callable[[Table], None]:
         (moved(10**15), "must begin where the one before it ends"),
         (lambda table: table.update({NORM: 5}), "layers.3.*described by an object, got 5"),
         (lambda table: table.pop(NORM) and None, "must begin where the one before it ends"),
+        (lambda t: t.update({"a\nb": t.pop(NORM)}), r"'a\\nb' must have a name of .* printable"),
+        (lambda t: t.update({"a" * 10**6: t.pop(NORM)}), "must have a name of at most 256"),
         (lambda _: b'{"a": 1, "a": 2}', "gives the key 'a' twice"),
         (lambda _: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
         (lambda _: b"[]", "must hold a JSON object"),
@@ -450,6 +452,32 @@ def test_sizes_of_shards(size: str | int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_shard_size must be"):
         tiny(DENSE).save_pretrained(tmp_path / "new", max_shard_size=size)
     assert not (tmp_path / "new").exists()
+
+
+class Wrapped(torch.Tensor):
+    """What sharding and quantising libraries put in a tensor's place."""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.ones(64, device="meta"), "Parameter on meta|Tensor on meta"),
+        (torch.ones(64, dtype=torch.int8), "torch.int8"),
+        (torch.ones(64).as_subclass(Wrapped), "Wrapped on cpu"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_not_saved(
+    tensor: torch.Tensor, what: str, tmp_path: Path
+) -> None:
+    tiny(DENSE).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tiny(DENSE)
+    model.model.layers[3].input_layernorm.weight = torch.nn.Parameter(tensor, requires_grad=False)
+    with pytest.raises(
+        ValueError, match=f"{NORM} must be a plain floating-point .* got .*({what})"
+    ):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_saved_folder_is_complete(tmp_path: Path) -> None:

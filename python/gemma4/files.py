@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 # Every JSON file of a released model is far smaller, the table of a file of tensors included.
 MAX_JSON_BYTES = 32 * 2**20
 
-COMMITTED, MANIFEST = ".saved", "manifest.json"
-_STAGED = re.compile(rf"\.saving-{re.escape(platform.node())}-(\d+)-\w+")
+COMMITTED, MANIFEST = ".gemma4-saved", "manifest.json"
+# While it is written: the machine and the process that write, and mkdtemp's letters.
+_STAGED = f".gemma4-saving-{platform.node()}"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -67,8 +69,8 @@ def check_no_pointer(file: Path | str, begin: bytes) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"it gives the key {short(twice)} twice")
     return made
 
@@ -100,14 +102,13 @@ def replacing(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
     _sweep(folder)
-    prefix = f".saving-{platform.node()}-{os.getpid()}-"
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=f"{_STAGED}-{os.getpid()}-", dir=folder))
     try:
         removed: set[str] = set()
         yield staging, removed
         moved = sorted(file.name for file in staging.iterdir())
         manifest = {"moved": moved, "removed": sorted(removed - set(moved))}
-        (staging / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        write_json(staging / MANIFEST, manifest)
         for file in staging.iterdir():
             _flush(file)
         _flush(staging)
@@ -139,7 +140,7 @@ def finish(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         _flush(folder)
         (committed / MANIFEST).unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         committed.rmdir()
 
 
@@ -147,8 +148,8 @@ def _sweep(folder: Path) -> None:
     """Deletes what killed processes of this machine left unfinished."""
     if os.name != "posix":  # no way to ask whether a process lives
         return
-    for left in folder.glob(".saving-*"):
-        owner = _STAGED.fullmatch(left.name)
+    for left in folder.iterdir():
+        owner = re.fullmatch(rf"{re.escape(_STAGED)}-(\d+)-\w+", left.name)
         if owner and not _alive(int(owner[1])):
             shutil.rmtree(left, ignore_errors=True)
 

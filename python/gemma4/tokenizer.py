@@ -184,7 +184,7 @@ class Gemma4Tokenizer:
 
     def _template(self, name: str) -> str:
         source = self.templates.get(name) or self.templates.get("default")
-        if not (source or "").strip():
+        if source is None or not source.strip():
             names = ", ".join(sorted(self.templates)) or "none"
             raise ValueError(f"{self.source} comes without a default chat template (has: {names})")
         return source

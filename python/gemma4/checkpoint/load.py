@@ -43,7 +43,7 @@ WHOLE: Part = (-1, "")
 
 
 def load_pretrained(
-    cls: type[nn.Module],
+    cls: type[Any],
     path_or_repo_id: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
@@ -89,9 +89,11 @@ def load_pretrained(
 class _Unfilled(TorchFunctionMode):
     """Leaves out initial values: drawing them on meta makes nothing, and imports for a second."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
+            return (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 
@@ -150,7 +152,7 @@ def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) ->
 
 
 def _matched(
-    model: nn.Module, folder: Path, entries: list[Entry]
+    model: Any, folder: Path, entries: list[Entry]
 ) -> tuple[dict[str, dict[Part, Entry]], list[str]]:
     """What fills each part of each tensor of the model, and the names that fill none."""
     tensors = model.state_dict()
@@ -250,7 +252,7 @@ def _check_tied_head(entries: list[Entry]) -> None:
 
 
 def _read(
-    model: nn.Module,
+    model: Any,
     found: dict[str, dict[Part, Entry]],
     dtype: torch.dtype,
     device: torch.device,

@@ -5,8 +5,9 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import naming, replacing, write_json
 from .folder import INDEX, TOKENIZER_FILES, WEIGHTS, owned_files
@@ -15,7 +16,7 @@ from .tensorfile import write_tensors
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def save_pretrained(model: nn.Module, path: str | Path, max_shard_size: int | str = "5GB") -> None:
+def save_pretrained(model: Any, path: str | Path, max_shard_size: int | str = "5GB") -> None:
     """Writes config.json, generation_config.json and safetensors (sharded if large) to a folder.
 
     The tokenizer's files of the folder that the model came from go along. Names are transformers'

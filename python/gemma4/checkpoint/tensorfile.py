@@ -11,10 +11,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 
@@ -32,7 +32,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_MOST_DIMENSIONS = 8
+_MOST_DIMENSIONS, _MOST_LETTERS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def read_table(file: Path) -> list[Entry]:
 
 def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
     where = f"{file}: tensor {short(name)}"
+    if not name.isprintable() or len(name) > _MOST_LETTERS:
+        raise ValueError(f"{where} must have a name of at most {_MOST_LETTERS} printable letters")
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be described by an object, got {short(entry)}")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -104,7 +106,7 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
     return Entry(file, name, dtype, tuple(shape), begin + offsets[0], size)
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
     )
@@ -172,9 +174,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     at = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.is_meta or tensor.dtype not in _NAMES:
-            what = "a tensor without memory" if tensor.is_meta else tensor.dtype
-            raise ValueError(f"{name} must be a floating-point tensor to be saved, got {what}")
+        whole = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+        if not whole or tensor.dtype not in _NAMES:
+            what = tensor.dtype if whole else f"a {type(tensor).__name__} on {tensor.device}"
+            raise ValueError(
+                f"{name} must be a plain floating-point tensor to be saved, got {what}"
+            )
         end = at + tensor.numel() * tensor.element_size()
         shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
