@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -250,13 +250,7 @@ def main() -> None:
         arguments.setdefault("cmdclass", {})["build_py"] = build_py_with(chosen)
     setup(
         version=version(),
-        packages=[
-            PACKAGE,
-            f"{PACKAGE}.integrations",
-            f"{PACKAGE}.integrations.transformers",
-            "gemma4",
-            "gemma4.demo",
-        ],
+        packages=[*find_packages(include=[f"{PACKAGE}*"]), *find_packages("python")],
         package_dir={PACKAGE: PACKAGE, "gemma4": "python/gemma4"},
         package_data={
             PACKAGE: ["py.typed"],

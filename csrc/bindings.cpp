@@ -40,8 +40,8 @@
 namespace binding {
 namespace {
 
-using gemma4::AttentionParams, gemma4::Device, gemma4::DType, gemma4::Floats, gemma4::Indices;
-using gemma4::QkvNormRopeParams;
+using gemma4::AttentionParams, gemma4::Device, gemma4::DType, gemma4::DTypes, gemma4::Floats;
+using gemma4::Indices, gemma4::QkvNormRopeParams;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -57,6 +57,8 @@ Shape shape_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return Shape(sizes.begin(), sizes.end());
 }
+
+const Tensor* pointer_to(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 void expect_dtype(const char* name, const Tensor& t, ScalarType want) {
   STD_TORCH_CHECK(t.scalar_type() == want, name, " has another dtype than the op expects of it");
@@ -118,6 +120,18 @@ class Call {
     }
   }
 
+  // Of x, of what it meets, and of weights that a kernel reads all in one dtype: that of what they
+  // are multiplied with, or float32.
+  DTypes dtypes(ScalarType other, std::initializer_list<const Tensor*> weights) const {
+    const bool alike = std::ranges::all_of(
+        weights, [&](const Tensor* w) { return !w || w->scalar_type() == other; });
+    return {dtype(), dtype(other), alike ? dtype(other) : DType::kFloat32};
+  }
+  // What x and a tensor of this dtype promote to.
+  ScalarType promoted(ScalarType other) const {
+    return other == dtype_ ? other : ScalarType::Float;
+  }
+
   // A tensor of the op's own dtype and of this shape, wherever the first tensor lives.
   void expect(const char* name, const Tensor& t, const Shape& shape) const {
     expect_dtype(name, t, dtype_);
@@ -149,6 +163,18 @@ class Call {
     expect_shape(name, t, shape);
     return {in(name, keep(torch::stable::contiguous(t))), dtype(t.scalar_type())};
   }
+
+  // A weight as kernels read it; converted, which is cheap for one row, where it is not.
+  const void* weight(const char* name, const Tensor& t, int64_t width, DType want) {
+    expect_here(name, t);
+    expect_shape(name, t, {width});
+    const Tensor& w = dtype(t.scalar_type()) == want ? t : keep(as_float(t));
+    return in(name, keep(torch::stable::contiguous(w)));
+  }
+  const void* weight(const char* name, const OptionalTensor& t, int64_t width, DType want) {
+    return t ? weight(name, *t, width, want) : nullptr;
+  }
+  static Tensor as_float(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
 
   Tensor empty(const Shape& shape, std::optional<ScalarType> dtype = std::nullopt) const {
     return torch::stable::new_empty(on_, shape, dtype ? *dtype : dtype_);
@@ -230,18 +256,17 @@ Tensor rms_norm(Tensor x, OptionalTensor weight, double eps) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
   const int64_t width = x.size(x.dim() - 1);
-  if (weight) call.expect("weight", *weight, {width});
+  const DTypes dtypes = call.dtypes(x.scalar_type(), {pointer_to(weight)});
   const Rows rows = as_rows(x);
-  const OptionalTensor w = weight ? OptionalTensor(torch::stable::contiguous(*weight)) : weight;
   Tensor y = call.empty(shape_of(x));
   gemma4::rms_norm({.x = call.in("x", rows.tensor),
-                    .weight = call.in("weight", w),
+                    .weight = call.weight("weight", weight, width, dtypes.weight),
                     .y = call.out("y", y),
                     .rows = rows.rows,
                     .x_stride = rows.stride,
                     .width = as_int("x", width),
                     .eps = static_cast<float>(eps)},
-                   call.dtype(), call.device());
+                   dtypes, call.device());
   return y;
 }
 
@@ -251,20 +276,21 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_w
   Call call(x);
   STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
   const int64_t width = x.size(x.dim() - 1);
-  call.expect("residual", residual, shape_of(x));
-  call.expect("post_weight", post_weight, {width});
-  if (next_weight) call.expect("next_weight", *next_weight, {width});
-  if (scale) call.expect("scale", *scale, {1});
+  call.expect_here("residual", residual);
+  expect_shape("residual", residual, shape_of(x));
+  const ScalarType other = call.promoted(residual.scalar_type());
+  if (residual.scalar_type() != other) residual = Call::as_float(residual);
+  const DTypes dtypes =
+      call.dtypes(other, {&post_weight, pointer_to(next_weight), pointer_to(scale)});
   const Rows x_rows = as_rows(x), residual_rows = as_rows(residual);
-  if (next_weight) next_weight = torch::stable::contiguous(*next_weight);
-  Tensor new_residual = call.empty(shape_of(x));
-  Tensor y = call.empty(next_weight ? shape_of(x) : Shape{0});
+  Tensor new_residual = call.empty(shape_of(x), other);
+  Tensor y = call.empty(next_weight ? shape_of(x) : Shape{0}, other);
   gemma4::add_rms_norm(
       {.x = call.in("x", x_rows.tensor),
        .residual = call.in("residual", residual_rows.tensor),
-       .post_weight = call.in("post_weight", call.keep(torch::stable::contiguous(post_weight))),
-       .next_weight = call.in("next_weight", next_weight),
-       .scale = call.in("scale", scale),
+       .post_weight = call.weight("post_weight", post_weight, width, dtypes.weight),
+       .next_weight = call.weight("next_weight", next_weight, width, dtypes.weight),
+       .scale = call.weight("scale", scale, 1, dtypes.weight),
        .new_residual = call.out("new_residual", new_residual),
        .y = next_weight ? call.out("y", y) : nullptr,
        .rows = x_rows.rows,
@@ -272,7 +298,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_w
        .residual_stride = residual_rows.stride,
        .width = as_int("x", width),
        .eps = static_cast<float>(eps)},
-      call.dtype(), call.device());
+      dtypes, call.device());
   return {new_residual, y};
 }
 
@@ -280,13 +306,13 @@ std::tuple<Tensor, Tensor> moe_norm(Tensor x, Tensor weight, Tensor scale, doubl
   Call call(x);
   STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
   const int64_t width = x.size(x.dim() - 1);
-  call.expect("weight", weight, {width});
-  call.expect("scale", scale, {width});
+  const ScalarType other = call.promoted(scale.scalar_type());
+  const DTypes dtypes = call.dtypes(other, {&weight, &scale});
   const Rows rows = as_rows(x);
-  Tensor y = call.empty(shape_of(x)), router_x = call.empty(shape_of(x));
+  Tensor y = call.empty(shape_of(x)), router_x = call.empty(shape_of(x), other);
   gemma4::moe_norm({.x = call.in("x", rows.tensor),
-                    .weight = call.in("weight", call.keep(torch::stable::contiguous(weight))),
-                    .scale = call.in("scale", call.keep(torch::stable::contiguous(scale))),
+                    .weight = call.weight("weight", weight, width, dtypes.weight),
+                    .scale = call.weight("scale", scale, width, dtypes.weight),
                     .y = call.out("y", y),
                     .router_x = call.out("router_x", router_x),
                     .rows = rows.rows,
@@ -294,7 +320,7 @@ std::tuple<Tensor, Tensor> moe_norm(Tensor x, Tensor weight, Tensor scale, doubl
                     .width = as_int("x", width),
                     .eps = static_cast<float>(eps),
                     .factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(width)))},
-                   call.dtype(), call.device());
+                   dtypes, call.device());
   return {y, router_x};
 }
 
@@ -303,21 +329,20 @@ Tensor heads_in_place(const Tensor& t) {
 }
 
 // Everything of both qkv ops but where k and v go.
-QkvNormRopeParams qkv_params(Call& call, const Tensor& q, OptionalTensor& k, OptionalTensor& v,
-                             const Tensor& q_weight, const OptionalTensor& k_weight,
-                             const Tensor& positions, const Tensor& inv_freq, double eps) {
+QkvNormRopeParams qkv_params(Call& call, const DTypes& dtypes, const Tensor& q, OptionalTensor& k,
+                             OptionalTensor& v, const Tensor& q_weight,
+                             const OptionalTensor& k_weight, const Tensor& positions,
+                             const Tensor& inv_freq, double eps) {
   STD_TORCH_CHECK(q.dim() == 3, "q must be [T, H, C], got ", text(shape_of(q)));
   const int64_t tokens = q.size(0), heads = q.size(1), head_dim = q.size(2);
   STD_TORCH_CHECK(head_dim % 2 == 0, "q must have an even head_dim, got ", head_dim);
   STD_TORCH_CHECK(k.has_value() == k_weight.has_value(), "k and k_weight must come together");
   STD_TORCH_CHECK(k || !v, "v must not come without k");
-  call.expect("q_weight", q_weight, {head_dim});
   int64_t kv_heads = 0;
   if (k) {
     STD_TORCH_CHECK(k->dim() == 3, "k must be [T, G, C], got ", text(shape_of(*k)));
     kv_heads = k->size(1);
     call.expect("k", *k, {tokens, kv_heads, head_dim});
-    call.expect("k_weight", *k_weight, {head_dim});
     k = heads_in_place(*k);
   }
   if (v) {
@@ -332,8 +357,8 @@ QkvNormRopeParams qkv_params(Call& call, const Tensor& q, OptionalTensor& k, Opt
   p.q = call.in("q", q_held);
   p.k = call.in("k", k);
   p.v = call.in("v", v);
-  p.q_weight = call.in("q_weight", call.keep(torch::stable::contiguous(q_weight)));
-  if (k) p.k_weight = call.in("k_weight", call.keep(torch::stable::contiguous(*k_weight)));
+  p.q_weight = call.weight("q_weight", q_weight, head_dim, dtypes.weight);
+  p.k_weight = call.weight("k_weight", k_weight, head_dim, dtypes.weight);
   p.inv_freq = static_cast<const float*>(
       call.in("inv_freq", call.keep(torch::stable::contiguous(inv_freq))));
   p.positions = call.indices("positions", positions, tokens);
@@ -359,14 +384,16 @@ std::tuple<Tensor, Tensor, Tensor> qkv_norm_rope(Tensor q, OptionalTensor k, Opt
                                                  Tensor q_weight, OptionalTensor k_weight,
                                                  Tensor positions, Tensor inv_freq, double eps) {
   Call call(q);
-  QkvNormRopeParams p = qkv_params(call, q, k, v, q_weight, k_weight, positions, inv_freq, eps);
+  const DTypes dtypes = call.dtypes(q.scalar_type(), {&q_weight, pointer_to(k_weight)});
+  QkvNormRopeParams p =
+      qkv_params(call, dtypes, q, k, v, q_weight, k_weight, positions, inv_freq, eps);
   Tensor q_out = call.empty(shape_of(q));
   const Shape kv_shape = k ? Shape{p.tokens, p.kv_heads, p.head_dim} : Shape{0};
   Tensor k_out = call.empty(kv_shape), v_out = call.empty(kv_shape);
   p.q_out = call.out("q_out", q_out);
   p.k_out = call.out("k_out", k_out);
   p.v_out = call.out("v_out", v_out);
-  gemma4::qkv_norm_rope(p, call.dtype(), call.device());
+  gemma4::qkv_norm_rope(p, dtypes, call.device());
   return {q_out, k_out, v_out};
 }
 
@@ -375,7 +402,9 @@ Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight
                            Tensor v_cache, Tensor slots) {
   Call call(q);
   OptionalTensor k_in = k;
-  QkvNormRopeParams p = qkv_params(call, q, k_in, v, q_weight, k_weight, positions, inv_freq, eps);
+  const DTypes dtypes = call.dtypes(q.scalar_type(), {&q_weight, &k_weight});
+  QkvNormRopeParams p =
+      qkv_params(call, dtypes, q, k_in, v, q_weight, k_weight, positions, inv_freq, eps);
   const Shape cache_shape = shape_of(k_cache);
   STD_TORCH_CHECK(cache_shape.size() >= 3 && cache_shape.rbegin()[0] == p.head_dim &&
                       cache_shape.rbegin()[1] == p.kv_heads,
@@ -391,7 +420,7 @@ Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight
   p.k_out = call.out("k_cache", k_cache);
   p.v_out = call.out("v_cache", v_cache);
   p.slots = call.indices("slots", slots, p.tokens);
-  gemma4::qkv_norm_rope(p, call.dtype(), call.device());
+  gemma4::qkv_norm_rope(p, dtypes, call.device());
   return q_out;
 }
 
@@ -438,8 +467,14 @@ Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor
                   "x must be [T, D], down [E, D, F] and experts [T, K]");
   const int64_t tokens = x.size(0), width = x.size(1), k = experts.size(1);
   const int64_t num_experts = down.size(0), hidden_width = down.size(2);
-  call.expect("gate_up", gate_up, {num_experts, 2 * hidden_width, width});
-  call.expect("down", down, {num_experts, width, hidden_width});
+  const DTypes dtypes = call.dtypes(x.scalar_type(), {&gate_up, &down});
+  for (const auto& [name, t] : {std::pair("gate_up", &gate_up), std::pair("down", &down)}) {
+    call.expect_here(name, *t);
+    STD_TORCH_CHECK(Call::dtype(t->scalar_type()) == dtypes.weight, name,
+                    " must be float32 or of the dtype of x, and the other like it");
+  }
+  expect_shape("gate_up", gate_up, {num_experts, 2 * hidden_width, width});
+  expect_shape("down", down, {num_experts, width, hidden_width});
   expect_shape("experts", experts, {tokens, k});
   STD_TORCH_CHECK(width % 8 == 0 && hidden_width % 8 == 0,
                   "there are kernels for widths that are multiples of 8, got ", width, " and ",
@@ -472,7 +507,7 @@ Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor
                        .num_experts = as_int("down", num_experts),
                        .width = as_int("x", width),
                        .hidden_width = as_int("down", hidden_width)},
-                      call.dtype(), call.device());
+                      dtypes, call.device());
   return y;
 }
 
@@ -490,9 +525,11 @@ Tensor ple_embed(Tensor ids, Tensor table, Tensor projected, Tensor weight, doub
   const int64_t tokens = ids.size(0), width = weight.size(0), columns = table.size(1);
   STD_TORCH_CHECK(width > 0 && columns % width == 0, "table must be [V, L P] with P = ", width,
                   ", got ", text(shape_of(table)));
-  call.expect("projected", projected, {tokens, columns});
-  call.expect("weight", weight, {width});
-  expect_dtype("table", table, projected.scalar_type());
+  expect_shape("projected", projected, {tokens, columns});
+  const ScalarType other = table.scalar_type();
+  STD_TORCH_CHECK(other == call.promoted(other),
+                  "table must be float32 or of the dtype of projected for a kernel to read it");
+  const DTypes dtypes = call.dtypes(other, {&weight});
   const Rows table_rows = as_rows(table), projected_rows = as_rows(projected);
 #ifndef GEMMA4_EMULATION
   if (table.is_cpu()) {
@@ -504,12 +541,12 @@ Tensor ple_embed(Tensor ids, Tensor table, Tensor projected, Tensor weight, doub
     call.expect_here("table", table);
   }
 #endif
-  Tensor y = call.empty({tokens, columns / width, width});
+  Tensor y = call.empty({tokens, columns / width, width}, other);
   gemma4::ple_embed(
       {.ids = call.indices("ids", ids, tokens),
        .table = call.in("table", table_rows.tensor),
        .projected = call.in("projected", projected_rows.tensor),
-       .weight = call.in("weight", call.keep(torch::stable::contiguous(weight))),
+       .weight = call.weight("weight", weight, width, dtypes.weight),
        .y = call.out("y", y),
        .tokens = tokens,
        .vocabulary = table.size(0),
@@ -519,19 +556,22 @@ Tensor ple_embed(Tensor ids, Tensor table, Tensor projected, Tensor weight, doub
        .width = as_int("weight", width),
        .token_scale = round_to(table.scalar_type(), std::sqrt(static_cast<float>(width))),
        .eps = static_cast<float>(eps)},
-      call.dtype(), call.device());
+      dtypes, call.device());
   return y;
 }
 
 Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
   Call call(gate);
   STD_TORCH_CHECK(gate.dim() == 2 && ple.dim() == 3, "gate must be [T, P] and ple [T, L, P]");
-  call.expect("ple", ple, {gate.size(0), ple.size(1), gate.size(1)});
+  call.expect_here("ple", ple);
+  expect_shape("ple", ple, {gate.size(0), ple.size(1), gate.size(1)});
   STD_TORCH_CHECK(0 <= layer && layer < ple.size(1), "layer must lie in 0..L-1 = ", ple.size(1) - 1,
                   ", got ", layer);
-  const Rows gate_rows = as_rows(gate);
-  const Rows layer_rows = as_rows(torch::stable::select(ple, 1, layer));
-  Tensor y = call.empty(shape_of(gate));
+  const ScalarType other = call.promoted(ple.scalar_type());
+  Tensor slice = torch::stable::select(ple, 1, layer);
+  if (slice.scalar_type() != other) slice = Call::as_float(slice);
+  const Rows gate_rows = as_rows(gate), layer_rows = as_rows(slice);
+  Tensor y = call.empty(shape_of(gate), other);
   gemma4::ple_gate({.gate = call.in("gate", gate_rows.tensor),
                     .ple = call.in("ple", layer_rows.tensor),
                     .y = call.out("y", y),
@@ -539,7 +579,7 @@ Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
                     .gate_stride = gate_rows.stride,
                     .ple_stride = layer_rows.stride,
                     .width = as_int("gate", gate.size(1))},
-                   call.dtype(), call.device());
+                   call.dtypes(other, {}), call.device());
   return y;
 }
 

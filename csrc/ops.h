@@ -10,6 +10,12 @@ namespace gemma4 {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
+// Of an op's x, of what x meets (a residual, a table) and of its weights. `other` is x's dtype or
+// float32, and `weight` is `other` or float32: the mixes that autocast makes.
+struct DTypes {
+  DType x, other, weight;
+};
+
 // Where and on what a launch happens; read once per call by the bindings.
 struct Device {
   void* stream;
@@ -38,28 +44,31 @@ struct RmsNormParams {
   int width;
   float eps;
 };
-void rms_norm(const RmsNormParams& params, DType dtype, const Device& device);
+void rms_norm(const RmsNormParams& params, const DTypes& dtypes, const Device& device);
 
 struct AddRmsNormParams {
-  const void *x, *residual;         // [rows, width]
-  const void* post_weight;          // [width]
-  const void *next_weight, *scale;  // [width], [1]; either may be null
-  void *new_residual, *y;           // [rows, width]; y null without next_weight
+  const void* x;            // [rows, width]
+  const void* residual;     // [rows, width], of the other dtype, as are both results
+  const void* post_weight;  // [width]
+  const void* next_weight;  // [width] or null
+  const void* scale;        // [1] or null
+  void *new_residual, *y;   // [rows, width]; y null without next_weight
   int64_t rows, x_stride, residual_stride;
   int width;
   float eps;
 };
-void add_rms_norm(const AddRmsNormParams& params, DType dtype, const Device& device);
+void add_rms_norm(const AddRmsNormParams& params, const DTypes& dtypes, const Device& device);
 
 struct MoeNormParams {
   const void* x;               // [rows, width]
   const void *weight, *scale;  // [width]
-  void *y, *router_x;          // [rows, width]
+  void* y;                     // [rows, width]
+  void* router_x;              // [rows, width], of the other dtype
   int64_t rows, x_stride;
   int width;
   float eps, factor;  // width^-½
 };
-void moe_norm(const MoeNormParams& params, DType dtype, const Device& device);
+void moe_norm(const MoeNormParams& params, const DTypes& dtypes, const Device& device);
 
 struct QkvNormRopeParams {
   const void *q, *k, *v;                 // [T, H, C], [T, G, C] twice; k null: only q is made
@@ -74,7 +83,7 @@ struct QkvNormRopeParams {
   int q_heads, kv_heads, head_dim;
   float eps;
 };
-void qkv_norm_rope(const QkvNormRopeParams& params, DType dtype, const Device& device);
+void qkv_norm_rope(const QkvNormRopeParams& params, const DTypes& dtypes, const Device& device);
 
 struct GegluParams {
   const void* gate_up;  // [rows, 2 width]
@@ -100,8 +109,8 @@ constexpr int kMostRoutedExperts = 512, kMostRoutes = 32;
 // out.
 struct MoeExpertsParams {
   const void* x;        // [T, D]
-  const void* gate_up;  // [E, 2 F, D]
-  const void* down;     // [E, D, F]
+  const void* gate_up;  // [E, 2 F, D], of the weights' dtype
+  const void* down;     // [E, D, F], likewise
   Indices experts;      // [A]; what lies outside 0..E - 1 is skipped
   Floats weights;       // [A]
   void* y;              // [T, D]
@@ -112,29 +121,30 @@ struct MoeExpertsParams {
   int64_t x_stride;
   int tokens, k, num_experts, width, hidden_width;  // T, K, E, D, F
 };
-void moe_experts(const MoeExpertsParams& params, DType dtype, const Device& device);
+void moe_experts(const MoeExpertsParams& params, const DTypes& dtypes, const Device& device);
 // Whether the tokens are so few that the weights are streamed past them.
 bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts);
 
 struct PleEmbedParams {
   Indices ids;            // [T]
-  const void* table;      // [V, layers width]; may lie in pinned host memory
+  const void* table;      // [V, layers width], of the other dtype; may lie in pinned host memory
   const void* projected;  // [T, layers width]
   const void* weight;     // [width]
-  void* y;                // [T, layers, width]
+  void* y;                // [T, layers, width], of the other dtype
   int64_t tokens, vocabulary, table_stride, projected_stride;
   int layers, width;
   float token_scale, eps;
 };
-void ple_embed(const PleEmbedParams& params, DType dtype, const Device& device);
+void ple_embed(const PleEmbedParams& params, const DTypes& dtypes, const Device& device);
 
 struct PleGateParams {
-  const void *gate, *ple;  // [T, width], the layer's slice of [T, L, width]
-  void* y;                 // [T, width]
+  const void* gate;  // [T, width]
+  const void* ple;   // the layer's slice of [T, L, width], of the other dtype
+  void* y;           // [T, width], of the other dtype
   int64_t rows, gate_stride, ple_stride;
   int width;
 };
-void ple_gate(const PleGateParams& params, DType dtype, const Device& device);
+void ple_gate(const PleGateParams& params, const DTypes& dtypes, const Device& device);
 
 struct SoftcapParams {
   const void* logits;  // [rows, width]

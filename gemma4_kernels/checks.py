@@ -37,13 +37,19 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def _beside(name: str, x: Tensor, other_name: str, other: Tensor, want: tuple[int, ...]) -> None:
+    """Of any floating dtype, on the device of the other, of this shape."""
+    _floating(name, x)
+    _same_device(name, x, other_name, other)
+    _shape(name, x, want)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, name: str = "weight") -> None:
     _floating("x", x)
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     if weight is not None:
-        _like(name, weight, "x", x)
-        _shape(name, weight, x.shape[-1:])
+        _beside(name, weight, "x", x, x.shape[-1:])
 
 
 def add_rms_norm(
@@ -54,14 +60,11 @@ def add_rms_norm(
     scale: Tensor | None,
 ) -> None:
     rms_norm(x, post_weight, "post_weight")
-    _like("residual", residual, "x", x)
-    _shape("residual", residual, x.shape)
+    _beside("residual", residual, "x", x, x.shape)
     if next_weight is not None:
-        _like("next_weight", next_weight, "x", x)
-        _shape("next_weight", next_weight, x.shape[-1:])
+        _beside("next_weight", next_weight, "x", x, x.shape[-1:])
     if scale is not None:
-        _like("scale", scale, "x", x)
-        _shape("scale", scale, (1,))
+        _beside("scale", scale, "x", x, (1,))
 
 
 def qkv_norm_rope(
@@ -79,8 +82,7 @@ def qkv_norm_rope(
     num_tokens, _, head_dim = q.shape
     if head_dim % 2 != 0:
         raise ValueError(f"q must have an even head_dim, got {head_dim}")
-    _like("q_weight", q_weight, "q", q)
-    _shape("q_weight", q_weight, (head_dim,))
+    _beside("q_weight", q_weight, "q", q, (head_dim,))
     if (k is None) != (k_weight is None):
         raise ValueError("k and k_weight must come together or not")
     if v is not None and k is None:
@@ -89,8 +91,7 @@ def qkv_norm_rope(
         _like("k", k, "q", q)
         if k.ndim != 3 or k.shape[0] != num_tokens or k.shape[2] != head_dim:
             raise ValueError(f"k must be [{num_tokens}, G, {head_dim}], got {list(k.shape)}")
-        _like("k_weight", k_weight, "q", q)
-        _shape("k_weight", k_weight, (head_dim,))
+        _beside("k_weight", k_weight, "q", q, (head_dim,))
     if v is not None:
         _like("v", v, "q", q)
         _shape("v", v, k.shape)
@@ -235,17 +236,14 @@ def attention_decode(
 
 def moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
     rms_norm(x, weight)
-    _like("scale", scale, "x", x)
-    _shape("scale", scale, x.shape[-1:])
+    _beside("scale", scale, "x", x, x.shape[-1:])
 
 
 def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> None:
     _floating("logits", logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [T, E], got {list(logits.shape)}")
-    _floating("per_expert_scale", per_expert_scale)
-    _same_device("per_expert_scale", per_expert_scale, "logits", logits)
-    _shape("per_expert_scale", per_expert_scale, logits.shape[1:])
+    _beside("per_expert_scale", per_expert_scale, "logits", logits, logits.shape[1:])
     if not (1 <= k <= logits.shape[1]):
         raise ValueError(f"k must lie in 1..E = {logits.shape[1]}, got {k}")
 
@@ -254,8 +252,12 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weigh
     _floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, D], got {list(x.shape)}")
-    _like("gate_up", gate_up, "x", x)
-    _like("down", down, "x", x)
+    if gate_up.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"gate_up must be torch.float32 or of the dtype of x, {x.dtype}, got {gate_up.dtype}"
+        )
+    _same_device("gate_up", gate_up, "x", x)
+    _like("down", down, "gate_up", gate_up)
     if down.ndim != 3:
         raise ValueError(f"down must be [E, D, F], got {list(down.shape)}")
     num_experts, width, hidden = down.shape
@@ -266,33 +268,30 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weigh
     _same_device("experts", experts, "x", x)
     if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
         raise ValueError(f"experts must be [{x.shape[0]}, K], got {list(experts.shape)}")
-    _floating("weights", weights)
-    _same_device("weights", weights, "x", x)
-    _shape("weights", weights, experts.shape)
+    _beside("weights", weights, "x", x, experts.shape)
 
 
 def ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> None:
     _integral("ids", ids)
     if ids.ndim != 1:
         raise ValueError(f"ids must be [T], got {list(ids.shape)}")
+    _floating("table", table)
     _floating("projected", projected)
     if table.ndim != 2 or weight.ndim != 1 or table.shape[1] % max(weight.shape[0], 1) != 0:
         raise ValueError(
             f"table must be [V, L * P] and weight [P], got {list(table.shape)} and "
             f"{list(weight.shape)}"
         )
-    if table.dtype != projected.dtype:
-        raise TypeError(
-            f"table must have the dtype of projected, {projected.dtype}, got {table.dtype}"
-        )
-    _like("weight", weight, "projected", projected)
+    _floating("weight", weight)
+    _same_device("weight", weight, "projected", projected)
     _same_device("ids", ids, "projected", projected)
     _shape("projected", projected, (ids.shape[0], table.shape[1]))
 
 
 def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> None:
     _floating("gate", gate)
-    _like("ple", ple, "gate", gate)
+    _floating("ple", ple)
+    _same_device("ple", ple, "gate", gate)
     if gate.ndim != 2:
         raise ValueError(f"gate must be [T, P], got {list(gate.shape)}")
     if ple.ndim != 3 or ple.shape[0] != gate.shape[0] or ple.shape[2] != gate.shape[1]:

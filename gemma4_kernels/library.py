@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, extension, reference
+from .autocast import unaffected
 
 NAMESPACE = "gemma4_kernels"
 COMPILED = "gemma4_kernels_compiled"
@@ -59,8 +60,21 @@ for _schema in SCHEMAS:
 
 _public = getattr(torch.ops, NAMESPACE)
 _HALF = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALF)
 _HEAD_DIMS = (64, 128, 256, 512)
 _MOST_ROUTED_EXPERTS, _MOST_ROUTES = 512, 32
+# Where an op takes a dtype of its own beside x's.
+_BESIDE = {
+    "rms_norm": (1,),
+    "add_rms_norm": (1, 2, 3, 4),
+    "qkv_norm_rope": (3, 4),
+    "qkv_norm_rope_cache": (3, 4),
+    "moe_norm": (1, 2),
+    "moe_route": (1,),
+    "moe_experts": (4,),
+    "ple_embed": (1, 3),
+    "ple_gate": (1,),
+}
 # Ops whose kernels compute in 16-bit types alone, with their matrix products on tensor cores.
 _ATTENTION = ("attention_prefill", "attention_prefill_backward", "attention_decode")
 _HALF_OPS = (*_ATTENTION, "moe_experts")
@@ -93,11 +107,16 @@ def covers(name: str, args: tuple[Any, ...]) -> bool:
 def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
     """What keeps the op's kernel, where there is one, from serving this call; None if nothing."""
     x = main_tensor(name, args)
-    dtypes = _HALF if name in _HALF_OPS else (torch.float32, *_HALF)
+    dtypes = _HALF if name in _HALF_OPS else _FLOATS
     if x.dtype not in dtypes:
         return f"it is for {', '.join(map(str, dtypes))}, got {x.dtype}"
+    for i in _BESIDE.get(name, ()):
+        if args[i] is not None and args[i].dtype not in _FLOATS:
+            return f"it is for {', '.join(map(str, _FLOATS))}, got {args[i].dtype}"
     if name in _ATTENTION and x.shape[-1] not in _HEAD_DIMS:
         return f"it is for head_dim {_HEAD_DIMS}, got {x.shape[-1]}"
+    if name == "ple_embed" and args[1].dtype not in (x.dtype, torch.float32):
+        return f"the table is {args[1].dtype} beside {x.dtype}"
     if name == "ple_embed" and args[1].is_cpu and not x.is_cpu and not args[1].is_pinned():
         return "the table is in host memory that is not pinned"
     if name == "moe_route" and (x.shape[-1] > _MOST_ROUTED_EXPERTS or args[2] > _MOST_ROUTES):
@@ -109,7 +128,7 @@ def why_eager(name: str, args: tuple[Any, ...]) -> str | None:
             return f"it is for widths that are multiples of 8, got {tuple(down.shape[-2:])}"
         if not (gate_up.is_contiguous() and down.is_contiguous()):
             return "gate_up and down are not contiguous"
-        if gate_up.storage_offset() % 8 or down.storage_offset() % 8:
+        if any(w.storage_offset() * w.itemsize % 16 for w in (gate_up, down)):
             return "gate_up and down do not begin on a multiple of 16 bytes"
     return None
 
@@ -164,7 +183,9 @@ def rms_norm(x, weight, eps):
 @_fake
 def add_rms_norm(x, residual, post_weight, next_weight, scale, eps):
     checks.add_rms_norm(x, residual, post_weight, next_weight, scale)
-    return _new(x, *x.shape), _new(x, 0) if next_weight is None else _new(x, *x.shape)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    y_shape = (0,) if next_weight is None else x.shape
+    return _new(x, *x.shape, dtype=dtype), _new(x, *y_shape, dtype=dtype)
 
 
 @_fake
@@ -231,7 +252,8 @@ def attention_decode(
 @_fake
 def moe_norm(x, weight, scale, eps):
     checks.moe_norm(x, weight, scale)
-    return _new(x, *x.shape), _new(x, *x.shape)
+    router_dtype = torch.promote_types(x.dtype, scale.dtype)
+    return _new(x, *x.shape), _new(x, *x.shape, dtype=router_dtype)
 
 
 @_fake
@@ -256,15 +278,16 @@ def moe_experts_backward(grad, x, gate_up, down, experts, weights):
 @_fake
 def ple_embed(ids, table, projected, weight, eps):
     checks.ple_embed(ids, table, projected, weight)
-    return _new(
-        projected, projected.shape[0], projected.shape[1] // weight.shape[0], weight.shape[0]
-    )
+    tokens, columns = projected.shape
+    width = weight.shape[0]
+    dtype = torch.promote_types(projected.dtype, table.dtype)
+    return _new(projected, tokens, columns // width, width, dtype=dtype)
 
 
 @_fake
 def ple_gate(gate, ple, layer):
     checks.ple_gate(gate, ple, layer)
-    return _new(gate, *gate.shape)
+    return _new(gate, *gate.shape, dtype=torch.promote_types(gate.dtype, ple.dtype))
 
 
 @_fake
@@ -300,6 +323,7 @@ def _recomputed(name: str) -> None:
     """Gradient of an op by running its eager twin again on the saved inputs."""
     twin = getattr(reference, name)
 
+    @unaffected
     def backward(ctx, *grads):
         with torch.enable_grad():
             wanted = ctx.needs_input_grad

@@ -4,6 +4,10 @@ Shape letters: T tokens (all sequences, packed), B sequences, N new tokens of a 
 positions, D model width, H query heads, G key-value heads, C head channels, F feed-forward width,
 E experts, K experts per token, P PLE width, L layers, V vocabulary.
 
+Dtypes that meet, as fp32 weights and residuals meet 16-bit branches under `torch.autocast`, are
+promoted as the same torch expression promotes them. While autocast is on, attention and the experts
+take what they multiply in its dtype; the arithmetic of an op is always the one it states.
+
 Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device or a range; the
 sentence names the argument, what it must be and what came.
 """
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .autocast import cast, product_dtype
 
 _ops = getattr(torch.ops, library.NAMESPACE)
 
@@ -50,8 +55,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """RMS norm over the last dimension: x (mean x² + eps)^-½ weight, fp32 inside, one cast.
 
-    x [..., D] and weight [D] of one floating dtype; the weight multiplies as it is (no 1 + w) and
-    may be absent. Returns [..., D].
+    x [..., D] and weight [D], each of a floating dtype; the weight multiplies as it is (no 1 + w)
+    and may be absent. Returns [..., D] in the dtype of x.
     """
     return _run("rms_norm", x, weight, eps)
 
@@ -68,8 +73,9 @@ def add_rms_norm(
 
     residual' = (residual + rms_norm(x, post_weight)) scale, y = rms_norm(residual', next_weight).
 
-    x, residual [..., D]; post_weight, next_weight [D]; scale [1] (the layer scalar, 1 if absent);
-    one floating dtype. Returns (residual', y); y is None without a next_weight.
+    x, residual [..., D]; post_weight, next_weight [D]; scale [1] (the layer scalar, 1 if absent),
+    each of a floating dtype. Returns (residual', y), both in the dtype that x and residual promote
+    to; y is None without a next_weight.
     """
     residual, y = _run("add_rms_norm", x, residual, post_weight, next_weight, scale, eps)
     return residual, None if next_weight is None else y
@@ -90,10 +96,11 @@ def qkv_norm_rope(
     q = rope(rms_norm(q, q_weight)), k = rope(rms_norm(k, k_weight)), v = rms_norm(v); rope turns
     the pairs (i, i + C/2) by positions · inv_freq[i], angles in fp32.
 
-    q [T, H, C]; k, v [T, G, C]; weights [C]; positions [T] integers; inv_freq [C/2] fp32 (zeros
-    leave a pair as it is). Without v, V is made from the raw k (attention_k_eq_v); without k too,
-    only q is made (a layer that borrows keys). Inputs may be strided views of one projection.
-    Returns contiguous (q, k, v), None for what is absent.
+    q [T, H, C]; k, v [T, G, C] of one floating dtype; weights [C] of any; positions [T] integers;
+    inv_freq [C/2] fp32 (zeros leave a pair as it is). Without v, V is made from the raw k
+    (attention_k_eq_v); without k too, only q is made (a layer that borrows keys). Inputs may be
+    strided views of one projection.
+    Returns contiguous (q, k, v) in the dtype of q, None for what is absent.
     """
     args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps)
     q, new_k, new_v = _run("qkv_norm_rope", *args)
@@ -163,8 +170,12 @@ def attention_prefill(
     softcap > 0 replaces a score s by softcap · tanh(s / softcap).
 
     Returns out [T, H, C] and, with return_lse, the log-sum-exp of the scores [H, T] in fp32. A
-    query that sees no key gives 0 and -inf. Differentiable without a block_table.
+    query that sees no key gives 0 and -inf. q, k and v have one dtype, and under autocast are cast
+    to its dtype. Differentiable without a block_table.
     """
+    dtype = product_dtype(q)
+    if dtype is not None:
+        q, k, v = cast(dtype, q, k, v)
     # The registered gradient, which needs the lse, recomputes the scores block by block; plain
     # autograd through the twin would keep all of them.
     training = _needs_grad(q, k, v)
@@ -210,8 +221,11 @@ def attention_decode(
     ring needs one, and S >= window + N - 1. Slots outside the visible range are never used.
 
     Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
-    Has no backward.
+    Dtypes as in `attention_prefill`. Has no backward.
     """
+    dtype = product_dtype(q)
+    if dtype is not None:
+        q, k_cache, v_cache = cast(dtype, q, k_cache, v_cache)
     args = (q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse)
     out, lse = _run("attention_decode", *args, saves=(q, k_cache, v_cache))
     return out, lse if return_lse else None
@@ -222,7 +236,8 @@ def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6) -> tup
 
     y = rms_norm(x, weight); router_x = rms_norm(x) scale D^-½, rounded after each of its products.
 
-    x [..., D]; weight, scale [D]; one floating dtype. Returns (y, router_x), each [..., D].
+    x [..., D]; weight, scale [D], each of a floating dtype. Returns (y, router_x), each [..., D]:
+    y in the dtype of x, router_x in the one that x and scale promote to.
     """
     return _run("moe_norm", x, weight, scale, eps)
 
@@ -244,12 +259,20 @@ def moe_experts(
     """Σ_k weights[:, k] · down[e] geglu(gate_up[e] x) with e = experts[:, k].
 
     x [T, D]; gate_up [E, 2F, D], gate rows first; down [E, D, F]; experts [T, K] integers, each
-    token's distinct, E meaning "skip" (an expert that lives elsewhere); weights [T, K].
-    Returns [T, D]. Work is done for the experts that are chosen alone.
+    token's distinct, E meaning "skip" (an expert that lives elsewhere); weights [T, K]. gate_up and
+    down have the dtype of x or are fp32, then rounded to it, each expert when it is multiplied.
+    Under autocast x is multiplied in its dtype.
+    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone.
     """
+    dtype, product = x.dtype, product_dtype(x)
+    if product is not None:
+        (x,) = cast(product, x)
+        if gate_up.dtype != torch.float32:
+            gate_up, down = cast(product, gate_up, down)
     # The registered gradient gives zeros where no expert is chosen, and keeps no activations.
     saves = (x, gate_up, down, weights)
-    return _run("moe_experts", x, gate_up, down, experts, weights, saves=saves)
+    y = _run("moe_experts", x, gate_up, down, experts, weights, saves=saves)
+    return y if product is None else y.to(dtype)
 
 
 def ple_embed(
@@ -257,9 +280,10 @@ def ple_embed(
 ) -> Tensor:
     """Per-layer embeddings: (rms_norm(projected, weight) + √P table[ids]) / √2.
 
-    ids [T] integers; table [V, L P], which may stay in host memory (a kernel reads its rows in
-    place if it is pinned, else the eager twin gathers them on the host); projected [T, L P];
-    weight [P]. An id outside 0..V - 1 reads nothing and adds a zero row. Returns [T, L, P].
+    ids [T] integers; table [V, L P], projected [T, L P] and weight [P], each of a floating dtype.
+    The table may stay in host memory (a kernel reads its rows in place if it is pinned, else the
+    eager twin gathers them on the host). An id outside 0..V - 1 reads nothing and adds a zero row.
+    Returns [T, L, P] in the dtype that table and projected promote to.
     """
     return _run("ple_embed", ids, table, projected, weight, eps)
 
@@ -267,7 +291,7 @@ def ple_embed(
 def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> Tensor:
     """gelu(gate, approximate="tanh") · ple[:, layer].
 
-    gate [T, P]; ple [T, L, P], from `ple_embed`. Returns [T, P].
+    gate [T, P]; ple [T, L, P], from `ple_embed`. Returns [T, P] in the dtype that both promote to.
     """
     return _run("ple_gate", gate, ple, layer)
 

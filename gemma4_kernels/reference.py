@@ -2,7 +2,8 @@
 
 These are what runs where no kernel is compiled, what defines the numbers, and what a reader of a
 kernel should read first; over 400 lines, so that all of them stand in one place. Arithmetic is fp32
-(fp64 for fp64 inputs) inside and cast where the Gemma 4 reference casts.
+(fp64 for fp64 inputs) inside and cast where the Gemma 4 reference casts; where dtypes meet, as they
+do under autocast, they are promoted as there.
 
 Shape letters: T tokens (all sequences, packed), B sequences, N new tokens of a sequence, S key
 positions, D model width, H query heads, G key-value heads, R = H / G, C head channels, F
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .autocast import unaffected
 
 # Attention scores held at once by `attention_prefill`, in elements: bounds its memory whatever the
 # prompt, and large enough for full-speed matrix products.
@@ -25,12 +27,21 @@ SCORE_ELEMENTS = 1 << 22
 FUSED_ROWS = 256
 
 
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    # torch's own: fp32 inside, weight multiplied before the one cast, as Gemma 4 has it.
+    if weight is None or weight.dtype == x.dtype:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+
+
+@unaffected
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     checks.rms_norm(x, weight)
-    # torch's own: fp32 inside, weight multiplied before the one cast, as Gemma 4 has it.
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return _rms_norm(x, weight, eps)
 
 
+@unaffected
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -40,15 +51,17 @@ def add_rms_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     checks.add_rms_norm(x, residual, post_weight, next_weight, scale)
-    residual = residual + F.rms_norm(x, x.shape[-1:], post_weight, eps)
+    residual = residual + _rms_norm(x, post_weight, eps)
     if scale is not None:
-        residual = residual * scale
+        # In place, in the reference: the dtype stays.
+        residual = (residual * scale).to(residual.dtype)
     residual = residual.contiguous()
     if next_weight is None:
-        return residual, x.new_empty(0)
-    return residual, F.rms_norm(residual, x.shape[-1:], next_weight, eps)
+        return residual, residual.new_empty(0)
+    return residual, _rms_norm(residual, next_weight, eps)
 
 
+@unaffected
 def qkv_norm_rope(
     q_THC: Tensor,
     k_TGC: Tensor | None,
@@ -60,24 +73,28 @@ def qkv_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
-    shape = q_THC.shape[-1:]
+    # Weights wider than q leave one rounding, at the end.
+    inner = torch.promote_types(q_THC.dtype, q_weight.dtype)
+    if k_weight is not None:
+        inner = torch.promote_types(inner, k_weight.dtype)
     angle = positions_T[:, None, None, None] * inv_freq
-    cos, sin = angle.cos().to(q_THC.dtype), angle.sin().to(q_THC.dtype)
+    cos, sin = angle.cos().to(inner), angle.sin().to(inner)
     sin = torch.cat([-sin, sin], 2)
 
-    def rotate(x: Tensor) -> Tensor:
+    def norm_and_rotate(x: Tensor, weight: Tensor) -> Tensor:
         # Pairs are (i, i + C/2): the two halves of a head, swapped by the flip.
-        halves = x.unflatten(-1, (2, -1))
-        return (halves * cos + halves.flip(2) * sin).flatten(2)
+        halves = _rms_norm(x.to(inner), weight, eps).unflatten(-1, (2, -1))
+        return (halves * cos + halves.flip(2) * sin).flatten(2).to(x.dtype)
 
-    q = rotate(F.rms_norm(q_THC, shape, q_weight, eps))
+    q = norm_and_rotate(q_THC, q_weight)
     if k_TGC is None:
         return q, q.new_empty(0), q.new_empty(0)
     # V is made from the raw k (k_eq_v): it sees neither k's weight nor the rotation.
-    v = F.rms_norm(k_TGC if v_TGC is None else v_TGC, shape, None, eps)
-    return q, rotate(F.rms_norm(k_TGC, shape, k_weight, eps)), v
+    v = _rms_norm(k_TGC if v_TGC is None else v_TGC, None, eps)
+    return q, norm_and_rotate(k_TGC, k_weight), v
 
 
+@unaffected
 def qkv_norm_rope_cache(
     q_THC: Tensor,
     k_TGC: Tensor,
@@ -102,6 +119,7 @@ def qkv_norm_rope_cache(
     return q
 
 
+@unaffected
 def geglu(gate_up: Tensor) -> Tensor:
     checks.geglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
@@ -206,6 +224,7 @@ def _pages(cache: Tensor, pages: list[int], num_keys: int) -> Tensor:
     return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:num_keys]
 
 
+@unaffected
 def attention_prefill(
     q_THC: Tensor,
     k: Tensor,
@@ -270,6 +289,7 @@ def attention_prefill(
     return out_THC, lse_HT
 
 
+@unaffected
 def attention_prefill_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -325,6 +345,7 @@ def attention_prefill_backward(
     return dq, dk.to(k_SGC.dtype), dv.to(v_SGC.dtype)
 
 
+@unaffected
 def attention_decode(
     q_BNHC: Tensor,
     k_cache: Tensor,
@@ -404,13 +425,14 @@ def _spans(slots: int, lo: int, hi: int) -> list[slice]:
     return [slice(begin, end)] if begin < end else [slice(begin, slots), slice(0, end)]
 
 
+@unaffected
 def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     checks.moe_norm(x, weight, scale)
-    shape = x.shape[-1:]
-    router_x = F.rms_norm(x, shape, None, eps) * scale * max(shape[0], 1) ** -0.5
-    return F.rms_norm(x, shape, weight, eps), router_x.contiguous()
+    router_x = _rms_norm(x, None, eps) * scale * max(x.shape[-1], 1) ** -0.5
+    return _rms_norm(x, weight, eps), router_x.contiguous()
 
 
+@unaffected
 def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
     checks.moe_route(logits_TE, per_expert_scale, k)
     acc = torch.promote_types(logits_TE.dtype, torch.float32)
@@ -419,7 +441,7 @@ def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tens
     weights, experts = probabilities.sort(dim=-1, descending=True, stable=True)
     weights, experts = weights[:, :k], experts[:, :k]
     weights = weights / weights.sum(-1, keepdim=True)
-    return weights * per_expert_scale[experts], experts.int()
+    return (weights * per_expert_scale[experts]).to(acc), experts.int()
 
 
 def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
@@ -434,6 +456,7 @@ def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple
     return order, runs
 
 
+@unaffected
 def moe_experts(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
@@ -443,12 +466,14 @@ def moe_experts(
     x_sorted, weights = x_TD[tokens], weights_TK.flatten()[order, None]
     out_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, weights.dtype))
     for e, run in runs:
-        hidden = geglu(F.linear(x_sorted[run], gate_up_E2FD[e]))
+        gate_up, down = gate_up_E2FD[e].to(x_TD.dtype), down_EDF[e].to(x_TD.dtype)
+        hidden = geglu(F.linear(x_sorted[run], gate_up))
         # A token meets an expert at most once, so each index_add_ is free of order.
-        out_TD.index_add_(0, tokens[run], F.linear(hidden, down_EDF[e]) * weights[run])
+        out_TD.index_add_(0, tokens[run], F.linear(hidden, down) * weights[run])
     return out_TD.to(x_TD.dtype)
 
 
+@unaffected
 def moe_experts_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -465,20 +490,22 @@ def moe_experts_backward(
     d_weights = weights_TK.new_zeros(weights_TK.numel())
     for e, run in runs:
         x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
-        gate, up = F.linear(x, gate_up_E2FD[e]).chunk(2, -1)
+        gate_up, down = gate_up_E2FD[e].to(x.dtype), down_EDF[e].to(x.dtype)
+        gate, up = F.linear(x, gate_up).chunk(2, -1)
         act = F.gelu(gate, approximate="tanh")
         hidden = act * up
-        d_weights[order[run]] = (dy * F.linear(hidden, down_EDF[e])).sum(-1).to(d_weights.dtype)
+        d_weights[order[run]] = (dy * F.linear(hidden, down)).sum(-1).to(d_weights.dtype)
         dy = (dy * weights[run]).to(x.dtype)
         d_down[e] = dy.T @ hidden
-        d_hidden = dy @ down_EDF[e]
+        d_hidden = dy @ down
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
         d_pair = torch.cat([d_gate, d_hidden * act], -1)
         d_gate_up[e] = d_pair.T @ x
-        dx.index_add_(0, tokens[run], d_pair @ gate_up_E2FD[e])
+        dx.index_add_(0, tokens[run], d_pair @ gate_up)
     return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
 
 
+@unaffected
 def ple_embed(
     ids_T: Tensor, table: Tensor, projected: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
@@ -489,20 +516,23 @@ def ple_embed(
     # The factor is rounded to the table's dtype first, as the reference's embedding does.
     scale = torch.tensor(math.sqrt(weight.shape[0]), dtype=table.dtype)
     tokens_TLP = (rows * scale).unflatten(1, (-1, weight.shape[0]))
-    context_TLP = F.rms_norm(projected.view(tokens_TLP.shape), weight.shape, weight, eps)
+    context_TLP = _rms_norm(projected.view(tokens_TLP.shape), weight, eps)
     return (context_TLP + tokens_TLP) * 2.0**-0.5
 
 
+@unaffected
 def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
     checks.ple_gate(gate_TP, ple_TLP, layer)
     return (F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
 
 
+@unaffected
 def softcap(logits: Tensor, cap: float) -> Tensor:
     checks.softcap(logits, cap)
     return (torch.tanh_(logits / cap) * cap).contiguous()
 
 
+@unaffected
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
     checks.softcap_argmax(logits, cap)
     return softcap(logits, cap).argmax(-1)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gemma4_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -136,6 +137,12 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def in_dtypes(arguments: dict[str, Any], **dtypes: torch.dtype) -> dict[str, Any]:
+    """The arguments with some of them, where they are given, in a dtype of their own."""
+    cast = {n: arguments[n].to(d) for n, d in dtypes.items() if arguments[n] is not None}
+    return arguments | cast
 
 
 def assert_close_to_float64(

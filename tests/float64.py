@@ -1,7 +1,8 @@
 """The formula of each op in float64, as the documentation states it: no blocks, no tricks.
 
 With a `dtype`, every value that the Gemma 4 reference keeps in its own dtype is rounded to it;
-the result then differs from the exact one by the error nobody can avoid.
+the result then differs from the exact one by the error nobody can avoid. `wide` is the dtype of
+what is promoted, where x meets another.
 """
 
 import functools
@@ -43,18 +44,20 @@ def rms_norm(x, weight, eps, dtype=None):
 
 
 @_formula
-def add_rms_norm(x, residual, post_weight, next_weight, scale, eps, dtype=None):
-    residual = _round(residual + rms_norm(x, post_weight, eps, dtype), dtype)
+def add_rms_norm(x, residual, post_weight, next_weight, scale, eps, dtype=None, wide=None):
+    wide = wide or dtype
+    residual = _round(residual + rms_norm(x, post_weight, eps, dtype), wide)
     if scale is not None:
-        residual = _round(residual * scale, dtype)
-    y = None if next_weight is None else rms_norm(residual, next_weight, eps, dtype)
+        residual = _round(residual * scale, wide)
+    y = None if next_weight is None else rms_norm(residual, next_weight, eps, wide)
     return residual, y
 
 
 @_formula
-def moe_norm(x, weight, scale, eps, dtype=None):
-    router_x = _round(rms_norm(x, None, eps, dtype) * scale, dtype)
-    return rms_norm(x, weight, eps, dtype), _round(router_x / x.shape[-1] ** 0.5, dtype)
+def moe_norm(x, weight, scale, eps, dtype=None, wide=None):
+    wide = wide or dtype
+    router_x = _round(rms_norm(x, None, eps, dtype) * scale, wide)
+    return rms_norm(x, weight, eps, dtype), _round(router_x / x.shape[-1] ** 0.5, wide)
 
 
 @_formula
@@ -189,22 +192,23 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
 
 
 @_formula
-def ple_embed(ids, table, projected, weight, eps, dtype=None):
+def ple_embed(ids, table, projected, weight, eps, dtype=None, table_dtype=None, wide=None):
+    table_dtype, wide = table_dtype or dtype, wide or dtype
     width = weight.shape[0]
-    factor = _round(torch.tensor(math.sqrt(width), dtype=torch.float64), dtype)
+    factor = _round(torch.tensor(math.sqrt(width), dtype=torch.float64), table_dtype)
     tokens = torch.stack(
         [table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.tolist()]
         or [table[0]]
     )[: len(ids)]
     shape = (len(ids), table.shape[1] // width, width)
-    tokens = _round(tokens * factor, dtype).reshape(shape)
+    tokens = _round(tokens * factor, table_dtype).reshape(shape)
     context = rms_norm(projected.reshape(shape), weight, eps, dtype)
-    return _round(_round(context + tokens, dtype) * 0.5**0.5, dtype)
+    return _round(_round(context + tokens, wide) * 0.5**0.5, wide)
 
 
 @_formula
-def ple_gate(gate, ple, layer, dtype=None):
-    return _round(_round(gelu_tanh(gate), dtype) * ple[:, layer], dtype)
+def ple_gate(gate, ple, layer, dtype=None, wide=None):
+    return _round(_round(gelu_tanh(gate), dtype) * ple[:, layer], wide or dtype)
 
 
 @_formula

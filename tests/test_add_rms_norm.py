@@ -1,7 +1,16 @@
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # shape, next_weight, scale, eps
     "no rows": ((0, 64), True, True, 1e-6),
@@ -10,6 +19,7 @@ CASES = {  # shape, next_weight, scale, eps
     "odd width": ((7, 37), True, True, 1e-6),
     "batch": ((2, 3, 96), True, True, 1e-6),
     "E2B width": ((3, 1536), True, True, 1e-6),
+    "12B width": ((3, 3840), True, True, 1e-6),
     "31B width": ((2, 5376), True, True, 1e-6),
     "no scale": ((3, 128), True, False, 1e-6),
     "last norm": ((3, 128), False, True, 1e-6),
@@ -31,14 +41,16 @@ def inputs(backend, shape, next_weight, scale, dtype):
 
 def check(backend, arguments, eps, dtype):
     residual, y = backend.ops.add_rms_norm(**arguments, eps=eps)
+    wide = torch.promote_types(dtype, arguments["residual"].dtype)
     expected = float64.add_rms_norm(**arguments, eps=eps)
-    rounded = float64.add_rms_norm(**arguments, eps=eps, dtype=dtype)
-    terms = arguments["x"].shape[-1]
-    assert_close_to_float64(residual, expected[0], dtype, rounded=rounded[0], terms=terms)
+    rounded = float64.add_rms_norm(**arguments, eps=eps, dtype=dtype, wide=wide)
+    # Sums, fp64's too, that are rounded to fp32 on the way cost what they cost there.
+    size = dict(terms=arguments["x"].shape[-1], inner=torch.promote_types(dtype, FP32))
+    assert_close_to_float64(residual, expected[0], wide, rounded=rounded[0], **size)
     if arguments["next_weight"] is None:
         assert y is None
     else:
-        assert_close_to_float64(y, expected[1], dtype, rounded=rounded[1], terms=terms)
+        assert_close_to_float64(y, expected[1], wide, rounded=rounded[1], **size)
     assert residual.is_contiguous() and (y is None or y.is_contiguous())
 
 
@@ -47,6 +59,37 @@ def check(backend, arguments, eps, dtype):
 def test_add_rms_norm(backend, poisoned_memory, case, dtype):
     shape, next_weight, scale, eps = CASES[case]
     check(backend, inputs(backend, shape, next_weight, scale, dtype), eps, dtype)
+
+
+MIXES = {
+    "autocast to bf16": {"x": BF16},
+    "autocast to fp16": {"x": FP16},
+    "16-bit weights": {"x": BF16, "post_weight": BF16, "next_weight": BF16, "scale": BF16},
+    "fp32 weights": {"x": BF16, "residual": BF16},
+    "fp32 scale": {"x": FP16, "residual": FP16, "post_weight": FP16, "next_weight": FP16},
+    "one fp32 weight": {"x": FP16, "residual": FP16, "post_weight": FP16, "scale": BF16},
+    "16-bit residual": {"residual": BF16},
+    "two of 16 bits": {"x": BF16, "residual": FP16},
+    "fp64 residual": {"x": BF16, "residual": FP64},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", ["no rows", "odd width", "12B width", "31B width", "neither"])
+def test_mixed_dtypes(backend, poisoned_memory, case, mix):
+    """The branch is rounded to x's dtype at most, the residual never to less than its own."""
+    shape, next_weight, scale, eps = CASES[case]
+    arguments = inputs(backend, shape, next_weight, scale, torch.float32)
+    arguments = in_dtypes(arguments, **MIXES[mix])
+    check(backend, arguments, eps, arguments["x"].dtype)
+
+
+def test_mixed_rows_that_start_anywhere(backend):
+    """8 elements of fp32 are on a multiple of 16 bytes where 8 of bf16 are not, and the reverse."""
+    arguments = in_dtypes(inputs(backend, (5, 64), True, True, torch.float32), x=BF16)
+    for name, dtype, width in (("x", BF16, 68), ("x", BF16, 65), ("residual", FP32, 65)):
+        moved = {name: backend.randn(5, width, dtype=dtype)[:, -64:]}
+        check(backend, arguments | moved, 1e-6, BF16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,10 +134,10 @@ def test_inputs_stay_as_they_are(backend):
 
 BAD = {
     "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
-    "residual dtype": (
-        {"residual": lambda r: r.double()},
+    "integer residual": (
+        {"residual": lambda t: t.int()},
         TypeError,
-        "residual must have the dtype of x, torch.float32, got torch.float64",
+        "residual must be a floating-point tensor, got torch.int32",
     ),
     "residual shape": (
         {"residual": lambda r: r[:2]},
@@ -106,30 +149,30 @@ BAD = {
         ValueError,
         "residual must be on the device of x, c.*, got meta",
     ),
-    "post_weight dtype": (
-        {"post_weight": lambda w: w.half()},
+    "integer post_weight": (
+        {"post_weight": lambda t: t.int()},
         TypeError,
-        "post_weight must have the dtype of x, torch.float32, got torch.float16",
+        "post_weight must be a floating-point tensor, got torch.int32",
     ),
     "post_weight shape": (
         {"post_weight": lambda w: w[:32]},
         ValueError,
         r"post_weight must have shape \[64\], got \[32\]",
     ),
-    "next_weight dtype": (
-        {"next_weight": lambda w: w.bfloat16()},
+    "integer next_weight": (
+        {"next_weight": lambda t: t.int()},
         TypeError,
-        "next_weight must have the dtype of x, torch.float32, got torch.bfloat16",
+        "next_weight must be a floating-point tensor, got torch.int32",
     ),
     "next_weight shape": (
         {"next_weight": lambda w: w[:32]},
         ValueError,
         r"next_weight must have shape \[64\], got \[32\]",
     ),
-    "scale dtype": (
-        {"scale": lambda s: s.half()},
+    "integer scale": (
+        {"scale": lambda t: t.int()},
         TypeError,
-        "scale must have the dtype of x, torch.float32, got torch.float16",
+        "scale must be a floating-point tensor, got torch.int32",
     ),
     "scale of no dimension": (
         {"scale": lambda s: s[0]},

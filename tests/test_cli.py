@@ -108,9 +108,22 @@ def test_sampling_options_reach_the_model(run, monkeypatch):
         streamer.end()
 
     monkeypatch.setattr(Gemma4ForCausalLM, "generate", fake)
-    words = "--temperature 0.5 --top-k 7 --top-p 0.25 --seed 4 --max-new-tokens 3"
+    words = (
+        "--temperature 0.5 --top-k 7 --top-p 0.25 --min-p 0.1 --seed 4 --max-new-tokens 3 "
+        "--min-new-tokens 2 --repetition-penalty 1.5 --stop a --stop b."
+    )
     code, out, err = run("generate", PROMPT, *words.split())
-    expected = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "seed": 4, "max_new_tokens": 3}
+    expected = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.25,
+        "min_p": 0.1,
+        "seed": 4,
+        "max_new_tokens": 3,
+        "min_new_tokens": 2,
+        "repetition_penalty": 1.5,
+        "stop_strings": ["a", "b."],
+    }
     assert {name: seen[name] for name in expected} == expected
     assert seen["do_sample"] is True
     # A model that says nothing is no error, and gives no rates.
@@ -119,8 +132,17 @@ def test_sampling_options_reach_the_model(run, monkeypatch):
     seen.clear()
     run("generate", PROMPT)
     assert (seen["do_sample"], seen["seed"]) == (None, None)
-    assert not {"temperature", "top_k", "top_p"} & seen.keys()
+    assert not {"temperature", "top_k", "top_p", "min_p", "stop_strings"} & seen.keys()
     assert seen["max_new_tokens"] == 256
+
+
+def test_an_answer_ends_with_a_stop_string(run):
+    _, whole, _ = run("generate", PROMPT, "--greedy", "--max-new-tokens", "30")
+    stop = whole[20:26]
+    code, out, _ = run("generate", PROMPT, "--greedy", "--stop", stop, "--max-new-tokens", "30")
+    assert code == 0
+    assert whole.startswith(out[:-1]) and stop in out and len(out) < len(whole)
+    assert stop not in out[: -len(stop) - 8]
 
 
 @pytest.mark.parametrize("dash", [[], ["-"]])
@@ -199,14 +221,21 @@ def test_answer_ends_where_the_positions_end(run, tokenizer):
         (["generate", "a", "--top-p", "0"], "--top-p: must be above 0 and at most 1, got '0'"),
         (["generate", "a", "--top-p", "1.01"], "--top-p"),
         (["generate", "a", "--top-k", "-3"], "--top-k"),
+        (["generate", "a", "--min-p", "1.5"], "--min-p: must be at least 0 and at most 1"),
+        (["generate", "a", "--repetition-penalty", "0"], "--repetition-penalty: must be a number"),
+        (["generate", "a", "--min-new-tokens", "-1"], "--min-new-tokens"),
+        (["generate", "a", "--stop", ""], "--stop: must not be empty"),
+        (["generate", "a", "--stop", "\udcff"], "not valid UTF-8"),
         (["generate", "a", "--seed", "x"], "--seed"),
         (["generate", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "a", "--greedy", "--top-k", "3"], "--greedy goes with no"),
+        (["generate", "a", "--greedy", "--min-p", "0.1"], "--greedy goes with no"),
         (["generate", "a", "--dtype", "int3"], "--dtype"),
         (["generate", "a", "--device", "abacus"], "--device: must be cpu, cuda or cuda:N"),
         (["generate", "a", "--device", "cuda:99"], "torch sees no such device"),
         (["generate", "a", "--ple-device", "cuda:99"], "--ple-device"),
         (["generate", "a", "--model", "no-such-folder"], "no-such-folder is neither a folder"),
+        (["generate", "a", "--model", "\udcff"], "not valid UTF-8"),
         (["generate", "a", "--system", "b"], "--system and --think need --chat"),
         (["generate", "a", "--think"], "--system and --think need --chat"),
         (["generate", "a", "--raw", "--chat"], "not allowed with"),
@@ -297,6 +326,52 @@ def test_chat_through_a_pipe_and_reset(run):
     counts = [int(match[1]) for match in SUMMARY.finditer(err)]
     assert len(counts) == 3
     assert counts[0] == counts[2] == int(SUMMARY.search(first)[1]) < counts[1]
+
+
+def test_chat_runs_only_what_is_new(run, tokenizer):
+    """The same words as without a cache, and the counts of what it held."""
+    lines = ["My dear Jane", "And then?", "Tell me more"]
+    # In bf16 a prompt run in two pieces may round to another word.
+    options = ["--greedy", "--dtype", "float32", "--max-new-tokens", "9", "--system", "Brief."]
+    code, out, err = run("chat", *options, stdin="\n".join(lines).encode())
+    assert code == 0
+    summaries = [line for line in err.splitlines() if SUMMARY.match(line)]
+    assert len(summaries) == 3 and "reused" not in summaries[0]
+    model = Gemma4ForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    turns, held = [{"role": "system", "content": "Brief."}], []
+    eos = [*model.generation_config.eos_ids, tokenizer.turn_end_id]
+    for line, said, summary in zip(lines, out.splitlines(), summaries, strict=True):
+        turns.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(turns)
+        same = [i for i, (one, other) in enumerate(zip(ids, held, strict=False)) if one != other]
+        reused = same[0] if same else len(held)
+        assert f"{len(ids)} prompt tokens" in summary
+        assert not held or summary.endswith(f", {reused} prompt tokens reused")
+        options = dict(max_new_tokens=9, do_sample=False, eos_token_id=eos)
+        whole = model.generate(torch.tensor([ids]), **options)[0].tolist()
+        assert tokenizer.decode(whole[len(ids) :]) == said
+        turns.append({"role": "assistant", "content": said})
+        held = whole[:-1]
+
+
+def test_chat_says_which_line_is_not_utf8(run, replies, monkeypatch):
+    said = replies("One.")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    keys = iter([bad, "a\udcff", "a", EOFError])
+
+    def typed(prompt):
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", typed)
+    code, out, err = run("chat")
+    assert (code, out) == (0, "One.\n\n")
+    assert err.count("gemma4: error: the line is not valid UTF-8\n") == 2
+    assert len(said.prompts) == 1
 
 
 class Replies:
@@ -463,7 +538,7 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
         now += next(steps)
         return now
 
-    monkeypatch.setattr("gemma4.cli.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("gemma4.cli.answer.time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr("gemma4.measure.copy_bandwidth", lambda device: 20e9)
     monkeypatch.setattr("gemma4.measure.gemm_rate", lambda device, dtype: 3e12)
     monkeypatch.setattr("gemma4.measure.decode_bytes", lambda model: 4e9)
@@ -471,7 +546,7 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
     code, out, err = run("bench", *words.split(), tmp_path / "rows")
     assert (code, err) == (0, "")
     title, head, *rows, rates, limit = out.splitlines()
-    assert "bfloat16" in title and "3 runs" in title
+    assert "bfloat16" in title and "3 runs" in title and title.startswith("demo: ")
     assert head.split() == ["tokens", "median", "least", "most"]
     assert [row.split() for row in rows] == [
         ["prompt", "16", "8.0", "4.0", "16.0", "tok/s"],
@@ -482,6 +557,19 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
     assert limit == "reading the weights allows 5.0 decode tok/s: 10% reached"
     (line,) = (tmp_path / "rows").read_text().splitlines()
     assert json.loads(line)["decode_tok_s"] == [1.0, 0.25, 0.5]
+
+
+def test_bench_gives_no_limit_where_a_cache_may_hold_the_weights(run, monkeypatch, tmp_path):
+    """And calls a folder by its name."""
+    monkeypatch.setattr("gemma4.measure.copy_bandwidth", lambda device: 20e9)
+    monkeypatch.setattr("gemma4.measure.gemm_rate", lambda device, dtype: 3e12)
+    folder = shutil.copytree(demo.path(), tmp_path / "tiny-austen")
+    words = ["--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1", "--json"]
+    code, out, _ = run("bench", "--model", f"{folder}/.", *words, tmp_path / "rows")
+    assert code == 0
+    assert out.startswith("tiny-austen: ") and "reading the weights" not in out
+    row = json.loads((tmp_path / "rows").read_text())
+    assert (row["model"], row["decode_limit_tok_s"]) == ("tiny-austen", None)
 
 
 # As a process
@@ -527,3 +615,87 @@ def test_errors_of_the_command():
     with spawn("generate", PROMPT, "--model", "no-such-folder") as process:
         out, err = process.communicate(b"", timeout=120)
     assert_refused((process.returncode, out.decode(), err.decode()), "no-such-folder")
+
+
+@pytest.fixture
+def torch_that(tmp_path, monkeypatch):
+    """Puts a module `torch` with this source before the real one, for processes."""
+
+    def put(source):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(source)
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["generate", "--help"], 0),
+        (["--version"], 0),
+        (["generate", "a", "--bogus"], 2),
+        (["generate", "a", "--device", "abacus"], 2),
+        (["generate", "a", "--greedy", "--top-k", "3"], 2),
+        (["generate", "a", "--think"], 2),
+        (["generate", ""], 2),
+        ([], 2),
+    ],
+)
+def test_torch_is_not_imported_to_say_no(torch_that, argv, code):
+    torch_that("raise SystemExit('torch is imported')")
+    with spawn(*argv) as process:
+        out, err = process.communicate(b"", timeout=120)
+    assert process.returncode == code
+    assert b"torch is imported" not in err
+    assert (err.count(b"\n"), out) == (1, b"") if code else (out and not err)
+
+
+@pytest.mark.parametrize("argv", [["generate", PROMPT], ["chat"], ["info"], ["bench"]])
+def test_ctrl_c_while_starting_is_one_line(torch_that, argv):
+    torch_that(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "except BaseException as error:\n    raise ImportError('half imported') from error\n"
+    )
+    with spawn(*argv) as process:
+        out, err = process.communicate(b"", timeout=50)
+    assert (process.returncode, out, err) == (130, b"", b"gemma4: interrupted\n")
+
+
+def test_ctrl_c_at_the_end_changes_nothing():
+    with spawn("info") as process:
+        while not process.stdout.readline().startswith(b"ops "):
+            assert process.poll() is None
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    # The last line is out while the command still runs: then it was interrupted, else it was done.
+    assert (process.returncode, err) in ((0, b""), (130, b"gemma4: interrupted\n"))
+
+
+def test_ctrl_c_while_weights_are_read_or_input_awaited_is_one_line(run, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Gemma4ForCausalLM, "from_pretrained", interrupt)
+    assert run("generate", "a") == (130, "", "gemma4: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr("gemma4.cli.arguments.decoded", interrupt)
+    assert run("generate", stdin=b"a") == (130, "", "gemma4: interrupted\n")
+
+
+def test_names_are_imported_when_asked_for():
+    code = (
+        "import sys, gemma4\n"
+        "assert 'torch' not in sys.modules and set(gemma4.__all__) <= set(dir(gemma4))\n"
+        "assert all(getattr(gemma4, name).__name__ == name for name in gemma4.__all__)\n"
+        "assert gemma4.cache.Cache is gemma4.Cache\n"
+        "try:\n    gemma4.nothing\n"
+        "except AttributeError as error:\n    print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout == b"module 'gemma4' has no attribute 'nothing'\n", done.stderr

@@ -9,9 +9,10 @@ import torch
 from conftest import NoHostReads, needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gemma4.cache
+import gemma4.layers
 import gemma4.model
 import gemma4.modules
+import gemma4.steps
 from gemma4.cache import Cache
 from gemma4.decode import Decoder
 
@@ -80,7 +81,7 @@ def test_step_compiles_whole(name):
 @pytest.fixture
 def on_kernels(monkeypatch):
     """The model's ops are the emulated kernels, each dispatched as one op."""
-    for part in (gemma4.cache, gemma4.model, gemma4.modules):
+    for part in (gemma4.layers, gemma4.model, gemma4.modules, gemma4.steps):
         monkeypatch.setattr(part, "ops", emulated.ops())
 
 
@@ -123,15 +124,15 @@ def test_operators_of_a_layer(on_kernels, monkeypatch, name):
     model = half_with_kernel_shapes(tiny.ALL[name])
     cache, ids = prefilled(model, (PROMPT, 3))
     decoder, layers = Decoder(model, cache, 2), []
-    forward = gemma4.model.DecoderLayer.forward
+    packed = gemma4.layers.DecoderLayer.packed
 
     def counted(self, *args):
         with Operators() as operators:
-            result = forward(self, *args)
+            result = packed(self, *args)
         layers.append(operators.names)
         return result
 
-    monkeypatch.setattr(gemma4.model.DecoderLayer, "forward", counted)
+    monkeypatch.setattr(gemma4.layers.DecoderLayer, "packed", counted)
     with emulated.one_schedule():
         decoder(ids)
     known = {"mm", "addmm", *emulated.ops_with_kernels()}

@@ -677,8 +677,8 @@ FAULTS = {
             ("moe/moe_stream.cuh", "(row ^ token / 4 % 2 * 8)", "row"),
             (
                 "moe/moe_stream.cuh",
-                "first += kStreamWarps * kStreamColumns",
-                "first += kStreamColumns",
+                "first += kStreamWarps * Columns::kColumns",
+                "first += Columns::kColumns",
             ),
             ("moe/moe_stream.cuh", "p.order[tile.begin + i] / p.k", "p.order[tile.begin + i]"),
             ("moe/moe_stream.cuh", "for (int t = warp;;", "for (int t = warp + 1;;"),

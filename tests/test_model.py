@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
 
-import gemma4.cache
+import gemma4.steps
 from gemma4 import Cache, Gemma4ForCausalLM, Gemma4TextConfig
 
 each = pytest.mark.parametrize("options", ALL.values(), ids=ALL)
@@ -52,13 +52,13 @@ def test_a11_decoding_past_several_wraps(options: dict) -> None:
 @torch.no_grad()
 def test_a13_windows_by_layer_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = gemma4.cache.ops.attention_prefill
+    real = gemma4.steps.ops.attention_prefill
 
     def spy(*args: object, **options: object) -> object:
         seen.append(options["window"])
         return real(*args, **options)
 
-    monkeypatch.setattr(gemma4.cache.ops, "attention_prefill", spy)
+    monkeypatch.setattr(gemma4.steps.ops, "attention_prefill", spy)
     tiny(DENSE)(ids(1, 20), use_cache=False)
     assert seen == [8, 8, 8, 8, 8, 0]
 
@@ -161,7 +161,7 @@ def test_k10_checkpointing_leaves_donor_gradients() -> None:
         enable()
         model.zero_grad()
         model(batch, labels=batch).loss.backward()
-        grads.append([model.model.layers[i].self_attn.qkv_proj.weight.grad for i in (2, 3)])
+        grads.append([model.model.layers[i].self_attn.k_proj.weight.grad for i in (2, 3)])
     for plain, checkpointed in zip(*grads, strict=True):
         assert plain.abs().max() > 0
         close(plain, checkpointed)
@@ -185,7 +185,7 @@ def test_r01_r03_values_see_neither_k_norm_nor_rotation() -> None:
 
 def test_r06_frequencies_stay_fp32() -> None:
     for dtype in (torch.float16, torch.bfloat16):
-        rope = tiny(DENSE).to(dtype).model.rope
+        rope = tiny(DENSE).to(dtype).model.rotary_emb
         assert rope[S].dtype == rope[F].dtype == torch.float32
         exact = (131_071 * 10_000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)).cos()
         close((131_071 * rope[S]).cos().double(), exact, atol=0.05, rtol=0)
@@ -225,7 +225,7 @@ def test_e09_double_wide_on_borrowing_layers() -> None:
 def test_m01_the_router_reads_the_raw_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     model, chosen = tiny(MOE), []
     router = model.model.layers[0].router
-    router.register_forward_hook(lambda _m, _a, out: chosen.append(out[1].clone()))
+    router.register_forward_hook(lambda _m, _a, out: chosen.append(out[2].clone()))
     model(ids(1, 20))
     model.model.layers[0].pre_feedforward_layernorm_2.weight.mul_(torch.randn(64))
     model(ids(1, 20))

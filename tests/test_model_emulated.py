@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_compiler
 
-import gemma4.cache
+import gemma4.layers
 import gemma4.model
 import gemma4.modules
+import gemma4.steps
 
 pytestmark = needs_compiler
 HEADS = dict(head_dim=256, global_head_dim=512)
@@ -31,7 +32,7 @@ def on_kernels(monkeypatch):
                 return compiled(name, *args)
 
         monkeypatch.setattr(library, "compiled", counted)
-        for part in (gemma4.cache, gemma4.model, gemma4.modules):
+        for part in (gemma4.layers, gemma4.model, gemma4.modules, gemma4.steps):
             monkeypatch.setattr(part, "ops", module)
         return names
 

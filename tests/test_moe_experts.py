@@ -4,10 +4,14 @@ import float64
 import pytest
 import torch
 from conftest import (
+    BF16,
+    FP16,
+    FP32,
     NoHostReads,
     all_dtypes,
     assert_close_to_float64,
     assert_refused,
+    in_dtypes,
 )
 
 CASES = {  # T, E, K, D, F, how experts are drawn
@@ -71,6 +75,8 @@ def inputs(backend, case, dtype):
 def check(backend, arguments, dtype):
     y = backend.ops.moe_experts(**arguments)
     assert y.is_contiguous()
+    # What fp32 weights are multiplied as.
+    arguments = in_dtypes(arguments, gate_up=dtype, down=dtype)
     exact = float64.moe_experts(**arguments)
     rounded = float64.moe_experts(**arguments, dtype=dtype)
     # Two chained sums of D and F products.
@@ -90,6 +96,23 @@ def test_tiles_on_hopper(on_card, poisoned_memory, case, dtype):
     """The same tiles with the products that sm_90a is compiled with."""
     backend = on_card("Hopper")
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+def fp32_weights(backend, case, dtype):
+    """Values that 16 bits do not hold, so that their rounding shows."""
+    return in_dtypes(inputs(backend, case, FP32), x=dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES)
+def test_fp32_weights(backend, poisoned_memory, case, dtype):
+    check(backend, fp32_weights(backend, case, dtype), dtype)
+
+
+@pytest.mark.parametrize("case", [n for n in CASES if CASES[n][0] > 60])
+def test_fp32_weights_on_hopper(on_card, poisoned_memory, case):
+    backend = on_card("Hopper")
+    check(backend, fp32_weights(backend, case, BF16), BF16)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -251,7 +274,7 @@ BAD = {
     "gate_up dtype": (
         {"gate_up": lambda g: g.half()},
         TypeError,
-        "gate_up must have the dtype of x, torch.float32, got torch.float16",
+        "gate_up must be torch.float32 or of the dtype of x, torch.float32, got torch.float16",
     ),
     "gate_up device": (
         {"gate_up": lambda g: g.to("meta")},
@@ -276,7 +299,7 @@ BAD = {
     "down dtype": (
         {"down": lambda d: d.double()},
         TypeError,
-        "down must have the dtype of x, torch.float32, got torch.float64",
+        "down must have the dtype of gate_up, torch.float32, got torch.float64",
     ),
     "m10 down transposed": (
         {"down": lambda d: d.transpose(1, 2)},

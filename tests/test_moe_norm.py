@@ -1,7 +1,15 @@
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    FP16,
+    FP32,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # shape, eps
     "no rows": ((0, 64), 1e-6),
@@ -28,10 +36,12 @@ def inputs(backend, shape, dtype):
 def check(backend, arguments, eps, dtype):
     results = backend.ops.moe_norm(**arguments, eps=eps)
     exact = float64.moe_norm(**arguments, eps=eps)
-    rounded = float64.moe_norm(**arguments, eps=eps, dtype=dtype)
-    for result, e, r in zip(results, exact, rounded, strict=True):
+    wide = torch.promote_types(dtype, arguments["scale"].dtype)
+    rounded = float64.moe_norm(**arguments, eps=eps, dtype=dtype, wide=wide)
+    size = dict(terms=arguments["x"].shape[-1], inner=torch.promote_types(dtype, FP32))
+    for result, e, r, kind in zip(results, exact, rounded, (dtype, wide), strict=True):
         assert result.is_contiguous()
-        assert_close_to_float64(result, e, dtype, rounded=r, terms=arguments["x"].shape[-1])
+        assert_close_to_float64(result, e, kind, rounded=r, **size)
 
 
 @all_dtypes
@@ -39,6 +49,24 @@ def check(backend, arguments, eps, dtype):
 def test_moe_norm(backend, poisoned_memory, case, dtype):
     shape, eps = CASES[case]
     check(backend, inputs(backend, shape, dtype), eps, dtype)
+
+
+MIXES = {
+    "fp32 weights": {"x": BF16},
+    "fp32 weights beside fp16": {"x": FP16},
+    "fp32 scale": {"x": BF16, "weight": BF16},
+    "fp32 weight": {"x": FP16, "scale": FP16},
+    "16-bit weights": {"weight": BF16, "scale": FP16},
+    "three of 16 bits": {"x": BF16, "weight": FP16, "scale": FP16},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", ["no rows", "odd width", "26B-A4B width", "wide"])
+def test_mixed_dtypes(backend, poisoned_memory, case, mix):
+    shape, eps = CASES[case]
+    arguments = in_dtypes(inputs(backend, shape, torch.float32), **MIXES[mix])
+    check(backend, arguments, eps, arguments["x"].dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,20 +115,20 @@ def test_inputs_stay_as_they_are(backend):
 BAD = {
     "integer x": ({"x": lambda x: x.long()}, TypeError, "x must be a floating.*got torch.int64"),
     "scalar x": ({"x": lambda x: x[0, 0]}, ValueError, "x must have at least one dimension"),
-    "weight dtype": (
-        {"weight": lambda w: w.half()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of x, torch.float32, got torch.float16",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight shape": (
         {"weight": lambda w: w[:32]},
         ValueError,
         r"weight must have shape \[64\], got \[32\]",
     ),
-    "scale dtype": (
-        {"scale": lambda s: s.half()},
+    "integer scale": (
+        {"scale": lambda t: t.int()},
         TypeError,
-        "scale must have the dtype of x, torch.float32, got torch.float16",
+        "scale must be a floating-point tensor, got torch.int32",
     ),
     "scale shape": (
         {"scale": lambda s: s[:1]},

@@ -3,7 +3,15 @@ import math
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    FP16,
+    FP32,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # ids, V, L, P
     "no tokens": ([], 5, 3, 8),
@@ -29,11 +37,16 @@ def inputs(backend, case, dtype):
 def check(backend, arguments, dtype, eps=1e-6):
     y = backend.ops.ple_embed(**arguments, eps=eps)
     expected = float64.ple_embed(**arguments, eps=eps)
-    rounded = float64.ple_embed(**arguments, eps=eps, dtype=dtype)
+    table = arguments["table"].dtype
+    wide = torch.promote_types(dtype, table)
+    rounded = float64.ple_embed(**arguments, eps=eps, dtype=dtype, table_dtype=table, wide=wide)
     terms = arguments["weight"].shape[0]
     # Sums cancel, so the size that counts is that of a row's terms, not of its few values.
     size = expected.abs().max() if expected.numel() else None
-    assert_close_to_float64(y, expected, dtype, rounded=rounded, terms=terms, magnitude=size)
+    inner = torch.promote_types(dtype, FP32)
+    assert_close_to_float64(
+        y, expected, wide, rounded=rounded, terms=terms, magnitude=size, inner=inner
+    )
     assert y.is_contiguous()
 
 
@@ -41,6 +54,22 @@ def check(backend, arguments, dtype, eps=1e-6):
 @pytest.mark.parametrize("case", CASES)
 def test_ple_embed(backend, poisoned_memory, case, dtype):
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+MIXES = {
+    "autocast to bf16": {"projected": BF16},
+    "autocast to fp16": {"projected": FP16},
+    "fp32 weight": {"projected": BF16, "table": BF16},
+    "16-bit weight": {"projected": FP16, "weight": FP16},
+    "16-bit table": {"table": BF16},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "one token"])
+def test_mixed_dtypes(backend, poisoned_memory, case, mix):
+    arguments = in_dtypes(inputs(backend, case, torch.float32), **MIXES[mix])
+    check(backend, arguments, arguments["projected"].dtype)
 
 
 def test_ids_of_no_row_read_nothing(backend):
@@ -135,10 +164,10 @@ BAD = {
         ValueError,
         r"projected must have shape \[5, 256\], got \[5, 64\]",
     ),
-    "table dtype": (
-        {"table": lambda t: t.half()},
+    "integer table": (
+        {"table": lambda t: t.int()},
         TypeError,
-        "table must have the dtype of projected, torch.float32, got torch.float16",
+        "table must be a floating-point tensor, got torch.int32",
     ),
     "table width": (
         {"table": lambda t: t[:, :250]},
@@ -150,10 +179,10 @@ BAD = {
         ValueError,
         r"table must be .* got \[256\] and \[64\]",
     ),
-    "weight dtype": (
-        {"weight": lambda w: w.double()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of projected, torch.float32, got torch.float64",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight device": (
         {"weight": lambda w: w.to("meta")},

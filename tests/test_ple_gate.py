@@ -1,7 +1,16 @@
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # T, L, P, layer
     "no tokens": (0, 3, 8, 1),
@@ -32,7 +41,14 @@ def check(backend, arguments, dtype):
     # 1 + tanh cancels where the gate is far below 0, hence an error of the size of the factors.
     size = (gate * ple[:, arguments["layer"]]).abs()
     expected = float64.ple_gate(**arguments)
-    assert_close_to_float64(y, expected, dtype, roundings=2, magnitude=size)
+    wide = torch.promote_types(dtype, arguments["ple"].dtype)
+    rounded = None
+    if wide != dtype:
+        rounded = float64.ple_gate(**arguments, dtype=dtype, wide=wide)
+    inner = torch.promote_types(dtype, FP32)
+    assert_close_to_float64(
+        y, expected, wide, rounded=rounded, roundings=2, magnitude=size, inner=inner
+    )
     assert y.is_contiguous()
 
 
@@ -40,6 +56,17 @@ def check(backend, arguments, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_ple_gate(backend, poisoned_memory, case, dtype):
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("gate", "ple"),
+    [(BF16, FP32), (FP16, FP32), (FP32, BF16), (BF16, FP16), (FP16, FP64)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES)
+def test_mixed_dtypes(backend, poisoned_memory, case, gate, ple):
+    arguments = in_dtypes(inputs(backend, case, torch.float32), gate=gate, ple=ple)
+    check(backend, arguments, gate)
 
 
 def test_strided(backend):
@@ -74,10 +101,10 @@ BAD = {
         ValueError,
         r"gate must be \[T, P\], got \[1, 5, 64\]",
     ),
-    "ple dtype": (
-        {"ple": lambda p: p.half()},
+    "integer ple": (
+        {"ple": lambda t: t.int()},
         TypeError,
-        "ple must have the dtype of gate, torch.float32, got torch.float16",
+        "ple must be a floating-point tensor, got torch.int32",
     ),
     "ple device": (
         {"ple": lambda p: p.to("meta")},

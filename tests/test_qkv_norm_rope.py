@@ -1,7 +1,17 @@
 import float64
 import pytest
 import torch
-from conftest import DTYPES, all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # tokens, query heads, KV heads (None: borrows keys), C, live pairs, V given
     "no tokens": (0, 4, 2, 64, 32, True),
@@ -60,6 +70,32 @@ def check(backend, arguments, dtype, eps=1e-6):
 @pytest.mark.parametrize("case", CASES)
 def test_qkv_norm_rope(backend, poisoned_memory, case, dtype):
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+MIXES = {
+    "autocast to bf16": (BF16, {"q_weight": FP32, "k_weight": FP32}),
+    "autocast to fp16": (FP16, {"q_weight": FP32, "k_weight": FP32}),
+    "one fp32 weight": (BF16, {"q_weight": FP32}),
+    "two of 16 bits": (FP16, {"q_weight": BF16, "k_weight": BF16}),
+    "16-bit weights": (FP32, {"q_weight": BF16, "k_weight": FP16}),
+    "fp64 weights": (FP16, {"q_weight": FP64, "k_weight": FP64}),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "one token"])
+def test_weights_of_another_dtype(backend, poisoned_memory, case, mix):
+    """Rounded once, at the end; angles, cos and sin are fp32."""
+    dtype, dtypes = MIXES[mix]
+    arguments = in_dtypes(inputs(backend, case, dtype), **dtypes)
+    actual = backend.ops.qkv_norm_rope(**arguments)
+    exact = float64.qkv_norm_rope(**arguments, eps=1e-6)
+    rounded = float64.qkv_norm_rope(**arguments, eps=1e-6, dtype=FP32)
+    for a, e, r in zip(actual, exact, rounded, strict=True):
+        if e is None:
+            assert a is None
+        else:
+            assert_close_to_float64(a, e, dtype, rounded=r, terms=a.shape[-1])
 
 
 def test_int32_positions(backend):
@@ -160,10 +196,10 @@ BAD = {
         ValueError,
         r"q_weight must have shape \[128\], got \[64\]",
     ),
-    "q_weight dtype": (
-        {"q_weight": lambda w: w.half()},
+    "integer q_weight": (
+        {"q_weight": lambda t: t.int()},
         TypeError,
-        "q_weight must have the dtype of q, torch.float32, got torch.float16",
+        "q_weight must be a floating-point tensor, got torch.int32",
     ),
     "k without its weight": (
         {"k_weight": lambda w: None},

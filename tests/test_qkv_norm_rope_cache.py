@@ -1,7 +1,15 @@
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import (
+    BF16,
+    FP16,
+    FP32,
+    all_dtypes,
+    assert_close_to_float64,
+    assert_refused,
+    in_dtypes,
+)
 
 CASES = {  # leading dimensions of the cache, slots, query heads, KV heads, C, V given
     "no tokens": ((2, 8), [], 4, 2, 64, True),
@@ -59,6 +67,13 @@ def check(backend, arguments, dtype, eps=1e-6):
 @pytest.mark.parametrize("case", CASES)
 def test_qkv_norm_rope_cache(backend, poisoned_memory, case, dtype):
     check(backend, inputs(backend, case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_fp32_weights(backend, poisoned_memory, case, dtype):
+    arguments = in_dtypes(inputs(backend, case, dtype), q_weight=FP32, k_weight=FP32)
+    check(backend, arguments, dtype)
 
 
 def test_int32_slots(backend):

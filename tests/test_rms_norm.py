@@ -1,7 +1,7 @@
 import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from conftest import BF16, FP16, FP32, FP64, all_dtypes, assert_close_to_float64, assert_refused
 
 CASES = {  # shape, eps, size of the values
     "no rows": ((0, 64), 1e-6, 1.0),
@@ -24,6 +24,22 @@ def test_rms_norm(backend, poisoned_memory, case, weighted, dtype):
     shape, eps, size = CASES[case]
     x = backend.randn(*shape, dtype=dtype, std=size)
     weight = backend.weight(shape[-1], dtype=dtype) if weighted else None
+    y = backend.ops.rms_norm(x, weight, eps)
+    expected = float64.rms_norm(x, weight, eps)
+    assert_close_to_float64(y, expected, dtype, terms=shape[-1], magnitude=expected.abs())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(BF16, FP32), (FP16, FP32), (FP32, BF16), (FP16, BF16), (BF16, FP64)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["no rows", "odd width", "heads", "31B width"])
+def test_weight_of_another_dtype(backend, poisoned_memory, case, dtype, weight_dtype):
+    """Rounded once, whatever the weight."""
+    shape, eps, size = CASES[case]
+    x = backend.randn(*shape, dtype=dtype, std=size)
+    weight = backend.weight(shape[-1], dtype=weight_dtype)
     y = backend.ops.rms_norm(x, weight, eps)
     expected = float64.rms_norm(x, weight, eps)
     assert_close_to_float64(y, expected, dtype, terms=shape[-1], magnitude=expected.abs())
@@ -79,10 +95,10 @@ def test_r07_zero_weight_gives_zero(backend):
 BAD = {
     "integer x": ({"x": lambda x: x.int()}, TypeError, "x must be a floating.*got torch.int32"),
     "scalar x": ({"x": lambda x: x[0, 0]}, ValueError, "x must have at least one dim.*scalar"),
-    "weight dtype": (
-        {"weight": lambda w: w.half()},
+    "integer weight": (
+        {"weight": lambda t: t.int()},
         TypeError,
-        "weight must have the dtype of x, torch.float32, got torch.float16",
+        "weight must be a floating-point tensor, got torch.int32",
     ),
     "weight shape": (
         {"weight": lambda w: w[:63]},

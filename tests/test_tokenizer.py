@@ -1,7 +1,9 @@
 """The tokenizer, chat template and streamer, on a small byte-fallback BPE trained here."""
 
 import json
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from gemma4 import demo
+from gemma4 import demo, template
 from gemma4.tokenizer import Gemma4Tokenizer, TextStreamer
 
 SPECIALS = [
@@ -176,6 +178,78 @@ def test_bad_files_are_named(tmp_path):
             Gemma4Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"add_bos_token": "false"}, "add_bos_token must be true or false, got 'false'"),
+        ({"add_bos_token": 1}, "add_bos_token must be true or false, got 1"),
+        ({"bos_token": 5}, "bos_token must be a token's text, got 5"),
+        ({"eos_token": {"content": ["<eos>"]}}, "eos_token must be a token's text"),
+        ({"chat_template": 5}, "chat_template must be text or a list of templates, got 5"),
+        ({"chat_template": ["x"]}, r"chat_template\[0\] must have a name and a template, got 'x'"),
+        ({"chat_template": [{"name": "default"}]}, r"chat_template\[0\] must have a name"),
+        ({"chat_template": [{"template": "x"}]}, r"chat_template\[0\] must have a name"),
+        ({"chat_template": {"default": 5}}, r"chat_template\[0\] must have .* got .*5"),
+    ],
+)
+def test_wrong_entries_are_named(tmp_path, config, sentence):
+    save(tmp_path, config=config)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/tokenizer_config\.json: {sentence}"):
+        Gemma4Tokenizer.from_pretrained(tmp_path)
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja must be UTF-8"):
+        Gemma4Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b" " * 2**21)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja must be at most 1048576 bytes"):
+        Gemma4Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a git-lfs pointer"):
+        Gemma4Tokenizer.from_pretrained(tmp_path)
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        save(tmp_path)
+        (tmp_path / name).write_bytes(deep)
+        with pytest.raises(ValueError, match=rf"{name} is not"):
+            Gemma4Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_more_tokens_than_the_model_has(tmp_path, tokenizer, nested):
+    save(tmp_path)
+    sentence = rf"tokenizer\.json must have no more tokens .* {len(tokenizer) - 1}, got"
+    for rows, fits in ((len(tokenizer), True), (len(tokenizer) - 1, False)):
+        config = {"vocab_size": rows}
+        config = {"text_config": config} if nested else config
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if fits:
+            assert len(Gemma4Tokenizer.from_pretrained(tmp_path)) == rows
+        else:
+            with pytest.raises(ValueError, match=sentence):
+                Gemma4Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [{}, {"default": "{{ bos_token }}ä\r\n"}, {"default": "D", "tool_use": "T"}, {"rag": "R"}],
+)
+def test_saved_and_loaded(tmp_path, templates):
+    config = {"add_bos_token": False, "eos_token": {"content": "<eos>"}, "mine": [1, "é"]}
+    made = Gemma4Tokenizer(small_tokenizer(), config, templates)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "chat_template.jinja").write_text("an older one")
+    made.save_pretrained(tmp_path / "new")
+    again = Gemma4Tokenizer.from_pretrained(tmp_path / "new")
+    assert again.templates == templates
+    assert {k: v for k, v in again.config.items() if k != "chat_template"} == config
+    assert again.add_bos_token is False
+    for text in TEXTS:
+        assert again.encode(text) == made.encode(text)
+
+
 # Chat
 
 USER = {"role": "user", "content": "Hi there"}
@@ -239,6 +313,95 @@ def test_template_refusal_is_a_value_error(tokenizer):
 def test_broken_template_is_a_value_error(tmp_path, source):
     with pytest.raises(ValueError, match=r"\w"):
         with_template(tmp_path, source).apply_chat_template([USER])
+
+
+NAMESPACE = "{% set n = namespace(x=START) %}{% for i in range(64) %}STEP{% endfor %}"
+
+
+def grown(start: str, step: str) -> str:
+    return NAMESPACE.replace("START", start).replace("STEP", "{% set n.x = " + step + " %}")
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2, "did not end within"),
+        (grown("[1]", "[n.x, n.x]") + "{{ n.x | string | length }}", "512 MiB of memory"),
+        ("{{ ('x' * 10**10) | length }}", "512 MiB of memory"),
+        ("{{ 'x' | center(10**10) }}", "512 MiB of memory"),
+        ("{{ '%9999999999d' | format(1) }}", "512 MiB of memory"),
+        ("{{ '{:>9999999999}'.format(1) }}", "512 MiB of memory"),
+        (grown("'ab'", "n.x ~ n.x") + "{{ n.x | length }}", "512 MiB of memory"),
+        ("{{ range(10**9) | list }}", "OverflowError"),
+        ("{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}", "more than 4194304 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),
+        ("{{ " + "(" * 100_000 + ")" * 100_000 + " }}", "nested too deep"),
+        ("{% if 1 %}" * 500 + "{% endif %}" * 500, "nested too deep|SyntaxError"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("a\nb\n{% for %}", r"\(line 3\)"),
+        ("{{ raise_exception('one\ntwo') }}", "one two$"),
+        ("{{ raise_exception('') }}", "it refused$"),
+    ],
+)
+def test_templates_are_bounded(tmp_path, monkeypatch, source, sentence):
+    monkeypatch.setattr(template, "SECONDS", 1.0)
+    loaded = with_template(tmp_path, source)
+    with pytest.raises(ValueError, match=sentence) as error:
+        loaded.apply_chat_template([USER])
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/chat_template.jinja: ")
+    assert "\n" not in said and len(said) < 500
+    monkeypatch.undo()  # a machine may be slow
+    plain = with_template(tmp_path, "{{ messages[0].content }}")
+    assert plain.apply_chat_template([USER], tokenize=False) == "Hi there"
+
+
+def test_templates_of_threads_and_forks(tokenizer):
+    """One process serves all threads, and a fork, which a trainer's workers are, has its own."""
+    asked = [[{"role": "user", "content": str(i)}] for i in range(40)]
+    expected = [f"<bos><|turn>user\n{i}<turn|>\n{CUE}" for i in range(40)]
+
+    def render(messages):
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(render, asked)) == expected
+    if hasattr(os, "fork"):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if [render(messages) for messages in asked] == expected else 1)
+        assert [render(messages) for messages in asked] == expected
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "must be a list of at least one message"),
+        ("Hi", "must be a list of at least one message"),
+        (USER, "must be a list of at least one message"),
+        (None, "must be a list of at least one message"),
+        ([USER, "Hi"], r"messages\[1\] must be a dict"),
+        ([{"content": "Hi"}], r"messages\[0\] must have a role, a text, got None"),
+        ([{"role": 5, "content": "Hi"}], r"messages\[0\] must have a role, a text, got 5"),
+        ([{"role": "user"}], r"messages\[0\] must have a content, text, got None"),
+        ([{"role": "user", "content": 5}], r"messages\[0\] must have a content, text, got 5"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "text model, got 'image'"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "text model, got 'audio'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must hold parts"),
+        ([{"role": "user", "content": ["Hi"]}], "must hold parts"),
+        ([{"role": "user", "content": "Hi", "mine": {1}}], "must be plain data"),
+    ],
+)
+def test_wrong_conversations_are_named(tokenizer, messages, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_text_in_parts(tokenizer):
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": " there"}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    assert text == f"<bos><|turn>user\nHithere<turn|>\n{CUE}"
 
 
 def test_what_templates_may_use(tmp_path):

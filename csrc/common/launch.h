@@ -32,6 +32,16 @@ void with_type(DType dtype, F&& f) {
   }
 }
 
+// Calls f.operator()<T, R, W>() with the types of x, of what it meets and of the weights.
+template <class F>
+void with_types(const DTypes& dtypes, F&& f) {
+  with_type(dtypes.x, [&]<class T>() {
+    if (dtypes.weight == dtypes.x) return f.template operator()<T, T, T>();
+    if (dtypes.other == dtypes.x) return f.template operator()<T, T, float>();
+    f.template operator()<T, float, float>();
+  });
+}
+
 // The same for ops whose products tensor cores compute.
 template <class F>
 void with_half_type(const char* name, DType dtype, F&& f) {

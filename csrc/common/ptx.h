@@ -23,7 +23,7 @@ namespace gemma4::ptx {
 
 #ifndef GEMMA4_EMULATION
 
-// ---- global memory, 16 bytes at a time
+// ---- global memory, 16 or 8 bytes at a time
 
 // Read-only for the whole launch, so the compiler may move it and batch it with others.
 DEVICE uint4 load_16(const void* p) {
@@ -40,6 +40,18 @@ DEVICE uint4 load_16_once(const void* p) {
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(p));
+  return v;
+}
+
+DEVICE uint2 load_8(const void* p) {
+  uint2 v;
+  asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+DEVICE uint2 load_8_once(const void* p) {
+  uint2 v;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
@@ -276,6 +288,12 @@ DEVICE uint4 load_16(const void* p FROM_HERE) {
   return value;
 }
 DEVICE uint4 load_16_once(const void* p FROM_HERE) { return load_16(p HERE); }
+DEVICE uint2 load_8(const void* p FROM_HERE) {
+  uint2 value;
+  emulation::load(&value, p, 8 HERE);
+  return value;
+}
+DEVICE uint2 load_8_once(const void* p FROM_HERE) { return load_8(p HERE); }
 DEVICE void store_16(void* p, uint4 value FROM_HERE) { emulation::store(p, &value, 16 HERE); }
 DEVICE void store_8(void* p, uint2 value FROM_HERE) { emulation::store(p, &value, 8 HERE); }
 

@@ -5,8 +5,40 @@
 #pragma once
 
 #include "ptx.h"
+#include "vec.cuh"
 
 namespace gemma4 {
+
+template <class T>
+DEVICE uint32_t pack_pair(float low, float high) {
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  __builtin_memcpy(&bits, pair, 4);
+  return bits;
+}
+
+// 16 bytes of shared memory in one access.
+#ifdef GEMMA4_EMULATION
+DEVICE float4 load_shared(const float4* p FROM_HERE) {
+  float4 value;
+  emulation::load(&value, p, 16 HERE);
+  return value;
+}
+DEVICE void store_shared(float4* p, float4 value FROM_HERE) {
+  emulation::store(p, &value, 16 HERE);
+}
+DEVICE uint4 load_shared(const uint4* p FROM_HERE) {
+  uint4 value;
+  emulation::load(&value, p, 16 HERE);
+  return value;
+}
+DEVICE void store_shared(uint4* p, uint4 value FROM_HERE) { emulation::store(p, &value, 16 HERE); }
+#else
+DEVICE float4 load_shared(const float4* p) { return *p; }
+DEVICE void store_shared(float4* p, float4 value) { *p = value; }
+DEVICE uint4 load_shared(const uint4* p) { return *p; }
+DEVICE void store_shared(uint4* p, uint4 value) { *p = value; }
+#endif
 
 // Where chunk `chunk` of row `row` stands, in elements. Eight rows below each other hold a chunk in
 // eight different places modulo 128 bytes, which is what one matrix load reads at once.
@@ -53,6 +85,30 @@ DEVICE void copy_rows(T* tile, const Source& source FROM_HERE) {
   copy_rows<kWidth, kRows, kThreads>(tile, source, kWidth HERE);
 }
 
+// The same from rows of float, rounded to T on the way through registers: done when it returns.
+template <int kWidth, int kRows, int kThreads, class T, class Source>
+DEVICE void round_rows(T* tile, const Source& source, int columns FROM_HERE) {
+  constexpr int kChunks = kWidth / 8, kStep = kThreads / kChunks, kInFlight = 4;
+  static_assert(kThreads % kChunks == 0 && kRows % (kStep * kInFlight) == 0);
+  const int first_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll
+  for (int first = first_row; first < first_row + kRows; first += kStep * kInFlight) {
+    Vec<float, 8> values[kInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++) {
+      const SourceRow<float> from = source(first + i * kStep);
+      if (from.exists && chunk * 8 < columns) values[i] = load<8>(from.data + chunk * 8 HERE);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++)
+      store_shared(
+          reinterpret_cast<uint4*>(tile + chunk_offset<kRows>(first + i * kStep, chunk)),
+          {pack_pair<T>(values[i][0], values[i][1]), pack_pair<T>(values[i][2], values[i][3]),
+           pack_pair<T>(values[i][4], values[i][5]),
+           pack_pair<T>(values[i][6], values[i][7])} HERE);
+  }
+}
+
 // Where a lane reads for the matrix loads of 16x16 blocks: its address in one block, from which
 // those of the others differ by a constant and one xor, so that unrolled loops compute nothing.
 template <int kRows>
@@ -95,34 +151,5 @@ template <int kRows>
 DEVICE constexpr uint64_t wgmma_step(int rows, int columns) {
   return (columns / 64 * kRows + rows) * 8 + columns % 64 / 8;
 }
-
-template <class T>
-DEVICE uint32_t pack_pair(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  __builtin_memcpy(&bits, pair, 4);
-  return bits;
-}
-
-// 16 bytes of shared memory in one access.
-#ifdef GEMMA4_EMULATION
-DEVICE float4 load_shared(const float4* p FROM_HERE) {
-  float4 value;
-  emulation::load(&value, p, 16 HERE);
-  return value;
-}
-DEVICE void store_shared(float4* p, float4 value FROM_HERE) {
-  emulation::store(p, &value, 16 HERE);
-}
-DEVICE uint4 load_shared(const uint4* p FROM_HERE) {
-  uint4 value;
-  emulation::load(&value, p, 16 HERE);
-  return value;
-}
-#else
-DEVICE float4 load_shared(const float4* p) { return *p; }
-DEVICE void store_shared(float4* p, float4 value) { *p = value; }
-DEVICE uint4 load_shared(const uint4* p) { return *p; }
-#endif
 
 }  // namespace gemma4

@@ -1,6 +1,8 @@
 // Neighbouring elements that travel together: 16 bytes, or one element where a row does not allow
-// it.
+// it. Beside vectors of 16 bytes stand those of as many elements of another size, in 8 or 32.
 #pragma once
+
+#include <algorithm>
 
 #include "ptx.h"
 
@@ -8,25 +10,38 @@ namespace gemma4 {
 
 template <class T, int kWidth>
 struct alignas(kWidth * sizeof(T)) Vec {
-  static_assert(kWidth == 1 || kWidth * sizeof(T) == 16);
+  static constexpr int kBytes = kWidth * sizeof(T);
+  static_assert(kWidth == 1 || kBytes == 8 || kBytes == 16 || kBytes == 32);
   T data[kWidth];
 
   DEVICE float operator[](int i) const { return to_float(data[i]); }
   DEVICE void set(int i, float value) { data[i] = from_float<T>(value); }
 };
 
-template <class T>
-constexpr int kFullWidth = 16 / sizeof(T);
+// How many elements of each type go together, the widest in 16 bytes.
+template <class... T>
+constexpr int kFullWidth = 16 / std::max({sizeof(T)...});
+
+// How few blocks a multiprocessor may hold: where weights are wider than what they are multiplied
+// with, the compiler would rather spill than give up one. 0 leaves it the choice.
+template <class X, class W>
+constexpr int kLeastBlocks = sizeof(W) > sizeof(X) ? 1 : 0;
 
 // Of memory that no thread writes during the launch.
-template <int kWidth, class T>
+template <int kWidth, bool kOnce = false, class T>
 DEVICE Vec<T, kWidth> load(const T* p FROM_HERE) {
   Vec<T, kWidth> v;
   if constexpr (kWidth == 1) {
     v.data[0] = *p;
+  } else if constexpr (v.kBytes == 8) {
+    const uint2 bits = kOnce ? ptx::load_8_once(p HERE) : ptx::load_8(p HERE);
+    __builtin_memcpy(&v, &bits, 8);
   } else {
-    const uint4 bits = ptx::load_16(p HERE);
-    __builtin_memcpy(&v, &bits, 16);
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kFullWidth<T>) {
+      const uint4 bits = kOnce ? ptx::load_16_once(p + i HERE) : ptx::load_16(p + i HERE);
+      __builtin_memcpy(v.data + i, &bits, 16);
+    }
   }
   return v;
 }
@@ -34,24 +49,24 @@ DEVICE Vec<T, kWidth> load(const T* p FROM_HERE) {
 // The same for what is read once and never again.
 template <int kWidth, class T>
 DEVICE Vec<T, kWidth> load_once(const T* p FROM_HERE) {
-  Vec<T, kWidth> v;
-  if constexpr (kWidth == 1) {
-    v.data[0] = *p;
-  } else {
-    const uint4 bits = ptx::load_16_once(p HERE);
-    __builtin_memcpy(&v, &bits, 16);
-  }
-  return v;
+  return load<kWidth, true>(p HERE);
 }
 
 template <class T, int kWidth>
 DEVICE void store(T* p, const Vec<T, kWidth>& v FROM_HERE) {
   if constexpr (kWidth == 1) {
     *p = v.data[0];
+  } else if constexpr (v.kBytes == 8) {
+    uint2 bits;
+    __builtin_memcpy(&bits, &v, 8);
+    ptx::store_8(p, bits HERE);
   } else {
-    uint4 bits;
-    __builtin_memcpy(&bits, &v, 16);
-    ptx::store_16(p, bits HERE);
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kFullWidth<T>) {
+      uint4 bits;
+      __builtin_memcpy(&bits, v.data + i, 16);
+      ptx::store_16(p + i, bits HERE);
+    }
   }
 }
 

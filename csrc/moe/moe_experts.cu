@@ -14,23 +14,23 @@ bool are_few(int64_t tokens, int64_t k) {
   return tokens <= Few::kTokens && tokens * k <= Few::kAssignments;
 }
 
-template <class T, class Stream>
+template <class T, class W, class Stream>
 void stream(const MoeExpertsParams& p, const Device& device) {
   const dim3 grid(ceil_div(p.hidden_width, kStreamRows),
                   static_cast<unsigned>(most_moe_tiles(p, Stream::kTokens)));
-  launch(device, "moe_stream_gate_up", moe_stream_gate_up_kernel<T, Stream>, grid,
+  launch(device, "moe_stream_gate_up", moe_stream_gate_up_kernel<T, W, Stream>, grid,
          kStreamWarps * 32, sizeof(GateUpSmem<T, Stream>), p);
-  launch(device, "moe_stream_down", moe_stream_down_kernel<T, Stream>,
+  launch(device, "moe_stream_down", moe_stream_down_kernel<T, W, Stream>,
          ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Stream>), p);
 }
 
-template <class T, int kRows>
+template <class T, class W, int kRows>
 void tiles(const MoeExpertsParams& p, const Device& device) {
   const int64_t row_tiles = most_moe_tiles(p, kRows);
-  launch(device, "moe_tiles_gate_up", moe_tiles_kernel<T, kRows, true>,
+  launch(device, "moe_tiles_gate_up", moe_tiles_kernel<T, W, kRows, true>,
          static_cast<unsigned>(row_tiles * ceil_div(p.hidden_width, kTileWeightRows / 2)),
          kTileThreads, sizeof(MoeTilesSmem<T, kRows>), p);
-  launch(device, "moe_tiles_down", moe_tiles_kernel<T, kRows, false>,
+  launch(device, "moe_tiles_down", moe_tiles_kernel<T, W, kRows, false>,
          static_cast<unsigned>(row_tiles * ceil_div(p.width, kTileWeightRows)), kTileThreads,
          sizeof(MoeTilesSmem<T, kRows>), p);
   const PiecePlan plan = plan_pieces(p.tokens, p.width / 8);
@@ -45,7 +45,7 @@ bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
          (assignments <= Some::kAssignments && assignments <= 8 * num_experts);
 }
 
-void moe_experts(const MoeExpertsParams& p, DType dtype, const Device& device) {
+void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& device) {
   const int64_t assignments = int64_t{p.tokens} * p.k;
   if (p.tokens == 0 || p.width == 0) return;
   if (assignments == 0 || p.num_experts == 0 || p.hidden_width == 0) {
@@ -54,15 +54,21 @@ void moe_experts(const MoeExpertsParams& p, DType dtype, const Device& device) {
   }
   const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
   launch(device, "moe_sort", moe_sort_kernel<>, p.num_experts, threads, sizeof(MoeSortSmem), p);
-  with_half_type("moe_experts", dtype, [&]<class T>() {
+  const auto run = [&]<class T, class W>() {
     if (are_few(p.tokens, p.k))
-      stream<T, Few>(p, device);
+      stream<T, W, Few>(p, device);
     else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
-      stream<T, Some>(p, device);
+      stream<T, W, Some>(p, device);
     else if (assignments <= int64_t{64} * p.num_experts)
-      tiles<T, 64>(p, device);
+      tiles<T, W, 64>(p, device);
     else
-      tiles<T, 128>(p, device);
+      tiles<T, W, 128>(p, device);
+  };
+  with_half_type("moe_experts", dtypes.x, [&]<class T>() {
+    if (dtypes.weight == dtypes.x)
+      run.template operator()<T, T>();
+    else
+      run.template operator()<T, float>();
   });
 }
 

@@ -6,6 +6,7 @@
 // anyway, and one load of a weight serves all tokens of its expert. Columns may be permuted in a
 // sum of products as long as both sides agree: a lane's 8 neighbouring values are taken as the
 // operands of two products, so that rows are read in whole sectors and nothing is exchanged.
+// Weights in float are rounded as they come.
 //
 // gate_up: a block owns 16 gate rows, the 16 up rows that belong to them, and one tile of an
 // expert's assignments; its warps take turns along D and add up through shared memory in the order
@@ -25,7 +26,6 @@
 namespace gemma4 {
 
 constexpr int kStreamWarps = 8, kStreamRows = 16;
-constexpr int kStreamColumns = 64;  // of a warp at a time: a line of 128 bytes of each row
 
 // kTokens columns; kAssignments bounds A.
 template <int kTokens_, int kAssignments_>
@@ -52,9 +52,52 @@ struct DownSmem {
 DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
 }
+DEVICE uint2 load_8_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_8(p HERE) : uint2{0, 0};
+}
 DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
 }
+
+// How a warp walks along rows of weights: a line of 128 bytes of each at a time, in groups of 32
+// columns, of which a lane takes 8 of a row that exists, up to its width, and zeros otherwise.
+template <class T, class W>
+struct LaneColumns {
+  static constexpr int kColumns = 128 / sizeof(W), kGroups = kColumns / 32;
+
+  DEVICE static uint4 weights(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 8;
+    return load_once_if(exists && column < width, row + column HERE);
+  }
+  DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 8;
+    return load_if(exists && column < width, row + column HERE);
+  }
+};
+
+// A lane's 8 columns are two runs of 4, each 16 bytes of a row of weights.
+template <class T>
+struct LaneColumns<T, float> {
+  static constexpr int kColumns = 32, kGroups = 1;
+
+  DEVICE static uint4 weights(bool exists, const float* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 4;
+    const uint4 bits[2] = {
+        load_once_if(exists && column < width, row + column HERE),
+        load_once_if(exists && column + 16 < width, row + column + 16 HERE),
+    };
+    float w[8];
+    __builtin_memcpy(w, bits, sizeof w);
+    return {pack_pair<T>(w[0], w[1]), pack_pair<T>(w[2], w[3]), pack_pair<T>(w[4], w[5]),
+            pack_pair<T>(w[6], w[7])};
+  }
+  DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
+    const int column = first + threadIdx.x % 4 * 4;
+    const uint2 low = load_8_if(exists && column < width, row + column HERE);
+    const uint2 high = load_8_if(exists && column + 16 < width, row + column + 16 HERE);
+    return {low.x, low.y, high.x, high.y};
+  }
+};
 
 // d [16 rows x 8 tokens] += 32 columns of both: a lane holds 8 of its row, of row + 8 and of its
 // token.
@@ -64,9 +107,10 @@ DEVICE void multiply(float (&d)[4], uint4 row, uint4 row_8, uint4 token FROM_HER
   ptx::mma_16816<T>(d, {row.z, row_8.z, row.w, row_8.w}, token.z, token.w HERE);
 }
 
-template <class T, class Stream>
+template <class T, class W, class Stream>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
+  using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Stream::kTokens / 8;
   auto& smem = shared_memory<GateUpSmem<T, Stream>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -74,9 +118,9 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   if (tile.rows == 0) return;
 
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
-  const T* gate_row = static_cast<const T*>(p.gate_up) +
+  const W* gate_row = static_cast<const W*>(p.gate_up) +
                       (int64_t{2} * tile.expert * p.hidden_width + row) * p.width;
-  const T* up_row = gate_row + int64_t{p.hidden_width} * p.width;
+  const W* up_row = gate_row + int64_t{p.hidden_width} * p.width;
   const T* token[kBlocks];
 #pragma unroll
   for (int n = 0; n < kBlocks; n++) {
@@ -85,23 +129,25 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   }
 
   float gate[kBlocks][4] = {}, up[kBlocks][4] = {};
-  for (int first = warp * kStreamColumns; first < p.width; first += kStreamWarps * kStreamColumns) {
-    uint4 weight[2][4], x[2][kBlocks];
+  for (int first = warp * Columns::kColumns; first < p.width;
+       first += kStreamWarps * Columns::kColumns) {
+    uint4 weight[Columns::kGroups][4], x[Columns::kGroups][kBlocks];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int column = first + i * 32 + lane % 4 * 8;
-      const bool low = column < p.width && row < p.hidden_width;
-      const bool high = column < p.width && row + 8 < p.hidden_width;
-      weight[i][0] = load_once_if(low, gate_row + column);
-      weight[i][1] = load_once_if(high, gate_row + int64_t{8} * p.width + column);
-      weight[i][2] = load_once_if(low, up_row + column);
-      weight[i][3] = load_once_if(high, up_row + int64_t{8} * p.width + column);
+    for (int i = 0; i < Columns::kGroups; i++) {
+      const auto weights = [&](bool exists, const W* from) {
+        return Columns::weights(exists, from, first + i * 32, p.width);
+      };
+      const bool low = row < p.hidden_width, high = row + 8 < p.hidden_width;
+      weight[i][0] = weights(low, gate_row);
+      weight[i][1] = weights(high, gate_row + int64_t{8} * p.width);
+      weight[i][2] = weights(low, up_row);
+      weight[i][3] = weights(high, up_row + int64_t{8} * p.width);
 #pragma unroll
       for (int n = 0; n < kBlocks; n++)
-        x[i][n] = load_if(column < p.width && n * 8 + lane / 4 < tile.rows, token[n] + column);
+        x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows, token[n], first + i * 32, p.width);
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < Columns::kGroups; i++)
 #pragma unroll
       for (int n = 0; n < kBlocks; n++) {
         if (n * 8 >= tile.rows) break;
@@ -139,9 +185,10 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
         load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
 }
 
-template <class T, class Stream>
+template <class T, class W, class Stream>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
+  using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Stream::kTokens / 8;
   auto& smem = shared_memory<DownSmem<Stream>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -150,29 +197,28 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   for (int t = warp;; t += kStreamWarps) {
     const MoeTile tile = moe_tile(p, t, Stream::kTokens);
     if (tile.rows == 0) break;
-    const T* weight_row =
-        static_cast<const T*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
+    const W* weight_row =
+        static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
     const T* hidden =
         static_cast<const T*>(p.hidden) + int64_t{tile.begin + lane / 4} * p.hidden_width;
 
     float product[kBlocks][4] = {};
 #pragma unroll 2
-    for (int first = 0; first < p.hidden_width; first += kStreamColumns) {
-      uint4 weight[2][2], x[2][kBlocks];
+    for (int first = 0; first < p.hidden_width; first += Columns::kColumns) {
+      uint4 weight[Columns::kGroups][2], x[Columns::kGroups][kBlocks];
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = first + i * 32 + lane % 4 * 8;
-        const bool exists = column < p.hidden_width;
-        weight[i][0] = load_once_if(exists && row < p.width, weight_row + column);
-        weight[i][1] = load_once_if(exists && row + 8 < p.width,
-                                    weight_row + int64_t{8} * p.hidden_width + column);
+      for (int i = 0; i < Columns::kGroups; i++) {
+        const int from = first + i * 32;
+        weight[i][0] = Columns::weights(row < p.width, weight_row, from, p.hidden_width);
+        weight[i][1] = Columns::weights(row + 8 < p.width, weight_row + int64_t{8} * p.hidden_width,
+                                        from, p.hidden_width);
 #pragma unroll
         for (int n = 0; n < kBlocks; n++)
-          x[i][n] = load_if(exists && n * 8 + lane / 4 < tile.rows,
-                            hidden + int64_t{n} * 8 * p.hidden_width + column);
+          x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows,
+                                    hidden + int64_t{n} * 8 * p.hidden_width, from, p.hidden_width);
       }
 #pragma unroll
-      for (int i = 0; i < 2; i++)
+      for (int i = 0; i < Columns::kGroups; i++)
 #pragma unroll
         for (int n = 0; n < kBlocks; n++) {
           if (n * 8 >= tile.rows) break;

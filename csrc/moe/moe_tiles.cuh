@@ -12,8 +12,9 @@
 // the same places. Warps whose rows hold no token leave the tensor cores to others.
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
 // stage s - 1 is free. Shared memory: sizeof(MoeTilesSmem), 97 KB with 128 rows, 73 KB with 64: two
-// blocks on a large multiprocessor, one multiplies while the other waits. Bound: tensor cores and
-// shared memory alike; with few tokens an expert the weights, from DRAM.
+// blocks on a large multiprocessor, one multiplies while the other waits. Weights in float are
+// rounded on their way, through registers. Bound: tensor cores and shared memory alike; with few
+// tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/math.cuh"
@@ -91,7 +92,7 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
     multiply.template operator()<1>();
 }
 
-template <class T, int kRows, bool kGateUp>
+template <class T, class W, int kRows, bool kGateUp>
 __global__ void __launch_bounds__(kTileThreads)
     moe_tiles_kernel(const __grid_constant__ MoeExpertsParams p) {
   constexpr int kOutColumns = kGateUp ? kTileWeightRows / 2 : kTileWeightRows;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const T* x = static_cast<const T*>(kGateUp ? p.x : p.hidden);
   const int64_t x_stride = kGateUp ? p.x_stride : p.hidden_width;
-  const T* weights = static_cast<const T*>(kGateUp ? p.gate_up : p.down) +
+  const W* weights = static_cast<const W*>(kGateUp ? p.gate_up : p.down) +
                      (kGateUp ? 2 : 1) * int64_t{tile.expert} * out_width * width;
   const auto load_stage = [&](int step) {
     auto& stage = smem.stage[step % kTileStages];
@@ -123,15 +124,15 @@ __global__ void __launch_bounds__(kTileThreads)
           return SourceRow<T>{x + source * x_stride + first, row < tile.rows};
         },
         width - first);
-    copy_rows<kTileColumns, kTileWeightRows, kTileThreads>(
-        stage.weight,
-        [&](int row) {
-          const int column = first_column + row % kOutColumns;  // gate rows, then up rows
-          const int weight_row =
-              min(column, out_width - 1) + (row < kOutColumns ? 0 : p.hidden_width);
-          return SourceRow<T>{weights + int64_t{weight_row} * width + first, column < out_width};
-        },
-        width - first);
+    const auto weight = [&](int row) {
+      const int column = first_column + row % kOutColumns;  // gate rows, then up rows
+      const int weight_row = min(column, out_width - 1) + (row < kOutColumns ? 0 : p.hidden_width);
+      return SourceRow<W>{weights + int64_t{weight_row} * width + first, column < out_width};
+    };
+    if constexpr (std::is_same_v<T, W>)
+      copy_rows<kTileColumns, kTileWeightRows, kTileThreads>(stage.weight, weight, width - first);
+    else
+      round_rows<kTileColumns, kTileWeightRows, kTileThreads>(stage.weight, weight, width - first);
   };
 
   float sum[kRows / 64][16][4] = {};

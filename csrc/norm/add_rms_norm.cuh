@@ -3,8 +3,8 @@
 // The sandwich between two branches in one pass. A block owns a row at a time, as in rms_norm.cuh;
 // x, residual and both weights are loaded before the first sum, so that a single row costs one trip
 // to memory and two block sums. residual' is rounded before it is normed: y must be the norm of
-// what the next layer will read. Shared memory: sizeof(BlockSum). Bound: 4 width sizeof(T) bytes of
-// DRAM a row.
+// what the next layer will read. Shared memory: sizeof(BlockSum). Bound: width (sizeof(T) + 3
+// sizeof(R)) bytes of DRAM a row.
 #pragma once
 
 #include "../common/reduce.cuh"
@@ -13,27 +13,28 @@
 
 namespace gemma4 {
 
-template <class T, int kPieces>
-__global__ void __launch_bounds__(256)
+template <class T, class R, class W, int kPieces>
+__global__ void __launch_bounds__(256, kLeastBlocks<R, W>)
     add_rms_norm_kernel(const __grid_constant__ AddRmsNormParams p) {
-  constexpr int kWidth = kFullWidth<T>;
+  constexpr int kWidth = kFullWidth<T, R>;
   BlockSum& smem = shared_memory<BlockSum>();
   const auto column = [](int piece) -> int { return (piece * blockDim.x + threadIdx.x) * kWidth; };
 
-  Vec<T, kWidth> post_weight[kPieces] = {}, next_weight[kPieces] = {};
+  Vec<W, kWidth> post_weight[kPieces] = {}, next_weight[kPieces] = {};
 #pragma unroll
   for (int i = 0; i < kPieces; i++) {
     if (column(i) >= p.width) continue;
-    post_weight[i] = load<kWidth>(static_cast<const T*>(p.post_weight) + column(i));
-    if (p.y) next_weight[i] = load<kWidth>(static_cast<const T*>(p.next_weight) + column(i));
+    post_weight[i] = load<kWidth>(static_cast<const W*>(p.post_weight) + column(i));
+    if (p.y) next_weight[i] = load<kWidth>(static_cast<const W*>(p.next_weight) + column(i));
   }
-  const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  const float layer_scale = p.scale ? to_float(*static_cast<const W*>(p.scale)) : 1.0f;
 
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x_row = static_cast<const T*>(p.x) + row * p.x_stride;
-    const T* residual_row = static_cast<const T*>(p.residual) + row * p.residual_stride;
-    Vec<T, kWidth> x[kPieces] = {}, residual[kPieces] = {};
+    const R* residual_row = static_cast<const R*>(p.residual) + row * p.residual_stride;
+    Vec<T, kWidth> x[kPieces] = {};
+    Vec<R, kWidth> residual[kPieces] = {};
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
       if (column(i) >= p.width) continue;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(256)
       for (int j = 0; j < kWidth; j++)
         residual[i].set(j,
                         (residual[i][j] + x[i][j] * post_scale * post_weight[i][j]) * layer_scale);
-      store(static_cast<T*>(p.new_residual) + row * p.width + column(i), residual[i]);
+      store(static_cast<R*>(p.new_residual) + row * p.width + column(i), residual[i]);
     }
     if (!p.y) continue;
 
@@ -64,42 +65,42 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
       if (column(i) >= p.width) continue;
-      Vec<T, kWidth> y;
+      Vec<R, kWidth> y;
 #pragma unroll
       for (int j = 0; j < kWidth; j++) y.set(j, residual[i][j] * next_scale * next_weight[i][j]);
-      store(static_cast<T*>(p.y) + row * p.width + column(i), y);
+      store(static_cast<R*>(p.y) + row * p.width + column(i), y);
     }
   }
 }
 
 // Any width and alignment. A thread reads back only what it wrote itself.
-template <class T>
+template <class T, class R, class W>
 __global__ void __launch_bounds__(256)
     add_rms_norm_ragged_kernel(const __grid_constant__ AddRmsNormParams p) {
   BlockSum& smem = shared_memory<BlockSum>();
-  const T* post_weight = static_cast<const T*>(p.post_weight);
-  const T* next_weight = static_cast<const T*>(p.next_weight);
-  const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  const W* post_weight = static_cast<const W*>(p.post_weight);
+  const W* next_weight = static_cast<const W*>(p.next_weight);
+  const float layer_scale = p.scale ? to_float(*static_cast<const W*>(p.scale)) : 1.0f;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
-    T* new_residual = static_cast<T*>(p.new_residual) + row * p.width;
+    const R* residual = static_cast<const R*>(p.residual) + row * p.residual_stride;
+    R* new_residual = static_cast<R*>(p.new_residual) + row * p.width;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < p.width; i += blockDim.x) sum += to_float(x[i]) * to_float(x[i]);
     const float post_scale = 1.0f / sqrtf(block_sum(sum, smem, turn++) / p.width + p.eps);
     sum = 0.0f;
     for (int i = threadIdx.x; i < p.width; i += blockDim.x) {
       const float branch = to_float(x[i]) * post_scale * to_float(post_weight[i]);
-      const T r = from_float<T>((to_float(residual[i]) + branch) * layer_scale);
+      const R r = from_float<R>((to_float(residual[i]) + branch) * layer_scale);
       new_residual[i] = r;
       sum += to_float(r) * to_float(r);
     }
     if (!p.y) continue;
     const float next_scale = 1.0f / sqrtf(block_sum(sum, smem, turn++) / p.width + p.eps);
-    T* y = static_cast<T*>(p.y) + row * p.width;
+    R* y = static_cast<R*>(p.y) + row * p.width;
     for (int i = threadIdx.x; i < p.width; i += blockDim.x)
-      y[i] = from_float<T>(to_float(new_residual[i]) * next_scale * to_float(next_weight[i]));
+      y[i] = from_float<R>(to_float(new_residual[i]) * next_scale * to_float(next_weight[i]));
   }
 }
 

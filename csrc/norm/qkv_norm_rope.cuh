@@ -17,10 +17,10 @@
 namespace gemma4 {
 
 // One head's journey: where it comes from, where it goes, and what is done to it.
-template <class T>
+template <class T, class W>
 struct Head {
   const T* in;
-  const T* weight;  // null: a v head, neither weighted nor turned
+  const W* weight;  // null: a v head, neither weighted nor turned
   T* out;           // null: nowhere
   T* raw_out;       // the same head as v, null if v comes by itself
 };
@@ -30,12 +30,12 @@ DEVICE int num_heads(const QkvNormRopeParams& p) {
   return p.q_heads + (p.k ? p.kv_heads : 0) + (p.v ? p.kv_heads : 0);
 }
 
-template <class T>
-DEVICE Head<T> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slot, int h) {
+template <class T, class W>
+DEVICE Head<T, W> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slot, int h) {
   const bool kept = slot >= 0 && slot < p.num_slots;
   if (h < p.q_heads)
     return {static_cast<const T*>(p.q) + token * p.q_stride + h * p.q_head_stride,
-            static_cast<const T*>(p.q_weight),
+            static_cast<const W*>(p.q_weight),
             static_cast<T*>(p.q_out) + (token * p.q_heads + h) * p.head_dim, nullptr};
   h -= p.q_heads;
   const bool is_v = h >= p.kv_heads;
@@ -46,7 +46,7 @@ DEVICE Head<T> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slot, 
     return {static_cast<const T*>(p.v) + token * p.v_stride + h * p.v_head_stride, nullptr, v_out,
             nullptr};
   return {static_cast<const T*>(p.k) + token * p.k_stride + h * p.k_head_stride,
-          static_cast<const T*>(p.k_weight), kept ? static_cast<T*>(p.k_out) + to : nullptr,
+          static_cast<const W*>(p.k_weight), kept ? static_cast<T*>(p.k_out) + to : nullptr,
           p.v ? nullptr : v_out};
 }
 
@@ -58,8 +58,8 @@ struct HeadLanes {
   static constexpr int kPieces = kPiecesOfHalf / kLanes;  // of each half, a lane
 };
 
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(256)
+template <class T, class W, int kHeadDim>
+__global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
     qkv_norm_rope_kernel(const __grid_constant__ QkvNormRopeParams p) {
   using Lanes = HeadLanes<T, kHeadDim>;
   constexpr int kWidth = Lanes::kWidth, kPieces = Lanes::kPieces, kHalf = kHeadDim / 2;
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(256)
     // Every group takes every turn: the sums are the whole warp's.
     for (int first = 0; first < num_heads(p); first += groups * gridDim.y) {
       const bool has_head = first + group < num_heads(p);
-      const Head<T> head = has_head ? head_at<T>(p, token, slot, first + group) : Head<T>{};
+      const Head<T, W> head =
+          has_head ? head_at<T, W>(p, token, slot, first + group) : Head<T, W>{};
       Vec<T, kWidth> a[kPieces] = {}, b[kPieces] = {};
       float sum = 0.0f;
 #pragma unroll
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(256)
 }
 
 // Any even head size and alignment: a warp owns a head and reads it twice.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(256)
     qkv_norm_rope_ragged_kernel(const __grid_constant__ QkvNormRopeParams p) {
   const int lane = threadIdx.x % 32, half = p.head_dim / 2;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(256)
     const float position = static_cast<float>(index_at(p.positions, token));
     const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
     for (int h = blockIdx.y * warps + threadIdx.x / 32; h < num_heads(p); h += warps * gridDim.y) {
-      const Head<T> head = head_at<T>(p, token, slot, h);
+      const Head<T, W> head = head_at<T, W>(p, token, slot, h);
       float sum = 0.0f;
       for (int i = lane; i < p.head_dim; i += 32)
         sum += to_float(head.in[i]) * to_float(head.in[i]);

@@ -12,18 +12,19 @@
 
 namespace gemma4 {
 
-template <class T, int kPieces>
-__global__ void __launch_bounds__(256) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+template <class T, class W, int kPieces>
+__global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
+    rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   constexpr int kWidth = kFullWidth<T>;
   BlockSum& smem = shared_memory<BlockSum>();
   const auto column = [](int piece) -> int { return (piece * blockDim.x + threadIdx.x) * kWidth; };
 
-  Vec<T, kWidth> weight[kPieces] = {};
+  Vec<W, kWidth> weight[kPieces] = {};
   if (p.weight) {
 #pragma unroll
     for (int i = 0; i < kPieces; i++)
       if (column(i) < p.width)
-        weight[i] = load<kWidth>(static_cast<const T*>(p.weight) + column(i));
+        weight[i] = load<kWidth>(static_cast<const W*>(p.weight) + column(i));
   }
 
   int turn = 0;
@@ -52,11 +53,11 @@ __global__ void __launch_bounds__(256) rms_norm_kernel(const __grid_constant__ R
 }
 
 // Any width and alignment: an element at a time, the row read a second time, from L2.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(256)
     rms_norm_ragged_kernel(const __grid_constant__ RmsNormParams p) {
   BlockSum& smem = shared_memory<BlockSum>();
-  const T* weight = static_cast<const T*>(p.weight);
+  const W* weight = static_cast<const W*>(p.weight);
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;

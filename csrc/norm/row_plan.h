@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/launch.h"
+#include "../common/vec.cuh"
 
 namespace gemma4 {
 
@@ -13,10 +14,11 @@ struct RowPlan {
 
 // Few pieces a thread keep every load of a single row in flight at once; at most 256 threads keep
 // several rows on a multiprocessor, so that one row's block sum hides behind another's loads. Rows
-// beyond 16 KB, wider than any Gemma 4 in 16 bits, do not go in pieces.
-template <class T>
+// beyond 16 KB, wider than any Gemma 4 in 16 bits, do not go in pieces. A piece is 16 bytes of the
+// widest type.
+template <class... T>
 RowPlan plan_rows(int64_t rows, int width, bool in_pieces, const Device& device) {
-  const int pieces_in_row = ceil_div(width, 16 / static_cast<int>(sizeof(T)));
+  const int pieces_in_row = ceil_div(width, kFullWidth<T...>);
   RowPlan plan{0, width < 256 ? round_up(width, kWarpSize) : 256, 0};
   if (in_pieces && pieces_in_row <= 4 * 256) {
     plan.pieces = 1;

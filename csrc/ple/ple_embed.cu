@@ -4,23 +4,23 @@
 
 namespace gemma4 {
 
-void ple_embed(const PleEmbedParams& p, DType dtype, const Device& device) {
+void ple_embed(const PleEmbedParams& p, const DTypes& dtypes, const Device& device) {
   if (p.tokens == 0 || p.layers == 0) return;
   constexpr int kWarps = 8;
   const dim3 grid(static_cast<unsigned>(p.tokens < INT32_MAX ? p.tokens : INT32_MAX),
                   ceil_div(p.layers, kWarps));
-  with_type(dtype, [&]<class T>() {
-    constexpr int kWidth = kFullWidth<T>;
-    const bool in_pieces = in_pieces_of_16<T>(p.table, p.table_stride, p.width) &&
+  with_types(dtypes, [&]<class T, class R, class W>() {
+    constexpr int kWidth = kFullWidth<T, R>;
+    const bool in_pieces = in_pieces_of_16<R>(p.table, p.table_stride, p.width) &&
                            in_pieces_of_16<T>(p.projected, p.projected_stride, p.width) &&
-                           in_pieces_of_16<T>(p.weight, 0, p.width) &&
-                           in_pieces_of_16<T>(p.y, p.width, p.width);
+                           in_pieces_of_16<W>(p.weight, 0, p.width) &&
+                           in_pieces_of_16<R>(p.y, p.width, p.width);
     const auto start = [&](auto kernel) {
       launch(device, "ple_embed", kernel, grid, kWarps * kWarpSize, 0, p);
     };
-    if (in_pieces && p.width <= 32 * kWidth) return start(ple_embed_kernel<T, kWidth, 1>);
-    if (in_pieces && p.width <= 64 * kWidth) return start(ple_embed_kernel<T, kWidth, 2>);
-    start(ple_embed_ragged_kernel<T>);
+    if (in_pieces && p.width <= 32 * kWidth) return start(ple_embed_kernel<T, R, W, kWidth, 1>);
+    if (in_pieces && p.width <= 64 * kWidth) return start(ple_embed_kernel<T, R, W, kWidth, 2>);
+    start(ple_embed_ragged_kernel<T, R, W>);
   });
 }
 

@@ -1,18 +1,19 @@
-"""The shape of a Gemma 4 text model, read from either spelling of config.json.
+"""The shape of a Gemma 4 text model, with every field checked; config_file.py reads its spellings.
 
-Published files name the full-attention layers' sizes in flat keys (`global_head_dim`,
-`num_global_key_value_heads`); transformers 5.24 writes them as `per_layer_config`, a table of
-overrides per layer. Both give the same object; `to_dict` writes the flat spelling, which every
-reader knows. The table of released sizes takes this file past 400 lines.
+The checks and the table of released sizes take this file past 400 lines.
 """
 
-import json
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+from .config_file import FULL, SLIDING, read_fields
+from .files import finish, read_json, replacing, short, write_json
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Beyond any model, and small enough that a module tree of such sizes is made in no time on meta.
+MOST_LAYERS, MOST_EXPERTS, MOST_SIZE, MOST_TOKENS = 1024, 2**16, 2**24, 2**31 - 1
 
 _DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -28,6 +29,10 @@ class Gemma4TextConfig:
     `layer_types` defaults to five sliding layers, then a full one. Raises ValueError, naming the
     key, for a combination that no model can have.
     """
+
+    # What programs around a model look up in its config.
+    model_type: ClassVar[str] = "gemma4_text"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 262_144
     hidden_size: int = 2304
@@ -65,44 +70,57 @@ class Gemma4TextConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         if self.layer_types is None:
             self.layer_types = [
                 FULL if (i + 1) % 6 == 0 else SLIDING for i in range(self.num_hidden_layers)
             ]
-        self.layer_types = list(self.layer_types)
-        self._check_sizes()
+        self._check_layer_types()
         if self.layer_types[-1] != FULL:
             warnings.warn(
                 f"the last layer must use {FULL}, got {self.layer_types[-1]}: it is forced",
                 stacklevel=3,
             )
             self.layer_types[-1] = FULL
-        self.rope_parameters = _checked_rope(self.rope_parameters or _DEFAULT_ROPE)
+        self._check_switches()
+        rope = _DEFAULT_ROPE if self.rope_parameters is None else self.rope_parameters
+        self.rope_parameters = _checked_rope(rope, set(self.layer_types))
         self._check_options()
 
     def _check_sizes(self) -> None:
         if isinstance(self.sliding_window, (list, tuple)):
             raise ValueError(
-                f"sliding_window must be one number of keys, got the pair {self.sliding_window}"
+                "sliding_window must be one number of keys, got the pair "
+                f"{short(self.sliding_window)}"
             )
         for name in (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
             "global_head_dim",
-            "sliding_window",
-            "max_position_embeddings",
         ):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+        _check_integer("num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
+        for name in ("sliding_window", "max_position_embeddings"):
+            _check_integer(name, getattr(self, name), 1, MOST_TOKENS)
+        for name in (
+            "num_kv_shared_layers",
+            "hidden_size_per_layer_input",
+            "vocab_size_per_layer_input",
+        ):
             _check_integer(name, getattr(self, name), 0)
         if self.num_global_key_value_heads is not None:
             _check_integer("num_global_key_value_heads", self.num_global_key_value_heads, 1)
-        _check_positive("rms_norm_eps", self.rms_norm_eps)
+
+    def _check_layer_types(self) -> None:
+        if not isinstance(self.layer_types, (list, tuple)):
+            raise ValueError(
+                f"layer_types must be a list of {SLIDING} and {FULL}, got {short(self.layer_types)}"
+            )
+        self.layer_types = list(self.layer_types)
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types must have one entry per layer, {self.num_hidden_layers}, "
@@ -110,7 +128,29 @@ class Gemma4TextConfig:
             )
         for kind in self.layer_types:
             if kind not in (SLIDING, FULL):
-                raise ValueError(f"layer_types must hold {SLIDING} or {FULL}, got {kind!r}")
+                raise ValueError(f"layer_types must hold {SLIDING} or {FULL}, got {short(kind)}")
+
+    def _check_switches(self) -> None:
+        for name in (
+            "attention_bias",
+            "attention_k_eq_v",
+            "use_double_wide_mlp",
+            "enable_moe_block",
+            "tie_word_embeddings",
+            "use_cache",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {short(value)}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple))
+            for index in value if several else [] if value is None else [value]:
+                _check_integer(name, index, 0, self.vocab_size - 1)
+        name = self.dtype.removeprefix("torch.") if isinstance(self.dtype, str) else self.dtype
+        if name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {short(self.dtype)}")
+        self.dtype = name
 
     def _check_options(self) -> None:
         for kind in (SLIDING, FULL):
@@ -123,20 +163,23 @@ class Gemma4TextConfig:
                 )
         if self.hidden_activation != "gelu_pytorch_tanh":
             raise ValueError(
-                f"hidden_activation must be gelu_pytorch_tanh, got {self.hidden_activation!r}"
+                f"hidden_activation must be gelu_pytorch_tanh, got {short(self.hidden_activation)}"
             )
         if self.use_bidirectional_attention not in (None, "all", "vision"):
             raise ValueError(
                 "use_bidirectional_attention must be null, 'all' or 'vision', "
-                f"got {self.use_bidirectional_attention!r}"
+                f"got {short(self.use_bidirectional_attention)}"
             )
+        _check_number("rms_norm_eps", self.rms_norm_eps, 1e-30, 1.0)
+        _check_number("initializer_range", self.initializer_range, 0.0, 1e3)
         if self.final_logit_softcapping is not None:
-            _check_positive("final_logit_softcapping", self.final_logit_softcapping)
+            _check_number("final_logit_softcapping", self.final_logit_softcapping, 1e-6, 1e6)
         if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < 1:
             raise ValueError("hidden_size_per_layer_input needs a vocab_size_per_layer_input")
         if self.enable_moe_block:
             for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-                _check_integer(f"enable_moe_block: {name}", getattr(self, name), 1)
+                most = MOST_SIZE if name == "moe_intermediate_size" else MOST_EXPERTS
+                _check_integer(f"enable_moe_block: {name}", getattr(self, name), 1, most)
             if self.top_k_experts > self.num_experts:
                 raise ValueError(
                     f"top_k_experts ({self.top_k_experts}) must not exceed num_experts "
@@ -175,12 +218,16 @@ class Gemma4TextConfig:
         if layer < first_shared:
             return layer
         kind = self.layer_types[layer]
-        return max(i for i in range(first_shared) if self.layer_types[i] == kind)
+        return next(i for i in reversed(range(first_shared)) if self.layer_types[i] == kind)
 
     def mlp_width(self, layer: int) -> int:
         """Feed-forward width: doubled on the layers that borrow keys if use_double_wide_mlp."""
         doubled = self.use_double_wide_mlp and self.kv_owner(layer) != layer
         return self.intermediate_size * (2 if doubled else 1)
+
+    def get_text_config(self) -> "Gemma4TextConfig":
+        """Itself: what programs ask a config for that may be a multimodal model's."""
+        return self
 
     @property
     def bidirectional(self) -> bool:
@@ -199,45 +246,34 @@ class Gemma4TextConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Gemma4TextConfig":
         """From the contents of a config.json, multimodal (`text_config`) or not."""
-        if "quantization_config" in data:
-            method = data["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantised checkpoints are not supported (quant_method {method})")
-        text = dict(data.get("text_config") or data)
-        if text.get("attn_logit_softcapping"):
-            raise ValueError("attn_logit_softcapping is not a Gemma 4 option")
-        text["dtype"] = (
-            text.get("dtype", text.get("torch_dtype") or data.get("dtype")) or "bfloat16"
-        )
-        if "tie_word_embeddings" in data:
-            text.setdefault("tie_word_embeddings", data["tie_word_embeddings"])
-        names = {field.name for field in fields(cls)}
-        known = {name: value for name, value in text.items() if name in names}
-        # transformers' unified text class has no PLE and leaves the keys out.
-        if "unified" in str(text.get("model_type", "")):
-            known.setdefault("hidden_size_per_layer_input", 0)
-        known["hidden_size_per_layer_input"] = known.get("hidden_size_per_layer_input", 256) or 0
-        known["num_kv_shared_layers"] = known.get("num_kv_shared_layers") or 0
-        known.update(_per_layer(text))
-        return cls(**known)
+        return cls(**read_fields(data, {field.name for field in fields(cls)}))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Gemma4TextConfig":
-        """From a folder's config.json."""
+        """From a folder's config.json; ValueError names file, field, what it must be and is."""
         file = Path(path) / "config.json"
+        finish(Path(path))
         if not file.is_file():
             raise FileNotFoundError(f"{path} holds no config.json")
-        return cls.from_dict(read_json(file))
+        data = read_json(file)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The flat spelling, ready for config.json."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", **data}
+        return {"architectures": ["Gemma4ForCausalLM"], "model_type": self.model_type, **data}
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json into a folder, made if need be."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        (Path(path) / "config.json").write_text(text, encoding="utf-8")
+        with replacing(Path(path)) as (staging, _):
+            self.write(staging)
+
+    def write(self, folder: Path) -> None:
+        """Writes config.json into a folder that is there."""
+        write_json(folder / "config.json", self.to_dict())
 
     @classmethod
     def preset(cls, name: str) -> "Gemma4TextConfig":
@@ -247,89 +283,64 @@ class Gemma4TextConfig:
         return cls(**_PRESETS[name])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError, naming the file, if it holds none."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return data
+def _check_integer(name: str, value: Any, least: int, most: int = MOST_SIZE) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer of {least} to {most}, got {short(value)}")
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    # An integer beyond the floats fails the comparison, as NaN does.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number of {least:g} to {most:g}, got {short(value)}")
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def _checked_rope(rope: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    checked = {}
-    for kind in (SLIDING, FULL):
-        entry = rope.get(kind, _DEFAULT_ROPE[kind]) if isinstance(rope, dict) else None
-        if not isinstance(entry, dict):
-            raise ValueError(f"rope_parameters must map {kind} to its parameters, got {rope!r}")
-        entry = {"rope_type": "default", **entry}
-        if unknown := set(entry) - _ROPE_KEYS:
-            raise ValueError(f"rope_parameters[{kind}] has unknown keys: {sorted(unknown)}")
-        if entry["rope_type"] not in ("default", "proportional"):
-            raise ValueError(
-                f"rope_parameters[{kind}]: rope_type must be default or proportional, "
-                f"got {entry['rope_type']!r}"
-            )
-        entry.setdefault("rope_theta", _DEFAULT_ROPE[kind]["rope_theta"])
-        part = entry.get("partial_rotary_factor", 1.0)
-        for name in ("rope_theta", "factor", "partial_rotary_factor"):
-            _check_positive(f"rope_parameters[{kind}]: {name}", entry.get(name, 1.0))
-        if part > 1 or (entry["rope_type"] == "default" and part != 1):
-            raise ValueError(
-                f"rope_parameters[{kind}]: partial_rotary_factor must lie in (0, 1] and needs "
-                f"rope_type proportional, got {part} with {entry['rope_type']}"
-            )
-        checked[kind] = entry
-    return checked
-
-
-def _per_layer(text: dict[str, Any]) -> dict[str, Any]:
-    """`per_layer_config` as the flat keys; its layers must all be the full ones, and agree."""
-    table = text.get("per_layer_config")
-    if not table:
-        return {}
-    # Keys are decimal strings, zero-padded to the width of the layer count.
-    try:
-        overrides = {int(index): dict(entry) for index, entry in table.items()}
-    except (AttributeError, TypeError, ValueError):
+def _checked_rope(rope: Any, kinds: set[str]) -> dict[str, dict[str, Any]]:
+    """Each kind's rope parameters. What transformers would ignore without a word is refused."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters must map layer kinds to objects, got {short(rope)}")
+    if unknown := set(rope) - {SLIDING, FULL}:
         raise ValueError(
-            f"per_layer_config must map layer numbers to overrides, got {table!r}"
-        ) from None
-    first = next(iter(overrides.values()))
-    kinds = text.get("layer_types")
-    if kinds is not None:
-        full = {i for i, kind in enumerate(kinds) if kind == FULL} | {len(kinds) - 1}
-        if set(overrides) != full:
-            raise ValueError(
-                f"per_layer_config must cover the {FULL} layers {sorted(full)}, "
-                f"got {sorted(overrides)}"
-            )
-    for index, entry in overrides.items():
-        if entry != first or set(entry) - {"head_dim", "num_key_value_heads"}:
-            raise ValueError(
-                "per_layer_config may give head_dim and num_key_value_heads, the same on every "
-                f"{FULL} layer, got {entry} on layer {index}"
-            )
-    flat = {"global_head_dim": first.get("head_dim", text.get("head_dim", 256))}
-    if "num_key_value_heads" in first:
-        flat["num_global_key_value_heads"] = first["num_key_value_heads"]
-        if not text.get("attention_k_eq_v"):
-            raise ValueError(
-                "per_layer_config: num_key_value_heads on full layers needs attention_k_eq_v"
-            )
-    return flat
+            f"rope_parameters must have the keys {SLIDING} and {FULL}, "
+            f"got {short(sorted(map(str, unknown)))}"
+        )
+    checked = {kind: _checked_rope_entry(kind, entry) for kind, entry in rope.items()}
+    for kind in (SLIDING, FULL):
+        if kind in kinds and kind not in checked:
+            raise ValueError(f"rope_parameters must have the key {kind}, got {short(list(rope))}")
+    return {**_DEFAULT_ROPE, **checked}
+
+
+def _checked_rope_entry(kind: str, entry: Any) -> dict[str, Any]:
+    name = f"rope_parameters.{kind}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} must be an object, got {short(entry)}")
+    entry = dict(entry)
+    entry.setdefault("rope_type", entry.pop("type", "default"))
+    if unknown := set(entry) - _ROPE_KEYS:
+        raise ValueError(
+            f"{name} must have no keys but {', '.join(sorted(_ROPE_KEYS))}, "
+            f"got {short(sorted(map(str, unknown)))}"
+        )
+    if entry["rope_type"] not in ("default", "proportional"):
+        raise ValueError(
+            f"{name}.rope_type must be default or proportional, got {short(entry['rope_type'])}"
+        )
+    for key, least, most in (
+        ("factor", 1e-6, 1e6),
+        ("partial_rotary_factor", 1e-6, 1.0),
+        ("rope_theta", 1.0, 1e15),
+    ):
+        if key in entry:
+            _check_number(f"{name}.{key}", entry[key], least, most)
+    if "rope_theta" not in entry:
+        raise ValueError(f"{name}.rope_theta must be given, got {short(entry)}")
+    if entry["rope_type"] == "default":
+        for key in ("factor", "partial_rotary_factor"):
+            if entry.get(key, 1) != 1:
+                raise ValueError(
+                    f"{name}.{key} must be 1 or absent where rope_type is default, got {entry[key]}"
+                )
+    return entry
 
 
 def _pattern(sliding: int, repeats: int) -> list[str]:

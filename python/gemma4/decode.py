@@ -4,9 +4,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .cache import Cache, DecodeStep
+from gemma4_kernels.fusion import why_called
+
+from .cache import Cache
+from .steps import DecodePlan
 
 
 class Decoder:
@@ -19,10 +22,10 @@ class Decoder:
     """
 
     def __init__(self, model: Any, cache: Cache, steps: int):
-        cache.check(model.config, cache.batch_size, model.dtype)
+        cache.check(model.config, cache.batch_size, model.compute_dtype)
         cache.reserve(max(cache.lengths) + steps)
         self.model, self.cache = model, cache
-        self.step = DecodeStep(cache)
+        self.plan = DecodePlan(cache)
         self.ids = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
         self.first = True
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -53,16 +56,19 @@ class Decoder:
 
     def forward(self, ids_B: Tensor) -> Tensor:
         """The step itself: what a graph captures, and what may be compiled."""
-        logits = self.model.logits(self.model.model.decode(ids_B, self.step))
-        self.step.advance()
-        return logits
+        return self.model(ids_B[:, None], cache=self.plan).logits[:, -1]
 
     def _capture(self, ids_B: Tensor) -> None:
         """Runs the step once, for libraries set themselves up in the first run, and captures it.
 
-        Writes what the replay writes again. Eager twins that read values on the host cannot be
-        captured: a warning names the first, and the steps run as they are.
+        Writes what the replay writes again. Hooks would be captured with it and never run again,
+        and eager twins that read values on the host cannot be captured: a warning names the first
+        of them, and the steps run as they are.
         """
+        watched = _watched(self.model)
+        if watched is not None:
+            warnings.warn(f"decoding runs without a CUDA graph: {watched}", stacklevel=4)
+            return
         device, before = self.cache.device, torch.cuda.get_sync_debug_mode()
         self.ids.copy_(ids_B)
         side = torch.cuda.Stream(device)
@@ -70,13 +76,23 @@ class Decoder:
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(side):
-                self.model.model.decode(self.ids, self.step)
+                self.forward(self.ids)
         except RuntimeError as error:
             warnings.warn(f"decoding runs without a CUDA graph: {error}", stacklevel=4)
             return
         finally:
             torch.cuda.set_sync_debug_mode(before)
             torch.cuda.current_stream(device).wait_stream(side)
+        self.plan.rewind()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self.forward(self.ids)
+
+
+def _watched(model: nn.Module) -> str | None:
+    """The first module whose calls somebody wants to see, which a graph would not show."""
+    for name, module in model.named_modules():
+        reason = why_called(module)
+        if reason is not None:
+            return f"{name or 'the model'} {reason}"
+    return None

@@ -5,6 +5,7 @@ Rows, or the segments packed into a row, are sequences: a length and a number of
 each. Left and right padding are the same thing here, and no S x S mask exists.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -28,6 +29,11 @@ class Layout:
     index: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int], device: torch.device) -> "Layout":
+        """Rows without padding, one sequence each."""
+        return make_layout(tuple(shape), device)
 
     @property
     def max_seqlen_q(self) -> int:
@@ -63,6 +69,10 @@ class Layout:
             return x.unflatten(0, self.shape)
         cells = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
         return cells.index_copy(0, self.index, x).unflatten(0, self.shape)
+
+    def call(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """module(x) for packed x [T, ...], in the shape that it has in a model without packing."""
+        return self.pack(module(self.unpack(x)))
 
     def tail(self, columns: int) -> "tuple[Layout, Tensor] | None":
         """The layout of the last columns alone, and which packed tokens they hold.

@@ -1,71 +1,54 @@
-"""Building blocks of the model: norm, linear, packed projections, rotary frequencies."""
-
-from collections.abc import Iterator
-from typing import Any
+"""Building blocks of the model: norm, embedding, activation, rotary embedding, joined linears."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
+from gemma4_kernels.fusion import is_plain
 
 from .config import FULL, SLIDING, Gemma4TextConfig
 
+# On a CPU one product in place of two or three saves calls and no bytes: measured, it is worth a
+# copy of weights up to about this size. A GPU is saved launches, whatever the size.
+CPU_JOIN_BYTES = 4 << 20
+
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    """`rms_norm` with a weight, or without one."""
+
+    def __init__(self, width: int, eps: float, with_scale: bool = True):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width)) if with_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class PackedLinear(nn.Module):
-    """Several projections of one input as one matrix; the state dict shows them apart.
+class ScaledEmbedding(nn.Embedding):
+    """A table whose rows come out times √width, the factor rounded to the table's dtype first."""
 
-    The parts appear under their own names beside this module (`q_proj.weight`), as views, and are
-    joined again on load, so checkpoints keep transformers' names and nothing is held twice.
-    """
+    def __init__(self, rows: int, width: int, scale: float, std: float):
+        super().__init__(rows, width)
+        nn.init.normal_(self.weight, std=std)
+        self.scale = scale
 
-    def __init__(self, parent: nn.Module, parts: dict[str, int], config: Gemma4TextConfig):
-        super().__init__()
-        self.parts = parts
-        rows = sum(parts.values())
-        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.initializer_range)
-        attention_bias = config.attention_bias and "q_proj" in parts
-        self.bias = nn.Parameter(torch.zeros(rows)) if attention_bias else None
-        parent.register_state_dict_post_hook(_split_packed)
-        parent.register_load_state_dict_pre_hook(_join_packed)
+    @property
+    def embed_scale(self) -> Tensor:
+        """Under transformers' name: adapters of an embedding look for it."""
+        return torch.tensor(self.scale)
 
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.tensor(self.scale, dtype=self.weight.dtype)
+
+
+class GELUTanh(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.gelu(x, approximate="tanh")
 
 
-# Functions and not methods, so that a copied or pickled model does not drag along the first one.
-def _packed(parent: nn.Module, prefix: str) -> Iterator[tuple[str, list[str], list[int]]]:
-    """(packed name, names of its parts, their rows) of each tensor packed under `parent`."""
-    for child, module in parent.named_children():
-        if isinstance(module, PackedLinear):
-            for kind, _ in module.named_parameters():
-                names = [f"{prefix}{part}.{kind}" for part in module.parts]
-                yield f"{prefix}{child}.{kind}", names, list(module.parts.values())
-
-
-def _split_packed(parent: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for packed, names, rows in _packed(parent, prefix):
-        state.update(zip(names, state.pop(packed).split(rows), strict=True))
-
-
-def _join_packed(parent: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for packed, names, _rows in _packed(parent, prefix):
-        if all(name in state for name in names):
-            state[packed] = torch.cat([state.pop(name) for name in names])
-
-
-class RotaryFrequencies(nn.Module):
+class RotaryEmbedding(nn.Module):
     """inv_freq [C / 2] of each layer kind: fp32 whatever the model's dtype, in no state dict.
 
     default: theta^(-2i / C). proportional: the same for the first partial_rotary_factor · C / 2
@@ -97,6 +80,91 @@ class RotaryFrequencies(nn.Module):
 
     def __getitem__(self, kind: str) -> Tensor:
         return self.tables[kind]
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, S, C] in x's dtype; fused ops take inv_freq and positions."""
+        return cosines_and_sines(position_ids, self.tables[layer_type], x.dtype)
+
+
+def cosines_and_sines(
+    positions: Tensor, inv_freq: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[..., C] of positions [...], from fp32 angles."""
+    angles = positions[..., None].float() * inv_freq
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotated(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Each pair (i, i + C/2) of a head turned by its angle."""
+    first, second = x_THC.chunk(2, -1)
+    return x_THC * cos_TC[:, None] + torch.cat([-second, first], -1) * sin_TC[:, None]
+
+
+def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the linears as one matrix, if one product may take their place now.
+
+    That is a matter of inference: they are plain, no gradient is wanted, no autocast (which keeps
+    a cast of each weight) and no compiler (which cannot see addresses) is at work. The first call
+    lays the weights side by side in one piece of memory, one group at a time, and so does every
+    call after something has moved them; the parameters stay who they are and become views.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not all(is_plain(linear, nn.Linear) for linear in linears)
+    ):
+        return None
+    weights = [linear._parameters["weight"] for linear in linears]
+    if torch.is_autocast_enabled(weights[0].device.type):
+        return None
+    weight = _as_one(weights)
+    if weight is None or linears[0]._parameters["bias"] is None:
+        return None if weight is None else (weight, None)
+    bias = _as_one([linear._parameters["bias"] for linear in linears])
+    return None if bias is None else (weight, bias)
+
+
+def _as_one(parts: list[Tensor]) -> Tensor | None:
+    """The tensors joined along dimension 0: a view of their memory, laid out anew if need be."""
+    first, rows = parts[0], 0
+    size, end = first.element_size(), first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
+            return _lay_side_by_side(parts)
+        rows += part.shape[0]
+        end += part.numel() * size
+    whole = (rows, *first.shape[1:])
+    # Neighbours by chance lie in two storages; then the first one's ends before the last row.
+    begin = first.untyped_storage().data_ptr()
+    if end - begin > first.untyped_storage().nbytes():
+        return _lay_side_by_side(parts)
+    return first.as_strided(whole, first.stride())
+
+
+def _lay_side_by_side(parts: list[Tensor]) -> Tensor | None:
+    first, total = parts[0], sum(part.nbytes for part in parts)
+    if first.is_meta or (first.is_cpu and total > CPU_JOIN_BYTES):
+        return None
+    begin = 0
+    for part in parts:
+        # Memory that somebody else looks at (an optimizer's flat buffer, another process, a tied
+        # module) must stay where it is: what is moved has a storage to itself. Pickle gives each
+        # part a copy of what was one storage.
+        held, offset = part.untyped_storage().nbytes(), part.storage_offset() * part.element_size()
+        alone = held == part.nbytes or (held == total and offset == begin)
+        if not alone or (part.is_cpu and part.is_shared()):
+            return None
+        if part.dtype != first.dtype or part.device != first.device:
+            return None
+        begin += part.nbytes
+    if len({part.untyped_storage().data_ptr() for part in parts}) < len(parts):
+        return None
+    with torch.inference_mode(False):  # else the parameters could never be trained again
+        whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
+        part.data = view
+    return whole
 
 
 def linear(inputs: int, outputs: int, config: Gemma4TextConfig, bias: bool = False) -> nn.Linear:

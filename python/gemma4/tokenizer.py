@@ -4,30 +4,31 @@ Every encoding starts with exactly one `<bos>`, whoever wrote it: the caller, th
 text itself.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import read_json
-from .weights import resolve
+from .checkpoint import resolve
+from .files import check_no_pointer, naming, read_json, replacing, short, write_json
+from .template import render
 
 TURN_START, TURN_END = "<|turn>", "<turn|>"
+# Far above the files of released models (33 MB, 20 kB): what is larger is something else.
+MAX_TOKENIZER_BYTES, MAX_TEMPLATE_BYTES = 256 * 2**20, 2**20
+_ENTRY = ("name", "template")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Gemma4Tokenizer:
     """A `tokenizers.Tokenizer` with Gemma 4's special tokens and chat template.
 
-    `config` is the content of tokenizer_config.json, `templates` maps names to jinja sources, and
-    `source` names the file in errors. Raises ValueError if bos, eos or pad is not a token.
+    `config` is the content of tokenizer_config.json, `templates` maps names to jinja sources;
+    `source` and `template_source` name their files in errors. Raises ValueError if bos, eos or pad
+    is not a token.
     """
 
     padding_side = "left"
@@ -38,16 +39,20 @@ class Gemma4Tokenizer:
         config: dict[str, Any] | None = None,
         templates: dict[str, str] | None = None,
         source: str = "the tokenizer",
+        template_source: str = "the chat template",
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.backend, self.source = tokenizer, source
-        config = config or {}
-        self.templates = templates or {}
-        self.add_bos_token = bool(config.get("add_bos_token", True))
-        self.bos_token = _content(config.get("bos_token"), "<bos>")
-        self.eos_token = _content(config.get("eos_token"), "<eos>")
-        self.pad_token = _content(config.get("pad_token"), "<pad>")
+        self.backend, self.source, self.template_source = tokenizer, source, template_source
+        self.config, self.templates = config or {}, templates or {}
+        self.add_bos_token = self.config.get("add_bos_token", True)
+        if not isinstance(self.add_bos_token, bool):
+            raise ValueError(
+                f"add_bos_token must be true or false, got {short(self.add_bos_token)}"
+            )
+        self.bos_token = _content(self.config, "bos_token", "<bos>")
+        self.eos_token = _content(self.config, "eos_token", "<eos>")
+        self.pad_token = _content(self.config, "pad_token", "<pad>")
         self.bos_token_id = self._required(self.bos_token)
         self.eos_token_id = self._required(self.eos_token)
         self.pad_token_id = self._required(self.pad_token)
@@ -58,17 +63,46 @@ class Gemma4Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path) -> "Gemma4Tokenizer":
-        """From a folder or hub id; FileNotFoundError without tokenizer.json, ValueError if bad."""
-        folder = resolve(path_or_repo_id)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+        """From a folder or hub id.
+
+        Raises FileNotFoundError without tokenizer.json, and ValueError, naming file and entry, for
+        one that is damaged or has more tokens than the model that lies beside it.
+        """
+        folder = resolve(path_or_repo_id, "tokenizer.json")
+        file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        backend = _read_backend(file)
+        config = read_json(config_file) if config_file.is_file() else {}
+        templates, template_file = _read_templates(folder, config, config_file)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer: {error}") from None
-        config = _read_config(folder / "tokenizer_config.json")
-        return cls(backend, config, _read_templates(folder, config), str(file))
+            made = cls(backend, config, templates, str(file), str(template_file))
+        except ValueError as error:
+            said = str(error)
+            raise ValueError(said if str(file) in said else f"{config_file}: {said}") from None
+        tokens, rows = 1 + max(backend.get_vocab().values(), default=-1), _model_rows(folder)
+        if rows is not None and tokens > rows:
+            raise ValueError(
+                f"{file} must have no more tokens than the model, whose vocab_size is {rows}, "
+                f"got {tokens}"
+            )
+        return made
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template to a folder."""
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        others = [{"name": k, "template": v} for k, v in self.templates.items()]
+        with replacing(Path(path)) as (staging, removed):
+            with naming(staging / "tokenizer.json"):
+                self.backend.save(str(staging / "tokenizer.json"))
+            if self.templates.keys() == {"default"}:
+                with naming(staging / "chat_template.jinja"):
+                    (staging / "chat_template.jinja").write_text(
+                        self.templates["default"], encoding="utf-8", newline=""
+                    )
+            else:
+                removed.add("chat_template.jinja")
+                if others:
+                    config["chat_template"] = others
+            write_json(staging / "tokenizer_config.json", config)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -125,14 +159,17 @@ class Gemma4Tokenizer:
     ) -> list[int] | str:
         """The conversation as ids, or as text if not `tokenize`; `variables` reach the template.
 
-        Raises ValueError if the tokens or the template of a chat are missing, and with the
-        template's own sentence if it refuses the messages.
+        messages: dicts of a role and a content, text or a list of {"type": "text", "text": ...};
+        what else they hold is the template's to read. Raises ValueError for others, if the tokens
+        or the template of a chat are missing, and with the template's own sentence if it refuses
+        the messages (see `template.render` for its bounds).
         """
         for token in (TURN_START, TURN_END):
             if self.token_id(token) is None:
                 raise ValueError(f"{self.source} has no {token} token, which a chat needs")
+        _check_messages(messages)
         values = {
-            "messages": messages,
+            "messages": list(messages),
             "add_generation_prompt": add_generation_prompt,
             "enable_thinking": enable_thinking,
             "tools": None,
@@ -142,15 +179,12 @@ class Gemma4Tokenizer:
             **variables,
         }
         source = self._template("tool_use" if values["tools"] else "default")
-        try:
-            text = _environment().from_string(source).render(values)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(str(error)) from error
+        text = render(source, values, self.template_source)
         return self.encode(text, add_bos=True) if tokenize else text
 
     def _template(self, name: str) -> str:
         source = self.templates.get(name) or self.templates.get("default")
-        if source is None:
+        if source is None or not source.strip():
             names = ", ".join(sorted(self.templates)) or "none"
             raise ValueError(f"{self.source} comes without a default chat template (has: {names})")
         return source
@@ -213,41 +247,101 @@ class TextStreamer:
             self.write(text)
 
 
-def _content(token: str | dict[str, Any] | None, default: str) -> str:
-    return (token.get("content") if isinstance(token, dict) else token) or default
+def _content(config: dict[str, Any], name: str, default: str) -> str:
+    token = config.get(name)
+    if token is None:
+        return default
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a token's text, got {short(token)}")
+    return text
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    return read_json(file)
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    with file.open("rb") as stream:
+        check_no_pointer(file, stream.read(64))
+    if (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise ValueError(
+            f"{file} must be at most {MAX_TOKENIZER_BYTES} bytes to be a tokenizer, got {size}"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} is not a tokenizer: {str(error)[:200]}") from None
 
 
-def _read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def _model_rows(folder: Path) -> int | None:
+    """The vocab_size of the model in the folder, if there is one that gives it."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    text = config.get("text_config") or config
+    rows = text.get("vocab_size") if isinstance(text, dict) else None
+    return rows if isinstance(rows, int) else None
+
+
+def _read_templates(
+    folder: Path, config: dict[str, Any], config_file: Path
+) -> tuple[dict[str, str], Path]:
+    """Chat templates by name, and the file that they come from."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
-    template = config.get("chat_template") or {}
-    if isinstance(template, str):
-        return {"default": template}
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return dict(template)
+        with file.open("rb") as stream:
+            data = stream.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"{file} must be at most {MAX_TEMPLATE_BYTES} bytes")
+        check_no_pointer(file, data)
+        try:
+            return {"default": data.decode("utf-8")}, file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be UTF-8: {error}") from None
+    found = config.get("chat_template")
+    entries = found if isinstance(found, list) else []
+    if isinstance(found, str):
+        entries = [{"name": "default", "template": found}]
+    elif isinstance(found, dict):
+        entries = [{"name": name, "template": text} for name, text in found.items()]
+    elif found is not None and not isinstance(found, list):
+        raise ValueError(
+            f"{config_file}: chat_template must be text or a list of templates, got {short(found)}"
+        )
+    templates = {}
+    for index, entry in enumerate(entries):
+        name, text = (entry.get(key) if isinstance(entry, dict) else None for key in _ENTRY)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(
+                f"{config_file}: chat_template[{index}] must have a name and a template, "
+                f"got {short(entry)}"
+            )
+        templates[name] = text
+    return templates, config_file
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it; a template is data from a download, hence the sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = tojson
-    return environment
+def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
+    if isinstance(messages, (str, dict)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(
+            "messages must be a list of at least one message, each with a role and a content, "
+            f"got {short(messages)}"
+        )
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"{where} must be a dict of a role and a content, got {short(message)}"
+            )
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must have a role, a text, got {short(message.get('role'))}")
+        content = message.get("content")
+        if content is None and any(message.get(key) for key in ("tool_calls", "tool_responses")):
+            continue
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"{where} must have a content, text, got {short(content)}")
+        for part in content if not isinstance(content, str) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(
+                    f"{where} must hold text alone, for this is a text model, got {short(kind)}"
+                )
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f'{where} must hold parts {{"type": "text", "text": ...}}, got {short(part)}'
+                )

@@ -4,7 +4,7 @@ import transformers
 from torch import Tensor
 
 NAME = "gemma4_kernels"
-# The first version that fits, and the first that nobody has looked at; pyproject.toml says the same.
+# The first version that fits, and the first that nobody has tried; pyproject.toml says the same.
 VERSIONS = ((5, 15), (5, 25))
 TanhGELU = type(transformers.activations.ACT2FN["gelu_pytorch_tanh"])
 

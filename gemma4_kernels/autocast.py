@@ -1,0 +1,34 @@
+"""What `torch.autocast` means for an op: its products are cast, its own arithmetic is not."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """What operands of matrix products on x's device are cast to; None where they stay."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in `dtype`; fp64 stays, as under autocast."""
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def unaffected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `function` as if autocast were off, so that it computes what it says."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return call

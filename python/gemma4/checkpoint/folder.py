@@ -1,0 +1,131 @@
+"""Which folder a checkpoint is, and which of its files hold the weights; none of them is read."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..files import finish, is_file_name, read_json, short
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    WEIGHTS,
+    "model-*.safetensors",
+    INDEX,
+)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def resolve(path_or_repo_id: str | Path, needed: str = "config.json") -> Path:
+    """The folder of a checkpoint: a local one, or a hub repository's, downloaded if need be.
+
+    Only the files that the text model needs are fetched; huggingface_hub's cache and offline mode
+    apply. Raises FileNotFoundError, naming what was asked for and what is there instead, if there
+    is no such folder or no file `needed` in it.
+    """
+    try:
+        path = Path(path_or_repo_id).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise FileNotFoundError(f"{path_or_repo_id} is not a folder: {error}") from None
+    if path.is_dir():
+        finish(path)
+        if not (path / needed).is_file():
+            raise FileNotFoundError(f"{path} holds no {needed}{_instead(path)}")
+        return path
+    name = str(path_or_repo_id)
+    if path.is_file():
+        raise FileNotFoundError(f"{name} is a file{_kind(path)}, not a checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:
+        # The hub client raises a dozen unrelated classes for "not there" and "no network".
+        reason = str(error).strip().splitlines()
+        raise FileNotFoundError(
+            f"{name} is no local folder and could not be fetched from the hub: "
+            f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"
+        ) from error
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """A checkpoint's safetensors files, and the tensors that its index promises in each.
+
+    Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {WEIGHTS} and no index of shards{_instead(folder)}"
+            )
+        return {folder / WEIGHTS: []}
+    files: dict[Path, list[str]] = {}
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(
+            f"{index} is not an index of shards: weight_map must map tensors to files, "
+            f"got {short(table)}"
+        )
+    for tensor, name in table.items():
+        if not is_file_name(name):
+            raise ValueError(
+                f"{index}: weight_map[{short(tensor)}] must name a file of its folder, "
+                f"got {short(name)}"
+            )
+        files.setdefault(folder / name, []).append(tensor)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} lacks the shard {short(file.name)} of its index")
+        if not _stays(file, folder):
+            raise ValueError(
+                f"{index}: the shard {file.name} is a link that leaves its folder, "
+                f"to {file.resolve()}"
+            )
+    return dict(sorted(files.items()))
+
+
+def owned_files(folder: Path) -> set[str]:
+    """The names of the files that hold the folder's weights now, its index with them."""
+    try:
+        table = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
+        shards = set(filter(is_file_name, table))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        shards = set()  # what no index names is not the old model's to delete
+    return {name for name in {WEIGHTS, INDEX, *shards} if (folder / name).is_file()}
+
+
+def _stays(file: Path, folder: Path) -> bool:
+    """Whether a file lies in `folder`, or in the stores that the hub's cache links to."""
+    real, home = file.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    repository = home.parent.parent
+    in_cache = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    # A repository's own blobs, or those that all repositories of the cache share.
+    stores = (repository / "blobs", repository.parent / "blobs")
+    return in_cache and any(real.is_relative_to(store.resolve()) for store in stores)
+
+
+def _instead(folder: Path) -> str:
+    """What lies in a folder that is no checkpoint of ours, as the end of a sentence."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it is an adapter (adapter_config.json); merge it into its base model first"
+    for pattern in ("*.gguf", "*.safetensors", *_PICKLED, "*.h5", "*.msgpack", "*.onnx", "*.npz"):
+        if found := sorted(folder.glob(pattern)):
+            return f": it holds {short(found[0].name)}{_kind(found[0])}"
+    return ""
+
+
+def _kind(file: Path) -> str:
+    """What another format's file is, in brackets."""
+    if file.suffix == ".gguf":
+        return " (llama.cpp's format, which this package does not read)"
+    if any(file.match(pattern) for pattern in _PICKLED):
+        return " (pickled, which can run code and is never read; convert it to safetensors)"
+    return ""

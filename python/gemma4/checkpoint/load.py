@@ -1,0 +1,280 @@
+"""Reading a checkpoint into a model.
+
+Files' tables are compared with the model's sizes before any memory is asked for. On a CPU, in the
+file's own dtype, a parameter is the mapped file itself: it is read where and when it is touched.
+Else tensors are read in bounded pieces straight into the model's memory. Every parameter is
+filled exactly once; whatever is missing, unknown or of a wrong shape is an error that names file
+and tensor.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..config import DTYPES, Gemma4TextConfig
+from . import tensorfile
+from .folder import resolve, weight_files
+from .tensorfile import Entry
+
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+OTHER_MODALITIES = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder"
+    r"|multi_modal_projector)\."
+)
+# Names that quantised checkpoints add beside or in place of a weight.
+QUANTISED = re.compile(
+    r"(weight_(packed|scale|scale_2|global_scale|shape|zero_point)|(input|output)(_global)?_scale"
+    r"|qweight|qzeros|scales|g_idx|biases|weight\.(absmax|quant_map|quant_state.*|nested_.*))$"
+)
+SHARED_KV = re.compile(r"layers\.(\d{1,9})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
+SINGLE_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,9})\.(gate_proj|up_proj|down_proj)\.weight")
+FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+
+# What of an expert tensor a file's tensor fills: (expert, projection), or all of it.
+Part = tuple[int, str]
+WHOLE: Part = (-1, "")
+
+
+def load_pretrained(
+    cls: type[Any],
+    path_or_repo_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    ple_device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Any:
+    """A model with the weights of a local folder or a hub repository.
+
+    dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that dtype
+    stay in their files until they are touched. ple_device="cpu" keeps the table of per-layer
+    embeddings in host memory (pinned if the model is on a GPU). The multimodal layout is accepted;
+    `model.skipped` lists the tensors that are not the text model's. `model.folder` is where it
+    came from: its tokenizer is saved with the model. The model comes back in eval mode.
+
+    Raises FileNotFoundError (no such checkpoint or file) or ValueError (a quantised, truncated,
+    incomplete or misshapen one), naming file and tensor.
+    """
+    folder = resolve(path_or_repo_id)
+    config = Gemma4TextConfig.from_pretrained(folder)
+    dtype = _dtype(config.dtype if dtype is None else dtype)
+    entries = read_entries(folder)
+    check_sizes(folder, config, entries)
+    with torch.device("meta"), _Unfilled():
+        model = cls(config)
+    found, skipped = _matched(model, folder, entries)
+    device = torch.device(device or "cpu")
+    state = _read(model, found, dtype, device, ple_device, progress)
+    model.load_state_dict(state, strict=False, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
+    # NaN, and not whatever memory holds, shows what is not.
+    model._apply(
+        lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
+    )
+    model.skipped, model.folder = skipped, folder
+    if hasattr(model, "generation_config"):
+        model.generation_config = model.generation_config.updated_from(folder)
+    return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: drawing them on meta makes nothing, and imports for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _dtype(name: torch.dtype | str) -> torch.dtype:
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return getattr(torch, name)
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Every tensor that a checkpoint's files hold, from their tables alone."""
+    entries = []
+    for file, promised in weight_files(folder).items():
+        table = tensorfile.read_table(file)
+        if absent := set(promised) - {entry.name for entry in table}:
+            raise ValueError(f"{file} lacks the tensor {min(absent)} that the index promises in it")
+        entries += table
+    for entry in entries:
+        if QUANTISED.search(entry.name):
+            raise ValueError(
+                f"{folder} is a quantised checkpoint, which is not supported: it holds {entry.name}"
+            )
+        if entry.dtype not in tensorfile.DTYPES and not OTHER_MODALITIES.match(entry.name):
+            raise ValueError(
+                f"{entry.file}: tensor {entry.name} is {entry.dtype}; "
+                "quantised checkpoints are not taken"
+            )
+    return entries
+
+
+def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) -> None:
+    """Refuses a config whose sizes are not the files', before even a module tree is made of it."""
+    config_file = folder / "config.json"
+    layers: set[int] = set()
+    for entry in entries:
+        if OTHER_MODALITIES.match(entry.name):
+            continue
+        if layer := LAYER.search(entry.name):
+            layers.add(int(layer[1]))
+        for name, field in (
+            ("embed_tokens.weight", "vocab_size"),
+            ("embed_tokens_per_layer.weight", "vocab_size_per_layer_input"),
+        ):
+            rows = getattr(config, field)
+            if entry.name.endswith(name) and entry.shape[:1] != (rows,):
+                raise ValueError(
+                    f"{config_file}: {field} is {rows}, "
+                    f"but {entry.file}: tensor {entry.name} has shape {list(entry.shape)}"
+                )
+    if layers and max(layers) + 1 != config.num_hidden_layers:
+        raise ValueError(
+            f"{config_file}: num_hidden_layers is {config.num_hidden_layers}, "
+            f"but the last layer of the weight files is layer {max(layers)}"
+        )
+
+
+def _matched(
+    model: Any, folder: Path, entries: list[Entry]
+) -> tuple[dict[str, dict[Part, Entry]], list[str]]:
+    """What fills each part of each tensor of the model, and the names that fill none."""
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:  # the embedding is the head
+        tensors.pop("lm_head.weight", None)
+    names = {name.removeprefix("model."): name for name in tensors}
+    found: dict[str, dict[Part, Entry]] = {name: {} for name in tensors}
+    skipped = []
+    for entry in entries:
+        key, part = _place(entry.name, names)
+        if key is None or not _has(tensors[key], part):
+            if not _skippable(entry.name, model.config):
+                raise ValueError(f"{entry.file}: tensor {entry.name} is not part of this model")
+            skipped.append(entry.name)
+            continue
+        parts = found[key]
+        rival = next((parts[p] for p in parts if part in (p, WHOLE) or p == WHOLE), None)
+        if rival:
+            raise ValueError(
+                f"{entry.file}: tensor {entry.name} gives {key} a second time, after {rival.name}"
+            )
+        shape = _view(tensors[key], part).shape
+        if entry.shape != shape:
+            raise ValueError(
+                f"{entry.file}: tensor {entry.name} must have shape {list(shape)}, "
+                f"got {list(entry.shape)}"
+            )
+        parts[part] = entry
+    missing = [
+        name
+        for name, parts in found.items()
+        if WHOLE not in parts and len(parts) != _singles(name, tensors[name])
+    ]
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing, the first of them {missing[0]}"
+        )
+    if model.config.tie_word_embeddings:
+        _check_tied_head(entries)
+    return found, skipped
+
+
+def _place(name: str, names: dict[str, str]) -> tuple[str | None, Part]:
+    """The model's tensor, and the part of it, that a checkpoint's tensor fills; None for none."""
+    for prefix in PREFIXES:
+        if not name.startswith(prefix):
+            continue
+        # Some exports put the experts and the router into a module of their own.
+        key, part = name[len(prefix) :].replace(".moe.", "."), WHOLE
+        if single := SINGLE_EXPERT.fullmatch(key):
+            stem, expert, row = single.groups()
+            key, part = f"{stem}.{FUSED[row]}", (int(expert), row)
+        if key in names:
+            return names[key], part
+    return None, WHOLE
+
+
+def _has(tensor: Tensor, part: Part) -> bool:
+    return part == WHOLE or part[0] < len(tensor)
+
+
+def _view(tensor: Tensor, part: Part) -> Tensor:
+    """The part of an expert tensor [E, ...] that one expert's projection fills, or all of it."""
+    if part == WHOLE:
+        return tensor
+    expert, row = part
+    matrix = tensor[expert]
+    return matrix if row == "down_proj" else matrix.chunk(2)[row == "up_proj"]
+
+
+def _singles(name: str, tensor: Tensor) -> int:
+    """How many tensors fill this one where the experts come one by one."""
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return 1
+    return len(tensor) * (2 if name.endswith("gate_up_proj") else 1)
+
+
+def _skippable(name: str, config: Gemma4TextConfig) -> bool:
+    """Tensors that a text model does without: other modalities, a head where none is wanted, and
+    the K and V that original releases carry for layers that borrow them."""
+    if OTHER_MODALITIES.match(name) or name.endswith("lm_head.weight"):
+        return True
+    layer = SHARED_KV.search(name)
+    index = int(layer[1]) if layer else config.num_hidden_layers
+    return index < config.num_hidden_layers and config.kv_owner(index) != index
+
+
+def _check_tied_head(entries: list[Entry]) -> None:
+    """A head in the file of a tied model must repeat the embedding: the config is believed."""
+    table = next(entry for entry in entries if entry.name.endswith("embed_tokens.weight"))
+    for head in entries:
+        if head.name.endswith("lm_head.weight") and not tensorfile.equal(head, table):
+            raise ValueError(
+                f"{head.file}: {head.name} differs from the token embedding, but the config says "
+                "tie_word_embeddings; set it to false to use both"
+            )
+
+
+def _read(
+    model: Any,
+    found: dict[str, dict[Part, Entry]],
+    dtype: torch.dtype,
+    device: torch.device,
+    ple_device: torch.device | str | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The model's tensors: mapped from their files where that serves, else filled from them."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    memory: dict[Path, torch.UntypedStorage] = {}
+    buffer = tensorfile.make_buffer(pinned=device.type == "cuda")
+    state = {}
+    for name, parts in tqdm(found.items(), desc="weights", unit=" tensors", disable=not progress):
+        where, pinned = device, False
+        if ple_device is not None and name.endswith("embed_tokens_per_layer.weight"):
+            where = torch.device(ple_device)
+            pinned = where.type == "cpu" and device.type == "cuda"
+        tensor, whole = None, parts.get(WHOLE)
+        if whole and where.type == "cpu" and not pinned and whole.torch_dtype == dtype:
+            tensor = tensorfile.mapped(whole, memory)
+        if tensor is None:
+            tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
+            for part, entry in parts.items():
+                tensorfile.fill(_view(tensor, part), entry, buffer)
+        state[name] = tensor
+    return state

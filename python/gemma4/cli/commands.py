@@ -1,0 +1,311 @@
+"""What each command does; `arguments` has read and checked its words."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import disable_progress_bars
+
+import gemma4_kernels
+
+from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo, measure
+from ..checkpoint import resolve
+from ..config import FULL
+from . import error_line
+from .answer import Answer, Clock
+from .arguments import SAMPLING, decoded
+
+# Weights of fewer bytes than this may stay in a processor's caches, and memory is no limit.
+CACHED_BYTES = 1 << 28
+RELEASED = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+SUFFIXES = (".json", ".jinja", ".safetensors")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continues a prompt, or answers it with --chat."""
+    _check_devices(args)
+    folder = _folder(args.model)  # the prompt is checked before the weights, which take long
+    config = Gemma4TextConfig.from_pretrained(folder)
+    tokenizer = Gemma4Tokenizer.from_pretrained(folder)
+    if args.chat:
+        turns = [*_system(args), {"role": "user", "content": args.prompt}]
+        ids = tokenizer.apply_chat_template(turns, enable_thinking=args.think)
+    else:
+        ids = tokenizer.encode(args.prompt, add_bos=True)
+    _room(config, ids)
+    return 130 if _reply(args, _load(args, folder), tokenizer, ids).interrupted else 0
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation; what the cache holds of it is not run again."""
+    _check_devices(args)
+    history = _system(args)
+    folder = _folder(args.model)
+    tokenizer = Gemma4Tokenizer.from_pretrained(folder)
+    tokenizer.apply_chat_template([*history, {"role": "user", "content": "."}])  # fails early
+    model = _load(args, folder)
+    # Rings of twice the window: an answer is taken back where its text does not become the tokens
+    # that it was made of, and where its thoughts do not stay.
+    rollback = model.config.sliding_window
+    cache = Cache(model.config, 1, model.compute_dtype, model.device, rollback=rollback)
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        print(f"{_name(args.model)}: /reset starts over, /exit or ctrl-d leaves", file=sys.stderr)
+    for line in _lines(on_terminal):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            history = _system(args)
+            print("a new conversation", file=sys.stderr)
+        if line in ("", "/reset"):
+            continue
+        history.append({"role": "user", "content": line})
+        try:
+            ids = tokenizer.apply_chat_template(history, enable_thinking=args.think)
+            answer = _reply(args, model, tokenizer, ids, cache)
+        except ValueError as error:
+            if not on_terminal:
+                raise
+            print(error_line(error), file=sys.stderr)
+            history.pop()
+            continue
+        # Turns must alternate: an answer cut short stays, one that never began takes its question.
+        if answer.interrupted and not answer.text:
+            history.pop()
+        else:
+            history.append({"role": "assistant", "content": answer.text})
+
+
+def info(args: argparse.Namespace) -> None:
+    """What is installed, what runs, and with --model the model's sizes."""
+    build = gemma4_kernels.build_info()
+    archs, reason, device = build.pop("archs"), build.pop("reason"), build.pop("device")
+    if build.pop("cuda") and not device:
+        reason = "torch sees no CUDA device"
+    others = ("build_info", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+    ops = [name for name in gemma4_kernels.__all__ if name not in others]
+    rows = {
+        "gemma4-kernels": build.pop("version"),
+        "torch": build.pop("torch"),
+        "python": platform.python_version(),
+        "device": device or "cpu (torch sees no CUDA device)",
+        "compiled for": ", ".join(map(str, archs)) or "no CUDA architecture",
+        "kernels for": ", ".join(build.pop("kernels")) or "no op",
+        "in use": f"eager torch: {reason}" if reason else "CUDA kernels",
+        **{key: value for key, value in build.items() if value is not None},
+        "ops": ", ".join(ops),
+    }
+    if args.model is not None:
+        rows |= _facts(_folder(args.model))
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:{width}}  {value}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Tokens per second of prompt and decode, and what memory and matrix products reach in the
+    same process."""
+    _check_devices(args)
+    folder = _folder(args.model)
+    config = Gemma4TextConfig.from_pretrained(folder)
+    positions, wanted = config.max_position_embeddings, args.prompt_tokens + args.new_tokens
+    if wanted > positions:
+        raise ValueError(f"{wanted} tokens do not fit the model's {positions} positions")
+    model = _load(args, folder)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (1, args.prompt_tokens), generator=draw)
+    options = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
+    clocks = [Clock() for _ in range(args.repeat + 1)]  # the first run is the warm-up
+    for clock in clocks:
+        model.generate(ids.to(model.device), streamer=clock, **options)
+    prompt, decode, first = zip(*(clock.rates() for clock in clocks[1:]), strict=True)
+    size, dtype = _count(model.num_parameters()), str(model.dtype).removeprefix("torch.")
+    print(f"{_name(args.model)}: {size} parameters, {dtype}, {model.device}, {args.repeat} runs")
+    print(f"{'':12}{'tokens':>8}{'median':>12}{'least':>12}{'most':>12}")
+    _row("prompt", args.prompt_tokens, prompt, "tok/s")
+    _row("decode", args.new_tokens, decode, "tok/s")
+    _row("first token", 1, [seconds * 1e3 for seconds in first], "ms")
+    copy, gemm = measure.copy_bandwidth(model.device), measure.gemm_rate(model.device, model.dtype)
+    weights = measure.decode_bytes(model)
+    limit = copy / weights
+    reached = statistics.median(decode)
+    print(f"copies move {copy / 1e9:.1f} GB/s, matrix products make {gemm / 1e12:.3f} TFLOP/s")
+    if weights >= CACHED_BYTES:
+        print(f"reading the weights allows {limit:.1f} decode tok/s: {reached / limit:.0%} reached")
+    if args.json:
+        row = measure.machine(model.device) | {
+            "kind": "model",
+            "model": _name(args.model),
+            "dtype": dtype,
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": args.new_tokens,
+            "prompt_tok_s": prompt,
+            "decode_tok_s": decode,
+            "decode_limit_tok_s": limit if weights >= CACHED_BYTES else None,
+            "copy_gb_s": copy / 1e9,
+            "gemm_tflop_s": gemm / 1e12,
+        }
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
+    numbers = statistics.median(values), min(values), max(values)
+    print(f"{name:12}{tokens:8}" + "".join(f"{x:12.1f}" for x in numbers) + f"  {unit}")
+
+
+def _name(model: str) -> str:
+    """What people call the model: the demo, a folder's own name, or a hub id."""
+    if Path(model) == demo.path():
+        return "demo"
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def _check_devices(args: argparse.Namespace) -> None:
+    for option, name in (("--device", args.device), ("--ple-device", args.ple_device)):
+        device = torch.device(name or "cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"{option}: {name} is asked for, but torch sees no such device")
+
+
+def _folder(model: str) -> Path:
+    if not (sys.stderr.isatty() or Path(model).is_dir()):
+        disable_progress_bars()  # a download shows them even into a log
+    return resolve(model)
+
+
+def _load(args: argparse.Namespace, folder: Path) -> Gemma4ForCausalLM:
+    return Gemma4ForCausalLM.from_pretrained(
+        folder,
+        dtype=None if args.dtype == "auto" else args.dtype,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        ple_device=args.ple_device,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _reply(
+    args: argparse.Namespace,
+    model: Gemma4ForCausalLM,
+    tokenizer: Gemma4Tokenizer,
+    ids: list[int],
+    cache: Cache | None = None,
+) -> Answer:
+    """Streams the continuation of `ids`; ctrl-c ends it and no more than it."""
+    room = _room(model.config, ids)
+    wanted = args.max_new_tokens or model.generation_config.new_tokens(len(ids))
+    if wanted > room:
+        print(f"only {room} more tokens fit the model's positions", file=sys.stderr)
+    stop = list(model.generation_config.eos_ids)
+    if args.chat and tokenizer.turn_end_id not in stop:
+        stop.append(tokenizer.turn_end_id)
+    options = {"max_new_tokens": min(wanted, room), "eos_token_id": stop, **_options(args)}
+    if args.stop:
+        options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
+    answer = Answer(tokenizer)
+    prompt = torch.tensor([ids], device=model.device)
+    try:
+        model.generate(prompt, streamer=answer, past_key_values=cache, **options)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+        answer.end()
+    answer.reused = cache.reused[0] if cache else 0
+    print(answer.summary(), file=sys.stderr)
+    return answer
+
+
+def _room(config: Gemma4TextConfig, ids: list[int]) -> int:
+    """How many tokens can follow `ids`; ValueError if none can."""
+    room = config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and the model's {config.max_position_embeddings} "
+            "positions must hold it and its answer"
+        )
+    return room
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """`generate`'s options; any sampling option turns sampling on, and temperature 0 is greedy."""
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(args, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    always, sampling = given("min_new_tokens", "repetition_penalty"), given(*SAMPLING)
+    if args.greedy or args.temperature == 0:
+        return {**always, "do_sample": False}
+    return {**always, **sampling, "do_sample": True if sampling else None, "seed": args.seed}
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _lines(on_terminal: bool) -> Iterator[str]:
+    """The user's lines; at a terminal ctrl-c gives up the line, and ctrl-d ends."""
+    if not on_terminal:
+        yield from (decoded(line).strip() for line in sys.stdin.buffer)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (its import gives input() line editing)
+    while True:
+        try:
+            line = input("> ").strip()
+            # Bytes that are not UTF-8 may also arrive as lone surrogates.
+            line.encode("utf-8")
+            yield line
+        except UnicodeError:
+            print("gemma4: error: the line is not valid UTF-8", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _facts(folder: Path) -> dict[str, str]:
+    """A checkpoint's sizes, from its config; the weights are not read."""
+    config, preset = Gemma4TextConfig.from_pretrained(folder), Gemma4TextConfig.preset
+    with torch.device("meta"):
+        model = Gemma4ForCausalLM(config)
+    kinds, full = config.layer_types, config.kv_heads(FULL)
+    facts = {
+        "model": str(folder),
+        "released as": ", ".join(x for x in RELEASED if _sizes(preset(x)) == _sizes(config)) or "-",
+        "parameters": _count(model.num_parameters()),
+        "layers": f"{len(kinds)}, of which {kinds.count(FULL)} full attention and "
+        f"{config.num_kv_shared_layers} on borrowed keys",
+        "width": f"{config.hidden_size}, feed-forward {config.intermediate_size}",
+        "heads": f"{config.num_attention_heads} for queries; for keys "
+        f"{config.num_key_value_heads} of {config.head_dim} (sliding, window "
+        f"{config.sliding_window}), {full} of {config.global_head_dim} (full)",
+        "vocabulary": str(config.vocab_size),
+        "positions": str(config.max_position_embeddings),
+        "dtype": config.dtype,
+    }
+    if config.enable_moe_block:
+        facts["experts"] = f"{config.num_experts}, {config.top_k_experts} per token"
+    if config.hidden_size_per_layer_input:
+        table = model.model.embed_tokens_per_layer.weight.numel()
+        facts["per-layer embeddings"] = f"{_count(table)} of the parameters"
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    facts["files"] = ", ".join(
+        f"{file.name} ({file.stat().st_size / 1e6:.2f} MB)" for file in files
+    )
+    return facts
+
+
+def _sizes(config: Gemma4TextConfig) -> tuple:
+    return config.hidden_size, config.intermediate_size, config.layer_types, config.num_experts
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

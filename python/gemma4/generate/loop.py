@@ -1,0 +1,265 @@
+"""The loop: prefill in chunks, then one token a step for the whole batch."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cache import Cache
+from ..decode import Decoder
+from .options import chosen
+from .prompt import Prompt, read_prompt
+from .sampling import Processors, Sampler, processors
+from .stopping import Criteria, Stopper
+
+# Steps whose memory is reserved at once; that of longer answers doubles when it is used up.
+RESERVED_STEPS = 8192
+
+
+class Streamer(Protocol):
+    """Receives the prompt's ids [B, S] first, then each step's [B], then the end."""
+
+    def put(self, ids: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class GenerateOutput:
+    """What `generate` returns with return_dict_in_generate.
+
+    sequences [B, S + new]. For each new token, scores hold what it was drawn from, [B, V] after all
+    processing, and logits what the model said, both fp32. past_key_values holds all but the last
+    new token.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+    def log_probabilities(self) -> Tensor:
+        """log p [B, new] of each new token under the scores; ValueError without output_scores."""
+        if self.scores is None:
+            raise ValueError("log_probabilities needs output_scores=True")
+        scores = torch.stack(self.scores, 1)
+        new = self.sequences[:, -scores.shape[1] :, None]
+        return scores.log_softmax(-1).gather(-1, new).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    per_layer_inputs: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
+    generation_config: Any = None,
+    logits_processor: Processors = None,
+    stopping_criteria: Criteria = None,
+    tokenizer: Any = None,
+    seed: int | None = None,
+    streamer: Streamer | None = None,
+    prefill_chunk_size: int = 2048,
+    **options: Any,
+) -> Tensor | GenerateOutput:
+    """Continues each row of a batch.
+
+    input_ids [B, S] with left (or right) padding marked by attention_mask [B, S], or inputs_embeds
+    [B, S, D] (with per_layer_inputs [B, S, L, P] on models with PLE). options: any field of
+    `GenerationConfig`; one that is not given is generation_config's, or the model's.
+
+    past_key_values (or cache): the cache of an earlier call, whose conversation goes on; it is
+    written to. input_ids is the whole conversation: what the cache holds of each row's beginning is
+    not run again, what it holds besides is taken back. A row whose rings have lost the window that
+    it would go on from starts anew.
+
+    logits_processor: functions of the ids so far [B, T] (padded on the left) and the scores [B, V]
+    that return scores, called before temperature and cuts. stopping_criteria: functions of the same
+    that say which rows end, bool [B]. seed: row r samples from its own generator, seeded seed + r,
+    so that it samples as it would alone; without it torch's global generator is used.
+
+    Returns [B, S + new], prompt and new ids ([B, new] for inputs_embeds), or a `GenerateOutput`;
+    the num_return_sequences continuations of a prompt are rows side by side. Raises ValueError for
+    an empty prompt and for an option out of range or not taken, TypeError for an unknown one,
+    RuntimeError if the logits after the prompt are not finite.
+    """
+    config = chosen(model.generation_config, generation_config, options)
+    given = cache if cache is not None else past_key_values
+    _check(model, given, inputs_embeds, prefill_chunk_size)
+    vocab_size, device = model.config.vocab_size, model.device
+    prompt = read_prompt(
+        input_ids, attention_mask, inputs_embeds, per_layer_inputs, vocab_size, device
+    )
+    config.check(vocab_size, prompt.width)
+    limit, copies = config.new_tokens(prompt.width), config.num_return_sequences
+    batch = prompt.repeated(copies)
+    process = processors(config, batch.ids, batch.real, vocab_size, logits_processor)
+    sampler = Sampler(config, process, seed, batch.batch_size, device)
+    stopper = Stopper(config, tokenizer, stopping_criteria, batch)
+    # Which tokens a cache holds matters where it outlives the call.
+    known = input_ids is not None and (given is not None or config.return_dict_in_generate)
+    rows = prompt.rows() if known else None
+    held = _cache_for(model, prompt, given, rows, min(limit, RESERVED_STEPS))
+    if streamer is not None:
+        streamer.put(batch.given.cpu())
+
+    new: list[Tensor] = []
+    scores: list[Tensor] = []
+    logits: list[Tensor] = []
+    _warn_beyond_positions(model.config, max(prompt.lengths), 0)
+    with _recorded(held, rows, new):
+        logits_BV = _prefill(model, prompt, held, prefill_chunk_size)
+    _check_finite(logits_BV, model, prompt, prefill_chunk_size)
+    if copies > 1:
+        held, logits_BV = held.repeated(copies), logits_BV.repeat_interleave(copies, 0)
+        rows = batch.rows() if known else None
+    decode = _GrowingDecoder(model, held, limit - 1)
+    ids_BT = batch.ids
+    with _recorded(held, rows, new):
+        while True:
+            ids_B, scores_BV = sampler(ids_BT, logits_BV)
+            ids_B = torch.where(stopper.done, config.pad_token_id or 0, ids_B)
+            new.append(ids_B)
+            _warn_beyond_positions(model.config, max(prompt.lengths), len(new))
+            if scores_BV is not None:
+                scores.append(scores_BV)
+            if config.output_logits:
+                logits.append(logits_BV.to(torch.float32, copy=True))
+            if streamer is not None:
+                streamer.put(ids_B.cpu())
+            if process or stopper.criteria:
+                ids_BT = torch.cat([ids_BT, ids_B[:, None]], 1)
+            stopper(ids_B, ids_BT, scores)
+            if len(new) == limit or bool(stopper.done.all()):
+                break
+            logits_BV = decode(ids_B)
+    if streamer is not None:
+        streamer.end()
+    sequences = torch.cat([batch.given, torch.stack(new, 1)], 1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateOutput(
+        sequences,
+        tuple(scores) if config.output_scores else None,
+        tuple(logits) if config.output_logits else None,
+        held,
+    )
+
+
+def _check(model: Any, cache: Any, inputs_embeds: Tensor | None, chunk: Any) -> None:
+    if model.config.bidirectional:
+        raise ValueError("use_bidirectional_attention 'all' models do not generate")
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"prefill_chunk_size must be a whole number of at least 1, got {chunk!r}")
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a gemma4.Cache, got {type(cache).__name__}")
+    if inputs_embeds is not None:
+        raise ValueError("past_key_values go with input_ids: they say what is held already")
+
+
+def _cache_for(
+    model: Any, prompt: Prompt, given: Cache | None, rows: list[list[int]] | None, steps: int
+) -> Cache:
+    """The cache, new or given, with room for the prompt and `steps` more; of a given one what fits
+    `rows` is kept."""
+    room = max(prompt.lengths) + steps
+    if given is None or rows is None:
+        return Cache(model.config, prompt.batch_size, model.compute_dtype, model.device, room)
+    given.check(model.config, prompt.batch_size, model.compute_dtype)
+    given.resume(rows)
+    given.reserve(room)
+    return given
+
+
+@contextmanager
+def _recorded(cache: Cache, rows: list[list[int]] | None, new: list[Tensor]) -> Iterator[None]:
+    """Notes which tokens the cache holds, `rows` and then `new`, however the block ends."""
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        if rows is not None:
+            made = torch.stack(new, 1).tolist() if new else [[]] * len(rows)
+            whole = [row + more for row, more in zip(rows, made, strict=True)]
+            cache.record(whole, cut_short=not ended)
+
+
+def _prefill(model: Any, prompt: Prompt, cache: Cache, chunk: int) -> Tensor:
+    """Runs what the cache lacks, chunk by chunk; the logits [B, V] after the last token."""
+    inputs, mask = prompt.rest(cache)
+    past, width = cache.columns, next(iter(inputs.values())).shape[1]
+    for begin in range(0, width, chunk):
+        end = min(begin + chunk, width)
+        part = {name: x[:, begin:end] for name, x in inputs.items()}
+        seen = None if mask is None else mask[:, : past + end]
+        if end < width:
+            # Only the keys are wanted: one column is the least that later layers can be given.
+            model.model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
+        else:
+            output = model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
+    return output.logits[:, -1]
+
+
+class _GrowingDecoder:
+    """A `Decoder` for as long as its memory lasts, then the next one.
+
+    A CUDA graph holds on to the addresses that it was captured with, so that a cache which has
+    grown needs a new one.
+    """
+
+    def __init__(self, model: Any, cache: Cache, steps: int):
+        self.model, self.cache, self.left = model, cache, steps
+        self.decoder: Decoder | None = None
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        if self.decoder is None or self.cache.room == 0:
+            self.decoder = None  # frees its graph before memory for the next is asked for
+            self.decoder = Decoder(self.model, self.cache, min(self.left, RESERVED_STEPS))
+        self.left -= 1
+        return self.decoder(ids_B)
+
+
+def _warn_beyond_positions(config: Any, length: int, new: int) -> None:
+    """Once: for a prompt that is too long, or at the token with which an answer becomes so."""
+    most = config.max_position_embeddings
+    if length + new == most + 1 or (new == 0 and length > most):
+        warnings.warn(
+            f"the model was made for {most} positions (max_position_embeddings), and a row is "
+            "longer now: what follows may make no sense",
+            stacklevel=4,  # generate's caller: no_grad's wrapper lies between
+        )
+
+
+def _check_finite(logits_BV: Tensor, model: Any, prompt: Prompt, chunk: int) -> None:
+    """RuntimeError, naming the first layer that is to blame, where logits are NaN or infinite."""
+    bad_B = ~logits_BV.isfinite().all(-1)
+    if not bool(bad_B.any()):
+        return
+    row = int(bad_B.int().argmax())
+    where = _first_not_finite(model, prompt.row(row), chunk)
+    raise RuntimeError(f"the logits of row {row} are not finite ({model.dtype}): {where}")
+
+
+def _first_not_finite(model: Any, prompt: Prompt, chunk: int) -> str:
+    cache = Cache(model.config, 1, model.compute_dtype, model.device)
+    inputs, _ = prompt.rest(cache)
+    first, width = model.config.num_hidden_layers + 1, prompt.lengths[0]
+    for begin in range(0, width, chunk):
+        part = {name: x[:, begin : begin + chunk] for name, x in inputs.items()}
+        output = model(cache=cache, output_hidden_states=True, logits_to_keep=1, **part)
+        finite = [bool(state.isfinite().all()) for state in output.hidden_states]
+        first = min(first, finite.index(False) if False in finite else first)
+    if first > model.config.num_hidden_layers:
+        return "the head's product overflows"
+    return "the embeddings are not" if first == 0 else f"layer {first - 1} is the first that is not"

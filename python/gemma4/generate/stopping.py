@@ -1,0 +1,72 @@
+"""When rows end before their length: at an eos id, at a string, or where the caller says so."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import GenerationConfig
+from .prompt import Prompt
+from .sampling import functions
+
+# (ids [B, T] so far, scores so far) -> bool, or bool [B]
+Criterion = Callable[[Tensor, Any], Any]
+Criteria = Criterion | Sequence[Criterion] | None
+
+# What bytes that are no character yet decode to.
+_UNFINISHED = "\ufffd"
+
+
+class StopStrings:
+    """Ends a row with the token that completes one of `strings`, though it may go on beyond it.
+
+    Reads each step's ids on the host. Special tokens count by their names.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], rows: Sequence[list[int]]):
+        self.tokenizer, self.strings = tokenizer, strings
+        # A token is a byte at least, so that this many hold any of the strings.
+        self.tokens = max(len(string.encode()) for string in strings)
+        self.tails = [row[-self.tokens :] for row in rows]
+
+    def __call__(self, ids_BT: Tensor, scores: Any) -> Tensor:
+        new = zip(self.tails, ids_BT[:, -1].tolist(), strict=True)
+        return torch.tensor([self._ends(tail, index) for tail, index in new], device=ids_BT.device)
+
+    def _ends(self, tail: list[int], index: int) -> bool:
+        before = self._text(tail).rstrip(_UNFINISHED)
+        tail.append(index)
+        text = self._text(tail)
+        ended = any(
+            text.find(string, max(0, len(before) - len(string) + 1)) >= 0 for string in self.strings
+        )
+        if len(tail) > 4 * self.tokens + 64:
+            # Not in the middle of a character, which would spoil those around it.
+            rest = tail[-self.tokens :]
+            if text.endswith(self._text(rest)):
+                tail[:] = rest
+        return ended
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class Stopper:
+    """Which rows of a batch are done, [B] on its device."""
+
+    def __init__(self, options: GenerationConfig, tokenizer: Any, given: Criteria, batch: Prompt):
+        device = batch.ids.device
+        self.eos_E = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
+        self.done = torch.zeros(batch.batch_size, dtype=torch.bool, device=device)
+        self.criteria: list[Criterion] = functions("stopping_criteria", given)
+        if options.stops:
+            if tokenizer is None:
+                raise ValueError("stop_strings need the tokenizer: give tokenizer=")
+            self.criteria.insert(0, StopStrings(tokenizer, options.stops, batch.rows()))
+
+    def __call__(self, ids_B: Tensor, ids_BT: Tensor, scores: list[Tensor]) -> None:
+        """Takes the newest tokens, all tokens so far, and the scores if they are kept."""
+        self.done = self.done | torch.isin(ids_B, self.eos_E)
+        for criterion in self.criteria:
+            self.done = self.done | criterion(ids_BT, tuple(scores))

@@ -1,0 +1,346 @@
+"""The plan of one forward: where its tokens stand, where their keys go, what attention reads.
+
+There are three. `PackedPlan` has no cache; `CachePlan` writes any number of tokens of each row into
+one; `DecodePlan` writes one token a row, again and again, with nothing left to the host. A layer
+hands q, k and v to `write` (or normed and rotated k and v to `store`) and attends to the keys that
+come back.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gemma4_kernels import ops
+from gemma4_kernels.fusion import is_plain, why_not_fused
+
+from .cache import DECODE_TOKENS, PAGE_SIZE, Cache
+from .layout import Layout, cumulative
+from .modules import joined
+
+
+class Keys(Protocol):
+    """The keys and values that a layer attends to."""
+
+    k: Tensor
+    v: Tensor
+
+    def attend(
+        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
+    ) -> Tensor:
+        """Attention of the packed queries of `layout`, the tail of each sequence's keys."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """Keys one sequence after the other, or in pages."""
+
+    k: Tensor
+    v: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_k: int
+    block_table: Tensor | None = None
+
+    def attend(
+        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
+    ) -> Tensor:
+        out, _ = ops.attention_prefill(
+            q_THC,
+            self.k,
+            self.v,
+            layout.cu_seqlens_q,
+            self.cu_seqlens_k,
+            layout.max_seqlen_q,
+            self.max_seqlen_k,
+            causal=causal,
+            window=window,
+            window_right=window_right,
+            block_table=self.block_table,
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """Rows of a cache, which a few tokens of each sequence are decoded against."""
+
+    k: Tensor
+    v: Tensor
+    seq_lens: Tensor
+    ring: bool
+
+    def attend(
+        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
+    ) -> Tensor:
+        q_BNHC = q_THC.unflatten(0, (self.seq_lens.shape[0], -1))
+        out, _ = ops.attention_decode(
+            q_BNHC,
+            self.k,
+            self.v,
+            self.seq_lens,
+            window=window,
+            ring=self.ring,
+            return_lse=False,
+        )
+        return out.flatten(0, 1)
+
+
+class PackedPlan:
+    """Tokens that attend to one another alone.
+
+    inv_freq: what ops turn by, [C / 2] of each layer kind; or rotation, cosines and sines [T, C] of
+    each, of a rotary embedding that had to be called. keys: what later layers borrow, by owner.
+    """
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.inv_freq: dict[str, Tensor] = {}
+        self.rotation: dict[str, tuple[Tensor, Tensor]] | None = None
+        self.keys: dict[int, Keys] = {}
+
+    def plain(
+        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
+    ) -> bool:
+        """Whether a fused op may stand in for `module` (see `gemma4_kernels.fusion`)."""
+        return is_plain(module, cls, device)
+
+    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+        """The same of the module and all its parts."""
+        return why_not_fused(module, cls) is None
+
+    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        """As `modules.joined`."""
+        return joined(*linears)
+
+    def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
+        """module(x) for packed x [T, ...]; what is not plain sees [B, S, ...]."""
+        return module(x) if self.whole(module, cls) else self.layout.call(module, x)
+
+    def write(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        inv_freq: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Keys]:
+        """Norms and rotates q, k and v and stores k and v; returns q and the keys it attends to."""
+        q, k, v = ops.qkv_norm_rope(
+            q, k, v, q_weight, k_weight, self.layout.positions, inv_freq, eps
+        )
+        return q, self.store(layer, k, v)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        return PackedKeys(k, v, self.layout.cu_seqlens_k, self.layout.max_seqlen_k)
+
+    def finish(self) -> None:
+        """Every layer has run."""
+
+
+class CachePlan(PackedPlan):
+    """With gradients the cache must be empty: attention then reads the tokens' own keys, and the
+    cache is given copies that belong to no graph."""
+
+    def __init__(self, layout: Layout, cache: Cache):
+        super().__init__(layout)
+        # Of keys that an earlier forward cached nothing is known but their values.
+        self.stale = any(cache.lengths)
+        self.training = torch.is_grad_enabled() and not self.stale
+        cache.make_room(layout.totals)
+        self.cache, self.totals, self.columns = cache, layout.totals, layout.shape[1]
+        length = layout.uniform_length
+        few = length is not None and 0 < length <= min(DECODE_TOKENS, cache.rollback + 1)
+        self.decoding = few and not self.training
+        self.seq_lens = layout.cu_seqlens_k.diff() if self.decoding else None
+        self._slots: dict[int, Tensor] = {}
+
+    def slots(self, per_row: int) -> Tensor:
+        """The slot of each new token in rows of `per_row` slots."""
+        if per_row not in self._slots:
+            runs = [
+                torch.arange(past, total).remainder(per_row) + row * per_row
+                for row, (past, total) in enumerate(
+                    zip(self.layout.pasts, self.layout.totals, strict=True)
+                )
+            ]
+            self._slots[per_row] = torch.cat(runs).to(self.cache.device)
+        return self._slots[per_row]
+
+    def write(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        inv_freq: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Keys]:
+        if self.training or (self.cache.is_ring(layer) and not self.decoding):
+            return super().write(layer, q, k, v, q_weight, k_weight, inv_freq, eps)
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
+        slots = self.slots(k_cache.shape[1])
+        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, slots, eps)
+        return q, self._cached(layer)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        if self.training or (self.cache.is_ring(layer) and not self.decoding):
+            keys = self._join(layer, k, v)  # before the ring's slots are written over
+            self._copy(layer, k.detach(), v.detach())
+            return keys
+        self._copy(layer, k, v)
+        return self._cached(layer)
+
+    def _cached(self, layer: int) -> Keys:
+        """All of a row's keys as they lie in the cache, of a ring or of pages."""
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        if self.decoding:
+            return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+        pages = (-1, PAGE_SIZE, *k_cache.shape[2:])
+        layout, table = self.layout, self.cache.block_table
+        return PackedKeys(
+            k_cache.view(pages),
+            v_cache.view(pages),
+            layout.cu_seqlens_k,
+            layout.max_seqlen_k,
+            table,
+        )
+
+    def _join(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        """The last window - 1 cached keys of each row before its new ones."""
+        layout = self.layout
+        if not any(layout.pasts):
+            return super().store(layer, k, v)
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        ends, slots = [0, *accumulate(layout.lengths)], k_cache.shape[1]
+        ks, vs, lengths = [], [], []
+        for row, past in enumerate(layout.pasts):
+            tail = torch.arange(max(0, past - self.cache.window + 1), past).remainder(slots)
+            tail = tail.to(k.device)
+            new = slice(ends[row], ends[row + 1])
+            ks += [k_cache[row, tail], k[new]]
+            vs += [v_cache[row, tail], v[new]]
+            lengths.append(len(tail) + layout.lengths[row])
+        return PackedKeys(torch.cat(ks), torch.cat(vs), cumulative(lengths, k.device), max(lengths))
+
+    def _copy(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """The new tokens into their slots; of a run longer than a ring only its last ones."""
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        layout, slots = self.layout, k_cache.shape[1]
+        chosen = self.slots(slots)
+        if layout.max_seqlen_q > slots:
+            ends = accumulate(layout.lengths)
+            last = torch.cat(
+                [
+                    torch.arange(end - min(length, slots), end)
+                    for end, length in zip(ends, layout.lengths, strict=True)
+                ]
+            ).to(k.device)
+            k, v, chosen = k[last], v[last], chosen[last]
+        k_cache.flatten(0, 1).index_copy_(0, chosen, k)
+        v_cache.flatten(0, 1).index_copy_(0, chosen, v)
+
+    def finish(self) -> None:
+        """Makes the tokens count."""
+        self.cache.count(self.totals, self.columns)
+
+
+class DecodePlan(PackedPlan):
+    """One more token for each row, as often as wanted.
+
+    Positions, lengths and slots lie in device tensors that `finish` moves on in place: every step
+    reads the same addresses, so that one CUDA graph serves all lengths. The cache's own counts, on
+    the host, are left to `Cache.count_one`. Which modules are plain, and where joined weights lie,
+    is asked in the first step and holds for all of them, as it must for a graph.
+    """
+
+    def __init__(self, cache: Cache):
+        rows, device = cache.batch_size, cache.device
+        positions = torch.tensor(cache.lengths, device=device)
+        every = cumulative([1] * rows, device)
+        layout = Layout(
+            shape=(rows, 1),
+            rows=list(range(rows)),
+            columns=[0] * rows,
+            lengths=[1] * rows,
+            pasts=list(cache.lengths),
+            positions=positions,
+            index=None,
+            cu_seqlens_q=every,
+            cu_seqlens_k=every,
+        )
+        super().__init__(layout)
+        self.cache, self.positions = cache, positions
+        self.rows = torch.arange(rows, device=device)
+        self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
+        self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
+        self._plain: dict[int, bool] = {}
+        self._whole: dict[int, bool] = {}
+        self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
+        self._place()
+
+    def plain(
+        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
+    ) -> bool:
+        answer = self._plain.get(id(module))
+        if answer is None:
+            answer = self._plain[id(module)] = is_plain(module, cls, device)
+        return answer
+
+    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+        answer = self._whole.get(id(module))
+        if answer is None:
+            answer = self._whole[id(module)] = super().whole(module, cls)
+        return answer
+
+    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        if id(linears[0]) not in self._joined:
+            self._joined[id(linears[0])] = joined(*linears)
+        return self._joined[id(linears[0])]
+
+    def _place(self) -> None:
+        torch.add(self.positions, 1, out=self.seq_lens)
+        for per_row, slots in self.slots.items():
+            torch.remainder(self.positions, per_row, out=slots)
+            slots.add_(self.rows, alpha=per_row)
+
+    def write(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        inv_freq: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Keys]:
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
+        slots = self.slots[k_cache.shape[1]]
+        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, slots, eps)
+        return q, CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        slots = self.slots[k_cache.shape[1]]
+        k_cache.flatten(0, 1).index_copy_(0, slots, k)
+        v_cache.flatten(0, 1).index_copy_(0, slots, v)
+        return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+
+    def finish(self) -> None:
+        self.positions.add_(1)
+        self._place()
+
+    def rewind(self) -> None:
+        """Takes back the last `finish`: the next step writes the same slots."""
+        self.positions.sub_(1)
+        self._place()
