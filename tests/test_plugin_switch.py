@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugged import base, both, close, each, load, plugin, some_ids, transformers, use_ops
+from plugged import base, both, close, each, load, plugin, small, some_ids, transformers, use_ops
 from plugged import way as way
 
 from gemma4_kernels import extension, ops
@@ -78,6 +78,37 @@ def test_explain(way, monkeypatch):
         "eager twins (no kernels for cpu); norms, MLP, rotary: eager twins (no kernels for cpu)",
     }
     assert all(line.endswith(says[way]) for line in plugin.explain(ours).splitlines())
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_explain_names_what_is_not_fused(way):
+    if way == "as on a CPU":
+        return  # where nothing is fused, and explain says so
+    model = plugin.enable(small("ple"))
+    layers = model.model.layers
+    layers[0].self_attn.k_norm.register_forward_hook(lambda *args: None)
+    layers[0].act_fn.register_forward_pre_hook(lambda *args: None)
+    layers[1].self_attn, layers[1].mlp = Wrapper(layers[1].self_attn), Wrapper(layers[1].mlp)
+    layers[2].post_feedforward_layernorm = Wrapper(layers[2].post_feedforward_layernorm)
+    expected = [
+        "not fused: queries and keys (k_norm has hooks), act_fn has hooks",
+        "not fused: queries and keys (self_attn is a Wrapper), mlp is a Wrapper",
+        "not fused: post_feedforward_layernorm is a Wrapper",
+        "",
+    ]
+    for line, end in zip(plugin.explain(model).splitlines(), expected, strict=True):
+        assert line.endswith(end) and ("not fused" in line) == bool(end), line
+    layers[3] = Wrapper(layers[3])
+    for line in plugin.explain(model).splitlines():
+        assert "queries and keys (layers.3 is a Wrapper)" in line
 
 
 def test_refusals():
