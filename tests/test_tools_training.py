@@ -105,7 +105,7 @@ def test_trainer(name: str, recipe: str, tmp_path: Path) -> None:
 
 @each
 def test_trainer_in_bf16(name: str, tmp_path: Path) -> None:
-    """Weights stay fp32; the losses follow those of fp32 as far as two digits and other experts let them."""
+    """Weights stay fp32; the losses follow, as far as two digits and other experts let them."""
     theirs, ours = pair(name)
     exact, run = trainer(theirs, tmp_path), trainer(ours, tmp_path, bf16=True)
     exact.train()
