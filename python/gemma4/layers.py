@@ -269,19 +269,19 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(width, eps)
         self.post_feedforward_layernorm = RMSNorm(width, eps)
         self.register_buffer("layer_scalar", torch.ones(1))
-        self.has_experts = config.enable_moe_block
-        if self.has_experts:
-            self.router = Router(config)
-            self.experts = Experts(config)
-            self.pre_feedforward_layernorm_2 = RMSNorm(width, eps)
-            self.post_feedforward_layernorm_1 = RMSNorm(width, eps)
-            self.post_feedforward_layernorm_2 = RMSNorm(width, eps)
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
             self.act_fn = GELUTanh()
             self.per_layer_input_gate = linear(width, self.ple_width, config)
             self.per_layer_projection = linear(self.ple_width, width, config)
             self.post_per_layer_input_norm = RMSNorm(width, eps)
+        self.has_experts = config.enable_moe_block
+        if self.has_experts:
+            self.router = Router(config)
+            self.experts = Experts(config)
+            self.post_feedforward_layernorm_1 = RMSNorm(width, eps)
+            self.post_feedforward_layernorm_2 = RMSNorm(width, eps)
+            self.pre_feedforward_layernorm_2 = RMSNorm(width, eps)
 
     def forward(
         self, hidden_states: Tensor, per_layer_input: Tensor | None = None, *, plan: PackedPlan

@@ -143,15 +143,25 @@ def _as_one(parts: list[Tensor]) -> Tensor | None:
 
 
 def _lay_side_by_side(parts: list[Tensor]) -> Tensor | None:
-    same = all(p.dtype == parts[0].dtype and p.device == parts[0].device for p in parts)
-    small = sum(p.nbytes for p in parts) <= CPU_JOIN_BYTES
-    # Memory that other processes or modules look at must stay where it is.
-    if not same or parts[0].is_meta or (parts[0].is_cpu and not small):
+    first, total = parts[0], sum(part.nbytes for part in parts)
+    if first.is_meta or (first.is_cpu and total > CPU_JOIN_BYTES):
         return None
-    if any(p.is_cpu and p.is_shared() for p in parts) or len({id(p) for p in parts}) < len(parts):
+    begin = 0
+    for part in parts:
+        # Memory that somebody else looks at (an optimizer's flat buffer, another process, a tied
+        # module) must stay where it is: what is moved has a storage to itself. Pickle gives each
+        # part a copy of what was one storage.
+        held, offset = part.untyped_storage().nbytes(), part.storage_offset() * part.element_size()
+        alone = held == part.nbytes or (held == total and offset == begin)
+        if not alone or (part.is_cpu and part.is_shared()):
+            return None
+        if part.dtype != first.dtype or part.device != first.device:
+            return None
+        begin += part.nbytes
+    if len({part.untyped_storage().data_ptr() for part in parts}) < len(parts):
         return None
     with torch.inference_mode(False):  # else the parameters could never be trained again
-        whole = torch.cat([p.detach() for p in parts])
+        whole = torch.cat([part.detach() for part in parts])
     for part, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         part.data = view
     return whole
