@@ -260,17 +260,17 @@ def _without_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, _: 
 
 def _with_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     head, table = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    if _is_tied(model) and head not in state and table in state:
+    if model.config.tie_word_embeddings and head not in state and table in state:
         state[head] = state[table]
 
 
 def _keep_tied(model: nn.Module, _: Any) -> None:
     """load_state_dict(assign=True) makes two parameters of one tensor."""
-    head, table = model.lm_head._parameters.get("weight"), model.model.embed_tokens._parameters
-    table = table.get("weight")
-    if type(head) is type(table) is nn.Parameter and head is not table:
-        if head.data_ptr() == table.data_ptr() and not head.is_meta:
-            model.lm_head.weight = table
+    parents = model.lm_head, model.model.embed_tokens
+    head, table = (parent._parameters.get("weight") for parent in parents)
+    plain = type(head) is type(table) is nn.Parameter and not head.is_meta
+    if plain and head.data_ptr() == table.data_ptr():
+        model.lm_head.weight = table
 
 
 def _summed_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ class Gemma4TextModel(nn.Module):
     def device(self) -> torch.device:
         device = next(self.parameters()).device
         if device.type == "meta":
-            # Offloaded weights are nowhere between calls; accelerate's hook says where they come to.
+            # Offloaded weights are nowhere between calls; accelerate's hook says where they go.
             hook = getattr(self.embed_tokens, "_hf_hook", None)
             return torch.device(getattr(hook, "execution_device", None) or device)
         return device
@@ -616,8 +616,9 @@ class Gemma4TextModel(nn.Module):
         if token_part is None:
             if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
                 return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
-            # The table may have stayed in host memory.
-            ids_T = ids_T.to(next(table.parameters()).device)
+            # The table may have stayed in host memory, or come only when it is called.
+            where = next(table.parameters()).device
+            ids_T = ids_T if where.type == "meta" else ids_T.to(where)
             token_part = plan.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
         parts = (-1, self.config.num_hidden_layers, self.ple_width)
         context = plan.call(norm, RMSNorm, projected.view(parts))
