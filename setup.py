@@ -24,8 +24,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 PACKAGE = "gemma4_kernels"
 # By major compute capability. sm_80, sm_100 and sm_120 code runs on every card of its major
-# number; sm_90a, the only target with wgmma, on 9.0 alone.
+# number but Tegra's; sm_90a, the only target with wgmma, on 9.0 alone.
 CODE = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
+TEGRA = {(8, 7), (10, 1)}
 # The one PTX worth keeping: every later card can compile it.
 PTX = "compute_80"
 ALL = [*CODE.values(), PTX]
@@ -76,26 +77,29 @@ def import_torch() -> ModuleType:
     return torch
 
 
-def listed_archs(arch_list: str) -> list[str]:
-    """Our targets for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
-    archs = []
-    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
-        match = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
-        if not match or int(match[1]) not in CODE:
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST must name compute capabilities with the major number "
-                f"{', '.join(map(str, CODE))}, such as 8.0;9.0a+PTX; got {entry!r}"
-            )
-        archs += [CODE[int(match[1])]] + [PTX] * bool(match[2])
-    return [arch for arch in ALL if arch in archs]
-
-
-def visible_archs(capabilities: Iterable[tuple[int, int]]) -> tuple[list[str], list[str]]:
-    """Our targets for these GPUs, and the capabilities that have none."""
-    capabilities = sorted(set(capabilities))
-    archs = {CODE[major] for major, _ in capabilities if major in CODE}
-    missing = [f"{major}.{minor}" for major, minor in capabilities if major not in CODE]
+def targets(
+    capabilities: Iterable[tuple[int, int]], ptx: bool = False
+) -> tuple[list[str], list[str]]:
+    """Code for the cards that run ours, PTX for others and later ones; and those too old for it."""
+    archs, missing = {PTX} if ptx else set(), []
+    for major, minor in sorted(set(capabilities)):
+        if major < 8:
+            missing.append(f"{major}.{minor}")
+        else:
+            archs.add(PTX if (major, minor) in TEGRA else CODE.get(major, PTX))
     return [arch for arch in ALL if arch in archs], missing
+
+
+def listed_targets(arch_list: str) -> tuple[list[str], list[str]]:
+    """The same for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
+    entries = re.split(r"[;, ]+", arch_list.strip("; ,"))
+    matches = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry) for entry in entries]
+    if None in matches:
+        raise ValueError(
+            "TORCH_CUDA_ARCH_LIST must name compute capabilities, such as 8.0;9.0a+PTX; "
+            f"got {entries[matches.index(None)]!r}"
+        )
+    return targets([(int(m[1]), int(m[2])) for m in matches], any(m[3] for m in matches))
 
 
 def toolkit_version(prefix: Path) -> str | None:
@@ -131,26 +135,27 @@ def find_toolkit(env: Mapping[str, str]) -> tuple[Path, str]:
 
 
 def plan_cuda(env: Mapping[str, str], forced: bool) -> Plan:
+    toolkit, version = find_toolkit(env)
     torch = import_torch()
     if not torch.version.cuda:
         raise UnavailableError(f"torch {torch.__version__} is a build without CUDA")
-    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    archs, missing = visible_archs(gpus)
-    note = f" (there are none for capability {', '.join(missing)})" if missing else ""
-    if not gpus and env.get("TORCH_CUDA_ARCH_LIST"):
-        archs = listed_archs(env["TORCH_CUDA_ARCH_LIST"])
-    elif not gpus and forced:
-        archs = ALL
-    elif not gpus:
-        raise UnavailableError("torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set")
-    elif not archs:
-        raise UnavailableError(f"there are no kernels for compute capability {', '.join(missing)}")
-    toolkit, version = find_toolkit(env)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise UnavailableError(
             f"the toolkit in {toolkit} is CUDA {version}, but torch {torch.__version__} "
             f"is built for CUDA {torch.version.cuda}"
         )
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if env.get("TORCH_CUDA_ARCH_LIST"):
+        archs, missing = listed_targets(env["TORCH_CUDA_ARCH_LIST"])
+    elif gpus:
+        archs, missing = targets(gpus)
+    elif forced:
+        archs, missing = ALL, []
+    else:
+        raise UnavailableError("torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set")
+    if not archs:
+        raise UnavailableError(f"there are no kernels for compute capability {', '.join(missing)}")
+    note = f" (there are none for capability {', '.join(missing)})" if missing else ""
     return Plan(tuple(archs), toolkit, version, torch.__version__, note=note)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
+# Tegra's chips run no code that was made for other cards of their major number, only PTX.
+_TEGRA = {(8, 7), (10, 1)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     target = divmod(int(number.removesuffix("a")), 10)
     if kind == "compute":
         return capability >= target
-    if number.endswith("a"):
+    if number.endswith("a") or capability in _TEGRA:
         return capability == target
     return capability[0] == target[0] and capability[1] >= target[1]
 

@@ -41,17 +41,26 @@ setup_py = compiled.setup_py
         ("10.0a 10.3;12.0f;", "sm_100 sm_120"),
         ("9.0+PTX", "sm_90a compute_80"),
         ("8.0;12.0+PTX", "sm_80 sm_120 compute_80"),
+        ("8.0;8.7", "sm_80 compute_80"),
+        ("11.0a", "compute_80"),
     ],
 )
 def test_arch_list(listed, archs):
-    assert setup_py.listed_archs(listed) == archs.split()
+    assert setup_py.listed_targets(listed) == (archs.split(), [])
 
 
-@pytest.mark.parametrize("listed", ["7.5", "9", "90a", "Hopper", "8.0;11.0", "native", "8.0+ptx"])
+def test_arch_list_with_cards_too_old():
+    """Images come with a list of everything that their torch is built for."""
+    archs, missing = setup_py.listed_targets("5.2;7.5 8.0 8.6 9.0 10.0 12.0+PTX")
+    assert archs == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_80"]
+    assert missing == ["5.2", "7.5"]
+
+
+@pytest.mark.parametrize("listed", ["9", "90a", "Hopper", "8.0;11", "native", "8.0+ptx"])
 def test_arch_list_of_others(listed):
     wrong = listed.split(";")[-1]
     with pytest.raises(ValueError, match=re.escape(f"such as 8.0;9.0a+PTX; got '{wrong}'")):
-        setup_py.listed_archs(listed)
+        setup_py.listed_targets(listed)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +69,24 @@ def test_arch_list_of_others(listed):
         ([(8, 6), (8, 9)], ["sm_80"], []),
         ([(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90a"], []),
         ([(10, 3), (12, 1)], ["sm_100", "sm_120"], []),
-        ([(7, 5), (11, 0), (12, 0)], ["sm_120"], ["7.5", "11.0"]),
+        ([(7, 5), (11, 0), (12, 0)], ["sm_120", "compute_80"], ["7.5"]),
+        ([(8, 7)], ["compute_80"], []),
+        ([(8, 0), (8, 7)], ["sm_80", "compute_80"], []),
+        ([(10, 1)], ["compute_80"], []),
+        ([(13, 0)], ["compute_80"], []),
     ],
 )
 def test_visible_gpus(gpus, archs, missing):
-    assert setup_py.visible_archs(gpus) == (archs, missing)
+    assert setup_py.targets(gpus) == (archs, missing)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 1)])
+@pytest.mark.parametrize("later", [(10, 3), (11, 0), (12, 0), (12, 1), (13, 0), (20, 3)])
+def test_what_is_built_for_a_card_runs_on_it(capability, later):
+    """The rule of setup.py, which cannot import the package, and the package's are one."""
+    archs, _ = setup_py.targets([capability, later])
+    for card in (capability, later):
+        assert any(extension._runs_on(arch, card) for arch in archs)
 
 
 def test_gencode():
@@ -164,14 +186,16 @@ FORCED = {"GEMMA4_KERNELS_BUILD": "cuda"}
 
 
 def test_builds_for_the_gpus_it_sees(decide, tmp_path):
-    plan = decide({"TORCH_CUDA_ARCH_LIST": "8.0"}, gpus=[(9, 0), (7, 5)])
+    plan = decide(gpus=[(9, 0), (7, 5)])
     assert (plan.archs, plan.reason) == (("sm_90a",), None)
     assert (plan.toolkit, plan.toolkit_version) == (tmp_path / "cuda-13.0", "13.0")
     assert str(plan) == "building CUDA kernels for sm_90a (there are none for capability 7.5)"
 
 
-def test_builds_for_the_list_where_it_sees_none(decide):
-    assert decide({"TORCH_CUDA_ARCH_LIST": "8.0;9.0"}).archs == ("sm_80", "sm_90a")
+@pytest.mark.parametrize("gpus", [[], [(9, 0)], [(7, 5)]])
+def test_the_list_wins_over_the_gpus(decide, gpus):
+    plan = decide({"TORCH_CUDA_ARCH_LIST": "8.0;10.0"}, gpus)
+    assert plan.archs == ("sm_80", "sm_100") and plan.note == ""
 
 
 def test_forced_without_a_list_is_all(decide):
@@ -185,6 +209,10 @@ def test_forced_without_a_list_is_all(decide):
         ({}, "torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set"),
         ({"cuda": None, "gpus": [(9, 0)]}, "torch 2.14.1 is a build without CUDA"),
         ({"gpus": [(7, 5)]}, "there are no kernels for compute capability 7.5"),
+        (
+            {"env": {"TORCH_CUDA_ARCH_LIST": "7.5"}, "gpus": [(9, 0)]},
+            "there are no kernels for compute capability 7.5",
+        ),
         ({"gpus": [(9, 0)], "toolkit": ""}, "no CUDA toolkit (bin/nvcc"),
         ({"gpus": [(9, 0)], "toolkit": "12.8"}, "is CUDA 12.8, but torch 2.14.1 is built for CUD"),
     ],
@@ -195,7 +223,7 @@ def test_cpu_only_or_an_error_where_forced(decide, machine, reason):
     assert str(plan).startswith("CPU only, because ")
     if machine:
         with pytest.raises(ValueError, match="GEMMA4_KERNELS_BUILD is cuda, but ") as error:
-            decide(FORCED, **machine)
+            decide(**{**machine, "env": {**machine.get("env", {}), **FORCED}})
         assert reason in str(error.value)
 
 
@@ -207,18 +235,19 @@ def test_cpu_is_forced(decide):
 def test_other_values_are_errors(decide):
     with pytest.raises(ValueError, match="GEMMA4_KERNELS_BUILD must be cuda or cpu, got 'yes'"):
         decide({"GEMMA4_KERNELS_BUILD": "yes"})
-    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST must name .* got '7.5'"):
-        decide({"TORCH_CUDA_ARCH_LIST": "7.5"})
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST must name .* got 'Ampere'"):
+        decide({"TORCH_CUDA_ARCH_LIST": "Ampere"}, gpus=[(8, 0)])
 
 
-def test_no_torch(monkeypatch):
+def test_no_torch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    plan = setup_py.plan({})
+    env = {"CUDA_HOME": str(make_toolkit(tmp_path / "cuda"))}
+    plan = setup_py.plan(env)
     assert plan.reason.startswith("torch cannot be imported while building (")
     assert plan.reason.endswith("; install torch, then run pip install --no-build-isolation .")
     with pytest.raises(ValueError, match="is cuda, but torch cannot be imported"):
-        setup_py.plan(FORCED)
+        setup_py.plan({**env, **FORCED})
 
 
 @pytest.mark.skipif(not (PACKAGES / "torch").is_dir(), reason="torch is installed elsewhere")
@@ -342,11 +371,11 @@ def test_build_info():
 @pytest.mark.parametrize(
     "arch, runs, others",
     [
-        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0), (12, 0)]),
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0), (10, 0), (12, 0)]),
         ("sm_90a", [(9, 0)], [(8, 0), (10, 0)]),
-        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (10, 1), (11, 0), (12, 0)]),
         ("sm_120", [(12, 0), (12, 1)], [(10, 0), (13, 0)]),
-        ("compute_80", [(8, 0), (8, 6), (9, 0), (11, 0), (12, 1), (13, 0)], [(7, 5)]),
+        ("compute_80", [(8, 0), (8, 7), (9, 0), (11, 0), (12, 1), (13, 0)], [(7, 5)]),
     ],
 )
 def test_what_code_runs_where(arch, runs, others):
@@ -358,8 +387,8 @@ def test_what_code_runs_where(arch, runs, others):
 def with_gpu(monkeypatch):
     """A process with a library for sm_80 and sm_90a and a GPU of the given capability."""
 
-    def with_gpu(capability, reason=None):
-        build = extension.Build(BUILT.archs, "13.0", "2.11", reason)
+    def with_gpu(capability, reason=None, archs=BUILT.archs):
+        build = extension.Build(archs, "13.0", "2.11", reason)
         monkeypatch.setattr(extension, "BUILD", build)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -378,9 +407,19 @@ def test_covers(with_gpu):
     assert not extension.covers(torch.device("cuda", 0))
 
 
-def test_a_gpu_that_is_not_covered_is_named_once(with_gpu):
-    with_gpu((7, 5))
-    sentence = r"eager torch on cuda:1 \(A GPU\): its compute capability is 7.5.*for sm_80, sm_90a"
+@pytest.mark.parametrize("capability", [(8, 7), (10, 1), (11, 0), (13, 0)])
+def test_ptx_covers_tegra_and_later_cards(with_gpu, capability):
+    with_gpu(capability, archs=("sm_80", "compute_80"))
+    assert extension.covers(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (13, 0)])
+def test_a_gpu_that_is_not_covered_is_named_once(with_gpu, capability):
+    with_gpu(capability)
+    sentence = (
+        r"eager torch on cuda:1 \(A GPU\): its compute capability is "
+        + "{}.{}.*for sm_80, sm_90a".format(*capability)
+    )
     with pytest.warns(UserWarning, match=sentence):
         assert not extension.covers(torch.device("cuda", 1))
     with warnings.catch_warnings():
