@@ -5,6 +5,7 @@ setup.py and not pyproject.toml names the packages because two import packages f
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -208,28 +209,39 @@ def extension_arguments(plan: Plan) -> dict[str, Any]:
     )
     return {
         "ext_modules": [library],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": noting(BuildExtension, plan)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def build_py_with(plan: Plan) -> type[build_py]:
-    """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says."""
-    facts = {
-        "archs": plan.archs,
-        "toolkit": plan.toolkit_version,
-        "built_with": plan.torch,
-        "abi_target": TARGET if plan.archs else None,
-        "reason": plan.reason,
-    }
+def write_facts(plan: Plan, folder: Path) -> None:
+    """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says.
 
-    class BuildPy(build_py):
+    The library's size and digest go along, for one that is damaged would kill whoever opens it.
+    """
+    facts: dict[str, Any] = {"archs": plan.archs, "reason": plan.reason}
+    if plan.archs:
+        library = (folder / "_C.abi3.so").read_bytes()
+        facts |= {
+            "toolkit": plan.toolkit_version,
+            "built_with": plan.torch,
+            "abi_target": TARGET,
+            "bytes": len(library),
+            "sha256": hashlib.sha256(library).hexdigest(),
+        }
+    (folder / "_build.json").write_text(json.dumps(facts) + "\n")
+
+
+def noting(command: type[Command], plan: Plan) -> type[Command]:
+    """The last command that makes something, which leaves the facts as well."""
+
+    class Noting(command):
         def run(self) -> None:
             super().run()
-            folder = ROOT if self.editable_mode else Path(self.build_lib)
-            (folder / PACKAGE / "_build.json").write_text(json.dumps(facts) + "\n")
+            in_place = self.editable_mode or getattr(self, "inplace", False)
+            write_facts(plan, (ROOT if in_place else Path(self.build_lib)) / PACKAGE)
 
-    return BuildPy
+    return Noting
 
 
 def version() -> str:
@@ -252,7 +264,8 @@ def main() -> None:
         print(f"gemma4-kernels: {chosen}", file=sys.stderr, flush=True)
         if chosen.archs:
             arguments = extension_arguments(chosen)
-        arguments.setdefault("cmdclass", {})["build_py"] = build_py_with(chosen)
+        else:
+            arguments = {"cmdclass": {"build_py": noting(build_py, chosen)}}
     setup(
         version=version(),
         packages=[*find_packages(include=[f"{PACKAGE}*"]), *find_packages("python")],

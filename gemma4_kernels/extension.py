@@ -1,9 +1,11 @@
 """Finds the compiled CUDA library and says which build it is, or why there is none."""
 
 import functools
+import hashlib
 import json
+import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,37 @@ def load(folder: Path = _FOLDER) -> Build:
     """
     facts, library = folder / "_build.json", folder / "_C.abi3.so"
     try:
-        build = json.loads(facts.read_text())
-    except (OSError, ValueError):
+        noted = json.loads(facts.read_text())
+        # Not the library's presence decides: an editable install may have left an earlier one.
+        if not noted["archs"]:
+            return Build(reason=f"installed without CUDA kernels, because {noted['reason']}")
+        made = Build(tuple(noted["archs"]), noted["toolkit"], noted["abi_target"])
+        built_with, size, sha256 = noted["built_with"], noted["bytes"], noted["sha256"]
+    except FileNotFoundError:
         return Build(reason="this is a source tree that was never installed: run pip install")
-    # Not the library's presence decides: an editable install may have left one of an earlier build.
-    if not build["archs"]:
-        return Build(reason=f"installed without CUDA kernels, because {build['reason']}")
-    made = Build(tuple(build["archs"]), build["toolkit"], build["abi_target"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return Build(reason=f"{facts} is not what a build writes ({error!r}): run pip install")
     try:
+        _check_unchanged(library, size, sha256)
         torch.ops.load_library(library)
     except OSError as error:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
-        reason = f"the CUDA kernels, built with torch {build['built_with']}, do not load: {why}"
-        return Build(made.archs, made.toolkit, made.abi_target, reason)
+        reason = f"the CUDA kernels, built with torch {built_with}, do not load: {why}"
+        return replace(made, reason=reason)
     return made
+
+
+def _check_unchanged(library: Path, size: int, sha256: str) -> None:
+    """Raises OSError unless the file is what was built: the loader dies of one that is damaged."""
+    with library.open("rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise OSError(f"{library} has {found} bytes and was built with {size}: run pip install")
+        digest = hashlib.sha256()
+        while block := file.read(1 << 18):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise OSError(f"{library} has changed since it was built: run pip install")
 
 
 BUILD = load()

@@ -1,7 +1,5 @@
-"""What setup.py decides, what the installed package says of itself, and what ptxas and the
-disassembler say of every kernel on every architecture.
-
-Longer than 400 lines because decisions and what comes of them are tested side by side.
+"""What setup.py decides and notes, and what ptxas and the disassembler say of every kernel on
+every architecture.
 """
 
 import json
@@ -9,7 +7,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,8 @@ from types import SimpleNamespace
 import compiled
 import pytest
 import torch
-from setuptools import Distribution
+from setuptools import Command, Distribution
+from setuptools.command.build_py import build_py
 
 import gemma4_kernels
 from gemma4_kernels import extension
@@ -292,139 +290,56 @@ def test_an_error_is_one_line(run_main, monkeypatch):
     assert exit.value.code == message
 
 
-# What the package says of itself
-
-
-def write_facts(plan, folder: Path) -> Path:
-    """Runs the step of setup.py that leaves the facts of the build; returns the package."""
-    package = folder / "gemma4_kernels"
-    package.mkdir()
-    command = setup_py.build_py_with(plan)(Distribution())
-    command.ensure_finalized()
-    command.build_lib = str(folder)
-    command.run()
-    return package
+# What is noted
 
 
 BUILT = setup_py.Plan(("sm_80", "sm_90a"), Path("/cuda"), "13.0", "2.14.1")
 
 
-def test_a_tree_that_was_never_installed(tmp_path):
-    build = extension.load(tmp_path)
-    assert build.archs == () and "never installed" in build.reason
+class BuildNothing(Command):
+    """Stands for the command that compiles: its library is there already."""
+
+    editable_mode = inplace = False
+
+    def initialize_options(self):
+        pass
+
+    finalize_options = run = initialize_options
 
 
-def test_built_for_the_cpu(tmp_path):
-    package = write_facts(setup_py.Plan(reason="torch sees no GPU"), tmp_path)
-    (package / "_C.abi3.so").write_text("left by an earlier build")
-    reason = "installed without CUDA kernels, because torch sees no GPU"
-    assert extension.load(package) == extension.Build(reason=reason)
+def note(command: type[Command], plan, folder: Path, **attributes) -> dict:
+    command = setup_py.noting(command, plan)(Distribution())
+    command.ensure_finalized()
+    for name, value in {"build_lib": str(folder), **attributes}.items():
+        setattr(command, name, value)
+    command.run()
+    return json.loads((folder / "gemma4_kernels" / "_build.json").read_text())
 
 
-@pytest.mark.parametrize("content", [None, "not a library"])
-def test_a_library_that_does_not_load(tmp_path, content):
-    package = write_facts(BUILT, tmp_path)
-    if content:
-        (package / "_C.abi3.so").write_text(content)
-    build = extension.load(package)
-    assert (build.archs, build.toolkit, build.abi_target) == (BUILT.archs, "13.0", "2.11")
-    assert "the CUDA kernels, built with torch 2.14.1, do not load: " in build.reason
-    assert "_C.abi3.so: " in build.reason
+def test_facts_of_a_build_for_the_cpu(tmp_path):
+    (tmp_path / "gemma4_kernels").mkdir()
+    facts = note(build_py, setup_py.Plan(reason="torch sees no GPU"), tmp_path)
+    assert facts == {"archs": [], "reason": "torch sees no GPU"}
 
 
-def test_a_library_that_loads(tmp_path, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    package = write_facts(BUILT, tmp_path)
-    assert extension.load(package) == extension.Build(BUILT.archs, "13.0", "2.11")
-    assert loaded == [package / "_C.abi3.so"]
-    assert json.loads((package / "_build.json").read_text())["built_with"] == "2.14.1"
-
-
-def test_build_info():
-    info = gemma4_kernels.build_info()
-    assert set(info) == {
-        *(
-            "version",
-            "torch",
-            "cuda",
-            "reason",
-            "archs",
-            "toolkit",
-            "abi_target",
-            "device",
-            "kernels",
-        )
+@pytest.mark.parametrize("place", [{}, {"inplace": True}, {"editable_mode": True}])
+def test_facts_of_a_library(tmp_path, monkeypatch, place):
+    """Noted where the library is left: in the source tree for an editable install."""
+    (tmp_path / "gemma4_kernels").mkdir()
+    (tmp_path / "gemma4_kernels" / "_C.abi3.so").write_bytes(b"abc")
+    if place:
+        monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+        place = {**place, "build_lib": "/nowhere"}
+    assert note(BuildNothing, BUILT, tmp_path, **place) == {
+        "archs": ["sm_80", "sm_90a"],
+        "reason": None,
+        "toolkit": "13.0",
+        "built_with": "2.14.1",
+        "abi_target": "2.11",
+        "bytes": 3,
+        # The example of FIPS 180-2.
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }
-    assert info["version"] == gemma4_kernels.__version__
-    assert info["torch"] == torch.__version__
-    assert info["cuda"] is (info["reason"] is None)
-    if info["cuda"]:
-        assert info["archs"] and info["toolkit"] and info["abi_target"] == "2.11"
-        assert extension.ops_in(gemma4_kernels.library.COMPILED)
-    else:
-        assert isinstance(info["reason"], str)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    assert info["device"] == gpu
-
-
-@pytest.mark.parametrize(
-    "arch, runs, others",
-    [
-        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0), (10, 0), (12, 0)]),
-        ("sm_90a", [(9, 0)], [(8, 0), (10, 0)]),
-        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (10, 1), (11, 0), (12, 0)]),
-        ("sm_120", [(12, 0), (12, 1)], [(10, 0), (13, 0)]),
-        ("compute_80", [(8, 0), (8, 7), (9, 0), (11, 0), (12, 1), (13, 0)], [(7, 5)]),
-    ],
-)
-def test_what_code_runs_where(arch, runs, others):
-    assert all(extension._runs_on(arch, capability) for capability in runs)
-    assert not any(extension._runs_on(arch, capability) for capability in others)
-
-
-@pytest.fixture
-def with_gpu(monkeypatch):
-    """A process with a library for sm_80 and sm_90a and a GPU of the given capability."""
-
-    def with_gpu(capability, reason=None, archs=BUILT.archs):
-        build = extension.Build(archs, "13.0", "2.11", reason)
-        monkeypatch.setattr(extension, "BUILD", build)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-        extension.covers.cache_clear()
-
-    yield with_gpu
-    extension.covers.cache_clear()
-
-
-def test_covers(with_gpu):
-    with_gpu((8, 6))
-    assert extension.covers(torch.device("cuda", 0))
-    assert not extension.covers(torch.device("cpu"))
-    with_gpu((8, 6), reason="it does not load")
-    assert not extension.covers(torch.device("cuda", 0))
-
-
-@pytest.mark.parametrize("capability", [(8, 7), (10, 1), (11, 0), (13, 0)])
-def test_ptx_covers_tegra_and_later_cards(with_gpu, capability):
-    with_gpu(capability, archs=("sm_80", "compute_80"))
-    assert extension.covers(torch.device("cuda", 0))
-
-
-@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (13, 0)])
-def test_a_gpu_that_is_not_covered_is_named_once(with_gpu, capability):
-    with_gpu(capability)
-    sentence = (
-        r"eager torch on cuda:1 \(A GPU\): its compute capability is "
-        + "{}.{}.*for sm_80, sm_90a".format(*capability)
-    )
-    with pytest.warns(UserWarning, match=sentence):
-        assert not extension.covers(torch.device("cuda", 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not extension.covers(torch.device("cuda", 1))
 
 
 # What the compiler made of the kernels
