@@ -5,6 +5,7 @@ setup.py and not pyproject.toml names the packages because two import packages f
 """
 
 import ast
+import ctypes
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,24 +60,48 @@ class Plan:
         return f"building CUDA kernels for {', '.join(self.archs)}{self.note}"
 
 
+def torch_is_installed() -> bool:
+    """In the build's environment, or in the one that pip's build isolation hides."""
+    return PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib")]) is not None
+
+
 def import_torch() -> ModuleType:
-    """The torch that the kernels will run under.
+    """The torch that the kernels will run under, wherever the package is installed beside one.
 
     pip's build isolation hides it, yet leaves the interpreter the environment's own: then it is
-    found where that keeps its packages. A torch of the build's own would be gigabytes, and another.
+    found where that keeps its packages.
     """
+    sys.path.append(sysconfig.get_path("purelib"))
     try:
         import torch
-    except ModuleNotFoundError:
-        sys.path.append(sysconfig.get_path("purelib"))
-        try:
-            import torch
-        except ImportError as error:
-            raise UnavailableError(
-                f"torch cannot be imported while building ({error}); install torch, then run "
-                "pip install --no-build-isolation ."
-            ) from None
+    except ImportError as error:
+        raise UnavailableError(
+            f"torch cannot be imported while building ({error}); install torch, then run "
+            "pip install --no-build-isolation ."
+        ) from None
     return torch
+
+
+def driver_has_gpu() -> bool:
+    """Whether the CUDA driver has one to show, which can be asked where there is no torch."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return not failed and count.value > 0
+
+
+def find_need(env: Mapping[str, str]) -> str:
+    """For whom kernels are to be compiled."""
+    if env.get("GEMMA4_KERNELS_BUILD") == "cuda":
+        return "GEMMA4_KERNELS_BUILD is cuda"
+    if env.get("TORCH_CUDA_ARCH_LIST"):
+        return "TORCH_CUDA_ARCH_LIST is set"
+    if driver_has_gpu():
+        return "there is a GPU"
+    raise UnavailableError("there is no GPU and TORCH_CUDA_ARCH_LIST is not set")
 
 
 def targets(
@@ -136,6 +162,7 @@ def find_toolkit(env: Mapping[str, str]) -> tuple[Path, str]:
 
 
 def plan_cuda(env: Mapping[str, str], forced: bool) -> Plan:
+    find_need(env)
     toolkit, version = find_toolkit(env)
     torch = import_torch()
     if not torch.version.cuda:
@@ -173,6 +200,27 @@ def plan(env: Mapping[str, str]) -> Plan:
         if wanted == "cuda":
             raise ValueError(f"GEMMA4_KERNELS_BUILD is cuda, but {why}") from None
         return Plan(reason=str(why))
+
+
+def build_requirements(env: Mapping[str, str]) -> list[str]:
+    """torch, where kernels can be compiled and there is none yet to compile them against.
+
+    One of the build's own is gigabytes, so only then. The library loads under the one that is
+    installed later as well: it needs no more than the stable ABI.
+    """
+    if env.get("GEMMA4_KERNELS_BUILD") == "cpu" or torch_is_installed():
+        return []
+    try:
+        need, (toolkit, version) = find_need(env), find_toolkit(env)
+    except UnavailableError:
+        return []  # the plan will say so
+    print(
+        f"gemma4-kernels: asking for torch to compile against, which is not installed, because "
+        f"{need} and CUDA {version} in {toolkit}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [f"torch>={TARGET}"]
 
 
 def gencode(arch: str) -> str:
@@ -255,8 +303,11 @@ def version() -> str:
 
 def main() -> None:
     arguments: dict[str, Any] = {}
+    if "egg_info" in sys.argv:
+        # Where a front end asks what the build requires, setuptools answers with this.
+        arguments = {"setup_requires": build_requirements(os.environ)}
     # The commands that make metadata or an sdist compile nothing.
-    if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+    elif not {"dist_info", "sdist"} & set(sys.argv):
         try:
             chosen = plan(os.environ)
         except ValueError as error:

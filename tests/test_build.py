@@ -1,8 +1,11 @@
 """What setup.py decides and notes, and what ptxas and the disassembler say of every kernel on
 every architecture.
+
+Longer than 400 lines because each kind of machine that an install meets is a case here.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,9 +164,12 @@ def test_half_a_toolkit_is_none(tmp_path, no_usual_prefix):
 
 @pytest.fixture
 def decide(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., object]:
-    """setup.py's plan on a machine with these GPUs, this torch and this toolkit."""
+    """setup.py's plan on a machine with these GPUs, this torch and this toolkit.
 
-    def decide(env=None, gpus=(), cuda="13.0", toolkit="13.0"):
+    The driver has the GPUs that torch sees unless `driver` says otherwise.
+    """
+
+    def decide(env=None, gpus=(), cuda="13.0", toolkit="13.0", driver=None):
         fake = SimpleNamespace(
             __version__="2.14.1",
             version=SimpleNamespace(cuda=cuda),
@@ -172,6 +178,8 @@ def decide(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., object]:
             ),
         )
         monkeypatch.setattr(setup_py, "import_torch", lambda: fake)
+        has_gpu = bool(gpus) if driver is None else driver
+        monkeypatch.setattr(setup_py, "driver_has_gpu", lambda: has_gpu)
         home = tmp_path / f"cuda-{toolkit}"
         if toolkit and not home.exists():
             make_toolkit(home, toolkit)
@@ -204,7 +212,7 @@ def test_forced_without_a_list_is_all(decide):
 @pytest.mark.parametrize(
     "machine, reason",
     [
-        ({}, "torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set"),
+        ({}, "there is no GPU and TORCH_CUDA_ARCH_LIST is not set"),
         ({"cuda": None, "gpus": [(9, 0)]}, "torch 2.14.1 is a build without CUDA"),
         ({"gpus": [(7, 5)]}, "there are no kernels for compute capability 7.5"),
         (
@@ -237,23 +245,118 @@ def test_other_values_are_errors(decide):
         decide({"TORCH_CUDA_ARCH_LIST": "Ampere"}, gpus=[(8, 0)])
 
 
+def test_a_gpu_that_torch_does_not_see(decide):
+    reason = "torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set"
+    assert decide(driver=True).reason == reason
+
+
+@pytest.mark.parametrize(
+    "count, init, has_gpu", [(1, 0, True), (8, 0, True), (0, 0, False), (1, 100, False)]
+)
+def test_the_driver_is_asked_for_gpus(monkeypatch, count, init, has_gpu):
+    def get_count(pointer):
+        pointer._obj.value = count
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", {"libcuda.so.1": driver}.get)
+    assert setup_py.driver_has_gpu() is has_gpu
+
+
+def test_no_driver(monkeypatch):
+    def not_found(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", not_found)
+    assert not setup_py.driver_has_gpu()
+
+
+# The torch that is compiled against
+
+
 def test_no_torch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     env = {"CUDA_HOME": str(make_toolkit(tmp_path / "cuda"))}
-    plan = setup_py.plan(env)
+    plan = setup_py.plan({**env, "TORCH_CUDA_ARCH_LIST": "9.0"})
     assert plan.reason.startswith("torch cannot be imported while building (")
     assert plan.reason.endswith("; install torch, then run pip install --no-build-isolation .")
     with pytest.raises(ValueError, match="is cuda, but torch cannot be imported"):
         setup_py.plan({**env, **FORCED})
 
 
+@pytest.fixture
+def require(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., list[str]]:
+    """What the build requires on a machine like this."""
+
+    def require(env=None, torch=False, gpu=True, toolkit=True):
+        monkeypatch.setattr(setup_py, "torch_is_installed", lambda: torch)
+        monkeypatch.setattr(setup_py, "driver_has_gpu", lambda: gpu)
+        home = make_toolkit(tmp_path / "cuda") if toolkit else tmp_path
+        return setup_py.build_requirements({"CUDA_HOME": str(home), **(env or {})})
+
+    return require
+
+
+@pytest.mark.parametrize(
+    "machine, need",
+    [
+        ({}, "there is a GPU"),
+        ({"gpu": False, "env": {"TORCH_CUDA_ARCH_LIST": "9.0"}}, "TORCH_CUDA_ARCH_LIST is set"),
+        ({"gpu": False, "env": FORCED}, "GEMMA4_KERNELS_BUILD is cuda"),
+    ],
+)
+def test_torch_is_asked_for_where_it_alone_is_missing(require, machine, need, tmp_path, capsys):
+    assert require(**machine) == ["torch>=2.11"]
+    assert capsys.readouterr().err == (
+        "gemma4-kernels: asking for torch to compile against, which is not installed, because "
+        f"{need} and CUDA 13.0 in {tmp_path}/cuda\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        {"torch": True},
+        {"torch": True, "env": FORCED},
+        {"gpu": False},
+        {"toolkit": False},
+        {"toolkit": False, "env": FORCED},
+        {"env": {"GEMMA4_KERNELS_BUILD": "cpu"}},
+    ],
+)
+def test_torch_is_not_asked_for_elsewhere(require, machine, capsys):
+    assert require(**machine) == [] and capsys.readouterr().err == ""
+
+
+# Hides the environment's packages, as pip's build isolation does; setuptools is the build's own.
+ISOLATED = (
+    "import setuptools.build_meta, sys, sysconfig\n"
+    f"sys.path = [p for p in sys.path if p != {str(PACKAGES)!r}]\n"
+)
+
+
+@pytest.mark.parametrize("hook", ["wheel", "editable"])
+def test_what_a_front_end_is_told(tmp_path, hook):
+    code = (
+        f"{ISOLATED}sysconfig.get_path = lambda name: '/nowhere'\n"
+        f"print(setuptools.build_meta.get_requires_for_build_{hook}())\n"
+    )
+    home = make_toolkit(tmp_path / "cuda")
+    env = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert (done.stdout, done.returncode) == ("['torch>=2.11']\n", 0), done.stderr
+    assert done.stderr.count("gemma4-kernels: asking for torch") == 1
+
+
 @pytest.mark.skipif(not (PACKAGES / "torch").is_dir(), reason="torch is installed elsewhere")
 def test_torch_is_found_behind_build_isolation():
     code = (
-        "import runpy, setuptools, sys\n"
-        f"sys.path = [p for p in sys.path if p != {str(PACKAGES)!r}]\n"
+        f"{ISOLATED}import runpy\n"
         f"namespace = runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+        "assert namespace['torch_is_installed']()\n"
         "print(namespace['import_torch']().__version__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
@@ -279,7 +382,8 @@ def test_the_decision_is_announced(run_main, monkeypatch, capsys):
     assert "ext_modules" not in arguments
     line = "gemma4-kernels: CPU only, because GEMMA4_KERNELS_BUILD is cpu\n"
     assert capsys.readouterr().err == line
-    assert run_main("egg_info") and capsys.readouterr().err == ""
+    for command in ("egg_info", "dist_info", "sdist"):
+        assert "cmdclass" not in run_main(command) and capsys.readouterr().err == ""
 
 
 def test_an_error_is_one_line(run_main, monkeypatch):
