@@ -66,15 +66,15 @@ def torch_is_installed() -> bool:
 
 
 def import_torch() -> ModuleType:
-    """The torch that the kernels will run under, wherever the package is installed beside one.
+    """The torch to compile against: the build's own, else the one the kernels will run under.
 
-    pip's build isolation hides it, yet leaves the interpreter the environment's own: then it is
+    pip's build isolation hides that one, yet leaves the interpreter the environment's own: it is
     found where that keeps its packages.
     """
     sys.path.append(sysconfig.get_path("purelib"))
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library that torch preloads
         raise UnavailableError(
             f"torch cannot be imported while building ({error}); install torch, then run "
             "pip install --no-build-isolation ."
@@ -119,14 +119,17 @@ def targets(
 
 def listed_targets(arch_list: str) -> tuple[list[str], list[str]]:
     """The same for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
-    entries = re.split(r"[;, ]+", arch_list.strip("; ,"))
-    matches = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry) for entry in entries]
-    if None in matches:
-        raise ValueError(
-            "TORCH_CUDA_ARCH_LIST must name compute capabilities, such as 8.0;9.0a+PTX; "
-            f"got {entries[matches.index(None)]!r}"
-        )
-    return targets([(int(m[1]), int(m[2])) for m in matches], any(m[3] for m in matches))
+    capabilities, ptx = [], False
+    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if not match:
+            raise ValueError(
+                "TORCH_CUDA_ARCH_LIST must name compute capabilities, such as 8.0;9.0a+PTX; "
+                f"got {entry!r}"
+            )
+        capabilities.append((int(match[1]), int(match[2])))
+        ptx |= bool(match[3])
+    return targets(capabilities, ptx)
 
 
 def toolkit_version(prefix: Path) -> str | None:
