@@ -66,10 +66,11 @@ def test_masks():
     bounds = mask(kv_length=9, q_offset=4, attention_mask=padded, **pure)
     assert bounds[:, 0, 0].tolist() == [[0, 5], [2, 5]]
     sequences = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    window = masking_utils.sliding_window_causal_mask_function(4)
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        window = masking_utils.remap_positions_for_packed_sequence(window, torch.zeros(2, 5))
     packed = masking_utils.and_masks(
-        masking_utils.remap_positions_for_packed_sequence(
-            masking_utils.sliding_window_causal_mask_function(4), torch.zeros(2, 5)
-        ),
+        window,
         masking_utils.packed_sequence_mask_function(sequences),
     )
     starts = mask(kv_length=5, mask_function=packed, allow_is_causal_skip=False, **pure)

@@ -4,8 +4,8 @@ import transformers
 from torch import Tensor
 
 NAME = "gemma4_kernels"
-# The first version that fits and the first that may not; the project's metadata says the same.
-VERSIONS = ((5, 24), (6, 0))
+# The first version that fits, and the first that nobody has tried; pyproject.toml says the same.
+VERSIONS = ((5, 15), (5, 25))
 TanhGELU = type(transformers.activations.ACT2FN["gelu_pytorch_tanh"])
 
 
@@ -13,10 +13,10 @@ def check_version() -> None:
     """Raises RuntimeError under a transformers that this was not made for."""
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if not VERSIONS[0] <= version < VERSIONS[1]:
-        (first, since), (before, _) = VERSIONS
+        since, before = (".".join(map(str, bound)) for bound in VERSIONS)
         raise RuntimeError(
-            f"gemma4_kernels.integrations.transformers needs transformers >= {first}.{since}, "
-            f"< {before}, got {transformers.__version__}"
+            f"gemma4_kernels.integrations.transformers needs transformers >= {since}, < {before}, "
+            f"got {transformers.__version__}"
         )
 
 
