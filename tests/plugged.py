@@ -3,17 +3,14 @@
 import collections
 from pathlib import Path
 
+import make_golden
 import pytest
 import torch
+import transformers
 
 from gemma4_kernels import library, ops
-
-transformers = pytest.importorskip("transformers")
-
-import make_golden  # noqa: E402
-
-from gemma4_kernels.integrations import transformers as plugin  # noqa: E402
-from gemma4_kernels.integrations.transformers import attention, base, experts, modules  # noqa: E402
+from gemma4_kernels.integrations import transformers as plugin
+from gemma4_kernels.integrations.transformers import attention, base, experts, modules
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["dense", "e2b_like", "moe_like", "k_eq_v", "attention_bias"]

@@ -17,7 +17,7 @@ from plugged import (
     transformers,
 )
 from plugged import way as way
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 IDS, PADDING = some_ids(4, 11), left_padding(4, 11)
@@ -84,6 +84,20 @@ def fsdp2():
         same(results[1], results[2])
 
 
+def fsdp2_in_bf16():
+    """What a layer is given is cast with its parameters, cosines with the rest."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name in ("moe", "ple"):
+        losses = []
+        for make in (small, lambda name: plugin.enable(small(name))):
+            model = make(name)
+            for layer in model.model.layers:
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+            losses.append(trained(model, slice(None))[0])
+        torch.testing.assert_close(*losses, atol=0, rtol=torch.finfo(torch.bfloat16).eps / 2)
+
+
 def rank(number, port, way, checks):
     names = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -102,4 +116,6 @@ def test_two_processes(way):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank, (port, way, (tensor_parallel, ddp, fsdp2)), nprocs=2)
+    torch.multiprocessing.spawn(
+        rank, (port, way, (tensor_parallel, ddp, fsdp2, fsdp2_in_bf16)), nprocs=2
+    )

@@ -74,7 +74,7 @@ def test_masks():
         masking_utils.packed_sequence_mask_function(sequences),
     )
     starts = mask(kv_length=5, mask_function=packed, allow_is_causal_skip=False, **pure)
-    assert starts.shape == (2, 1, 5, 2) and starts[:, 0, 4].tolist() == [[0, 2], [0, 5]]
+    assert starts.shape == (2, 1, 5, 3) and starts[:, 0, 4].tolist() == [[0, 2, 5], [0, 5, 5]]
     holes = padded.clone()
     holes[0, 3] = False
     with pytest.raises(ValueError, match="one run of ones per row"):
@@ -161,6 +161,13 @@ def test_masks_made_by_the_user(name, form, by_layer_type, monkeypatch):
     close(ours.whole, theirs.whole)
     close(ours.parts, theirs.parts)
     close_gradients(ours, theirs)
+
+
+def test_masks_of_integers_are_refused():
+    ours = plugin.enable(small("moe"))
+    sentence = "4 dimensions must be bool or floating-point, got torch.int64"
+    with pytest.raises(ValueError, match=sentence):
+        ours(some_ids(2, 12), attention_mask=with_holes(2, 12, 12).long())
 
 
 @small_models

@@ -27,7 +27,7 @@ def attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls for attention: query [B, H, N, C], key and value [B, G, S, C] to
-    [B, N, H, C]. Raises ValueError for dropout."""
+    [B, N, H, C]. Raises ValueError for dropout and for a user's mask of integers."""
     if dropout:
         raise ValueError(f"{base.NAME} attention has no dropout, got attention_dropout {dropout}")
     options = {
@@ -36,18 +36,16 @@ def attention(
     }
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if attention_mask is not None and attention_mask.dtype not in (torch.int32, torch.int64):
+    if attention_mask is not None and attention_mask.dtype != torch.int32:
         return _masked(module, query, key, value, attention_mask, **options), None
-    packed = attention_mask is not None and attention_mask.dtype == torch.int64
+    packed = attention_mask is not None and attention_mask.shape[-1] > 2
     # For more queries a mask would be large, and the op leaves out the keys that none of them sees.
     short = query.shape[2] <= reference.FUSED_ROWS
     if not base.takes_ops(query) and short and is_causal and not packed and not softcap:
         seen = _seen(query, key, attention_mask, sliding_window or 0)
         return _by_torch(query, key, value, seen, options["scale"]), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    starts_at_0 = attention_mask is None or (
-        attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 1
-    )
+    starts_at_0 = attention_mask is None or attention_mask.shape[-1] == 1
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if is_causal and starts_at_0 and q.shape[1] <= DECODE_TOKENS and not training:
         if attention_mask is None:
@@ -100,7 +98,7 @@ def _sequences(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
         rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         return rows * queries, rows * keys
     row = torch.arange(batch, dtype=torch.int32, device=q.device)
-    if mask.dtype == torch.int64:
+    if mask.shape[-1] > 2:
         starts_k = mask[:, 0, 0]
         starts_q = (starts_k - (keys - queries)).clamp(min=0)  # queries are the last of a row
     else:
@@ -135,6 +133,10 @@ def _masked(
     softcap: float,
 ) -> Tensor:
     """Attention under a mask of any form, by torch."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"an attention_mask of 4 dimensions must be bool or floating-point, got {mask.dtype}"
+        )
     _warn(
         f"{type(module).__name__} runs torch's attention, without a kernel: its mask is not causal "
         "with padding at the ends (one of your own, images, a bidirectional model, or what a "

@@ -6,7 +6,7 @@ by themselves. What it hands to each layer is one of
     None                     causal, the queries being the last keys
     int [B, 1, N, 1]         causal, query n of row b sees keys before that number (a static cache)
     int [B, 1, N, 2]         the same from a first key on (padding)
-    long [B, 1, N, M]        packed rows: where a row's sequences start, padded with N
+    int [B, 1, N, M > 2]     packed rows: where a row's sequences start, padded with N
     floating [B, 1, N, S]    anything else, which torch's attention computes, with a warning
 
 4-d all of them, for transformers slices dimension 2 where layers share keys. A layer may also be
@@ -99,14 +99,15 @@ def _conditions(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 
 def _starts(sequence_BN: Tensor) -> Tensor:
-    """From the number of each token's sequence, where the sequences start: long [B, 1, N, M].
+    """From the number of each token's sequence, where the sequences start: int [B, 1, N, M].
 
-    Reads the device for M, the most sequences of a row.
+    Reads the device for M, the most sequences of a row, but at least 3: fewer numbers say bounds.
     """
     length = sequence_BN.shape[1]
     begins = F.pad(sequence_BN.diff(dim=1) != 0, (1, 0), value=True)
-    places = torch.arange(length, device=begins.device).expand_as(begins)
+    places = torch.arange(length, dtype=torch.int32, device=begins.device).expand_as(begins)
     starts = places.masked_fill(~begins, length).sort(1).values[:, : int(begins.sum(1).max())]
+    starts = F.pad(starts, (0, max(0, 3 - starts.shape[1])), value=length)
     return starts[:, None, None].expand(-1, 1, length, -1)
 
 

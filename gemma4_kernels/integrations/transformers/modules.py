@@ -31,13 +31,13 @@ class RMSNorm(gemma4.Gemma4RMSNorm):
         return ops.rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps)
 
 
-def why_called(
+def why_not_read(
     norm: nn.Module, device: torch.device | None, eps: float | None = None, scaled: bool = True
 ) -> str | None:
-    """Why an op may not stand in for a norm (with this eps, with a weight), or None."""
+    """Why an op may not stand in for a norm (with this eps, with a weight or without), or None."""
     reason = why_not_plain(norm, RMSNorm, device)
-    if reason is None and (norm.with_scale != scaled or eps not in (None, norm.eps)):
-        reason = f"has with_scale {norm.with_scale} and eps {norm.eps}"
+    if reason is None and (norm.with_scale is not scaled or eps not in (None, norm.eps)):
+        return f"has with_scale {norm.with_scale} and eps {norm.eps}"
     return reason
 
 
@@ -49,9 +49,9 @@ def _close(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """residual' = (residual + post(branch)) scale, and following(residual'): one op at best."""
-    weight = None
-    if why_called(post, residual.device) is None:
-        if following is not None and why_called(following, residual.device, post.eps) is None:
+    weight, device = None, residual.device
+    if why_not_read(post, device) is None:
+        if following is not None and why_not_read(following, device, post.eps) is None:
             weight, following = following.weight, None
         x, y = ops.add_rms_norm(branch, residual, post.weight, weight, scale, post.eps)
     else:
@@ -148,16 +148,13 @@ class Attention(gemma4.Gemma4TextAttention):
 
     def why_unfused(self, device: torch.device | None) -> str | None:
         """Why the norms are called and not read by `qkv_norm_rope`, or None."""
-        reason = why_called(self.q_norm, device)
-        if reason is not None:
-            return f"q_norm {reason}"
-        if self.is_kv_shared_layer:
-            return None
-        reason = why_called(self.k_norm, device, self.q_norm.eps)
-        if reason is not None:
-            return f"k_norm {reason}"
-        reason = why_called(self.v_norm, device, self.q_norm.eps, scaled=False)
-        return reason and f"v_norm {reason}"
+        norms, eps = self._modules, None
+        for name in ("q_norm",) if self.is_kv_shared_layer else ("q_norm", "k_norm", "v_norm"):
+            reason = why_not_read(norms[name], device, eps, name != "v_norm")
+            if reason is not None:
+                return f"{name} {reason}"
+            eps = norms[name].eps
+        return None
 
     def forward(
         self,
@@ -183,23 +180,25 @@ class Attention(gemma4.Gemma4TextAttention):
         # The cache's name until transformers 5.23, and from then on.
         cache = kwargs.pop("past_key_values", None)
         cache = kwargs.pop("cache", cache)
-        shape = hidden_states.shape[:-1]
-        positions_T = position_embeddings[0][..., 0].expand(shape).flatten()
+        shape, head_dim = hidden_states.shape[:-1], self.head_dim
+        positions_T = position_embeddings[0].expand(*shape, 1).flatten()
         inv_freq = position_embeddings[1][0, 0]
 
         def heads(projection: nn.Module) -> Tensor:
-            return projection(hidden_states).flatten(0, 1).unflatten(-1, (-1, self.head_dim))
+            return projection(hidden_states).reshape(positions_T.shape[0], -1, head_dim)
 
-        q, q_weight, eps = heads(self.q_proj), self.q_norm.weight, self.q_norm.eps
+        q, q_norm = heads(self.q_proj), self.q_norm
+        q_weight, eps = q_norm.weight, q_norm.eps
         if self.is_kv_shared_layer:
             q, _, _ = ops.qkv_norm_rope(q, None, None, q_weight, None, positions_T, inv_freq, eps)
             key, value = shared_kv_states[self.layer_type]
         else:
-            k, v = heads(self.k_proj), None if self.v_proj is None else heads(self.v_proj)
+            k, v_proj = heads(self.k_proj), self.v_proj
+            v = None if v_proj is None else heads(v_proj)
             q, k, v = ops.qkv_norm_rope(
                 q, k, v, q_weight, self.k_norm.weight, positions_T, inv_freq, eps
             )
-            key, value = (x.unflatten(0, shape).transpose(1, 2) for x in (k, v))
+            key, value = (x.view(*shape, -1, head_dim).transpose(1, 2) for x in (k, v))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if self.store_full_length_kv:
@@ -209,7 +208,7 @@ class Attention(gemma4.Gemma4TextAttention):
         )
         out, weights = attend(
             self,
-            q.unflatten(0, shape).transpose(1, 2),
+            q.view(*shape, -1, head_dim).transpose(1, 2),
             key,
             value,
             attention_mask,
@@ -231,6 +230,10 @@ class Router(gemma4.Gemma4TextRouter):
         return F.softmax(scores, dim=-1, dtype=torch.float32), weights, index.long()
 
 
+# Of a layer, after those that it takes itself: their order, should one be given without its name.
+ATTENTION_ARGUMENTS = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids")
+
+
 class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
     """Each norm that closes a branch, its residual and the norm that opens the next are one op."""
 
@@ -238,20 +241,13 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         self,
         hidden_states: Tensor,
         per_layer_input: Tensor | None = None,
-        shared_kv_states: Any = None,
-        position_embeddings: Positions | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if _are_positions(position_embeddings) and why_seen(self.self_attn, Attention) is not None:
-            position_embeddings = _cosines(position_embeddings, hidden_states)
-        kwargs |= dict(
-            shared_kv_states=shared_kv_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
+        kwargs |= zip(ATTENTION_ARGUMENTS, args, strict=False)
+        turns = kwargs.get("position_embeddings")
+        if _are_positions(turns) and why_seen(self.self_attn, Attention) is not None:
+            kwargs["position_embeddings"] = _cosines(turns, hidden_states)
         if not base.takes_ops(hidden_states):
             return super().forward(hidden_states, per_layer_input, **kwargs)
         normed = self.input_layernorm(hidden_states)

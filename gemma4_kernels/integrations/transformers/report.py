@@ -57,7 +57,7 @@ def _called(layer: nn.Module, cosines: str | None) -> Iterator[str]:
     if cosines or seen:
         yield f"queries and keys ({cosines or seen})"
     for name in NORMS:
-        reason = hasattr(layer, name) and modules.why_called(getattr(layer, name), None)
+        reason = hasattr(layer, name) and modules.why_not_read(getattr(layer, name), None)
         if reason:
             yield f"{name} {reason}"
     if not isinstance(mlp, modules.MLP):
