@@ -5,6 +5,8 @@ setup.py and not pyproject.toml names the packages because two import packages f
 """
 
 import ast
+import ctypes
+import hashlib
 import json
 import os
 import re
@@ -14,18 +16,20 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = "gemma4_kernels"
 # By major compute capability. sm_80, sm_100 and sm_120 code runs on every card of its major
-# number; sm_90a, the only target with wgmma, on 9.0 alone.
+# number but Tegra's; sm_90a, the only target with wgmma, on 9.0 alone.
 CODE = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
+TEGRA = {(8, 7), (10, 1)}
 # The one PTX worth keeping: every later card can compile it.
 PTX = "compute_80"
 ALL = [*CODE.values(), PTX]
@@ -56,46 +60,76 @@ class Plan:
         return f"building CUDA kernels for {', '.join(self.archs)}{self.note}"
 
 
-def import_torch() -> ModuleType:
-    """The torch that the kernels will run under.
+def torch_is_installed() -> bool:
+    """In the build's environment, or in the one that pip's build isolation hides."""
+    return PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib")]) is not None
 
-    pip's build isolation hides it, yet leaves the interpreter the environment's own: then it is
-    found where that keeps its packages. A torch of the build's own would be gigabytes, and another.
+
+def import_torch() -> ModuleType:
+    """The torch to compile against: the build's own, else the one the kernels will run under.
+
+    pip's build isolation hides that one, yet leaves the interpreter the environment's own: it is
+    found where that keeps its packages.
     """
+    sys.path.append(sysconfig.get_path("purelib"))
     try:
         import torch
-    except ModuleNotFoundError:
-        sys.path.append(sysconfig.get_path("purelib"))
-        try:
-            import torch
-        except ImportError as error:
-            raise UnavailableError(
-                f"torch cannot be imported while building ({error}); install torch, then run "
-                "pip install --no-build-isolation ."
-            ) from None
+    except (ImportError, OSError) as error:  # OSError: a library that torch preloads
+        raise UnavailableError(
+            f"torch cannot be imported while building ({error}); install torch, then run "
+            "pip install --no-build-isolation ."
+        ) from None
     return torch
 
 
-def listed_archs(arch_list: str) -> list[str]:
-    """Our targets for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
-    archs = []
-    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
-        match = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
-        if not match or int(match[1]) not in CODE:
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST must name compute capabilities with the major number "
-                f"{', '.join(map(str, CODE))}, such as 8.0;9.0a+PTX; got {entry!r}"
-            )
-        archs += [CODE[int(match[1])]] + [PTX] * bool(match[2])
-    return [arch for arch in ALL if arch in archs]
+def driver_has_gpu() -> bool:
+    """Whether the CUDA driver has one to show, which can be asked where there is no torch."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return not failed and count.value > 0
 
 
-def visible_archs(capabilities: Iterable[tuple[int, int]]) -> tuple[list[str], list[str]]:
-    """Our targets for these GPUs, and the capabilities that have none."""
-    capabilities = sorted(set(capabilities))
-    archs = {CODE[major] for major, _ in capabilities if major in CODE}
-    missing = [f"{major}.{minor}" for major, minor in capabilities if major not in CODE]
+def find_need(env: Mapping[str, str]) -> str:
+    """For whom kernels are to be compiled."""
+    if env.get("GEMMA4_KERNELS_BUILD") == "cuda":
+        return "GEMMA4_KERNELS_BUILD is cuda"
+    if env.get("TORCH_CUDA_ARCH_LIST"):
+        return "TORCH_CUDA_ARCH_LIST is set"
+    if driver_has_gpu():
+        return "there is a GPU"
+    raise UnavailableError("there is no GPU and TORCH_CUDA_ARCH_LIST is not set")
+
+
+def targets(
+    capabilities: Iterable[tuple[int, int]], ptx: bool = False
+) -> tuple[list[str], list[str]]:
+    """Code for the cards that run ours, PTX for others and later ones; and those too old for it."""
+    archs, missing = {PTX} if ptx else set(), []
+    for major, minor in sorted(set(capabilities)):
+        if major < 8:
+            missing.append(f"{major}.{minor}")
+        else:
+            archs.add(PTX if (major, minor) in TEGRA else CODE.get(major, PTX))
     return [arch for arch in ALL if arch in archs], missing
+
+
+def listed_targets(arch_list: str) -> tuple[list[str], list[str]]:
+    """The same for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with spaces; +PTX adds ours."""
+    capabilities, ptx = [], False
+    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if not match:
+            raise ValueError(
+                "TORCH_CUDA_ARCH_LIST must name compute capabilities, such as 8.0;9.0a+PTX; "
+                f"got {entry!r}"
+            )
+        capabilities.append((int(match[1]), int(match[2])))
+        ptx |= bool(match[3])
+    return targets(capabilities, ptx)
 
 
 def toolkit_version(prefix: Path) -> str | None:
@@ -131,26 +165,28 @@ def find_toolkit(env: Mapping[str, str]) -> tuple[Path, str]:
 
 
 def plan_cuda(env: Mapping[str, str], forced: bool) -> Plan:
+    find_need(env)
+    toolkit, version = find_toolkit(env)
     torch = import_torch()
     if not torch.version.cuda:
         raise UnavailableError(f"torch {torch.__version__} is a build without CUDA")
-    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    archs, missing = visible_archs(gpus)
-    note = f" (there are none for capability {', '.join(missing)})" if missing else ""
-    if not gpus and env.get("TORCH_CUDA_ARCH_LIST"):
-        archs = listed_archs(env["TORCH_CUDA_ARCH_LIST"])
-    elif not gpus and forced:
-        archs = ALL
-    elif not gpus:
-        raise UnavailableError("torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set")
-    elif not archs:
-        raise UnavailableError(f"there are no kernels for compute capability {', '.join(missing)}")
-    toolkit, version = find_toolkit(env)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise UnavailableError(
             f"the toolkit in {toolkit} is CUDA {version}, but torch {torch.__version__} "
             f"is built for CUDA {torch.version.cuda}"
         )
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if env.get("TORCH_CUDA_ARCH_LIST"):
+        archs, missing = listed_targets(env["TORCH_CUDA_ARCH_LIST"])
+    elif gpus:
+        archs, missing = targets(gpus)
+    elif forced:
+        archs, missing = ALL, []
+    else:
+        raise UnavailableError("torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set")
+    if not archs:
+        raise UnavailableError(f"there are no kernels for compute capability {', '.join(missing)}")
+    note = f" (there are none for capability {', '.join(missing)})" if missing else ""
     return Plan(tuple(archs), toolkit, version, torch.__version__, note=note)
 
 
@@ -167,6 +203,27 @@ def plan(env: Mapping[str, str]) -> Plan:
         if wanted == "cuda":
             raise ValueError(f"GEMMA4_KERNELS_BUILD is cuda, but {why}") from None
         return Plan(reason=str(why))
+
+
+def build_requirements(env: Mapping[str, str]) -> list[str]:
+    """torch, where kernels can be compiled and there is none yet to compile them against.
+
+    One of the build's own is gigabytes, so only then. The library loads under the one that is
+    installed later as well: it needs no more than the stable ABI.
+    """
+    if env.get("GEMMA4_KERNELS_BUILD") == "cpu" or torch_is_installed():
+        return []
+    try:
+        need, (toolkit, version) = find_need(env), find_toolkit(env)
+    except UnavailableError:
+        return []  # the plan will say so
+    print(
+        f"gemma4-kernels: asking for torch to compile against, which is not installed, because "
+        f"{need} and CUDA {version} in {toolkit}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [f"torch>={TARGET}"]
 
 
 def gencode(arch: str) -> str:
@@ -203,28 +260,39 @@ def extension_arguments(plan: Plan) -> dict[str, Any]:
     )
     return {
         "ext_modules": [library],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": noting(BuildExtension, plan)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def build_py_with(plan: Plan) -> type[build_py]:
-    """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says."""
-    facts = {
-        "archs": plan.archs,
-        "toolkit": plan.toolkit_version,
-        "built_with": plan.torch,
-        "abi_target": TARGET if plan.archs else None,
-        "reason": plan.reason,
-    }
+def write_facts(plan: Plan, folder: Path) -> None:
+    """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says.
 
-    class BuildPy(build_py):
+    The library's size and digest go along, for one that is damaged would kill whoever opens it.
+    """
+    facts: dict[str, Any] = {"archs": plan.archs, "reason": plan.reason}
+    if plan.archs:
+        library = (folder / "_C.abi3.so").read_bytes()
+        facts |= {
+            "toolkit": plan.toolkit_version,
+            "built_with": plan.torch,
+            "abi_target": TARGET,
+            "bytes": len(library),
+            "sha256": hashlib.sha256(library).hexdigest(),
+        }
+    (folder / "_build.json").write_text(json.dumps(facts) + "\n")
+
+
+def noting(command: type[Command], plan: Plan) -> type[Command]:
+    """The last command that makes something, which leaves the facts as well."""
+
+    class Noting(command):
         def run(self) -> None:
             super().run()
-            folder = ROOT if self.editable_mode else Path(self.build_lib)
-            (folder / PACKAGE / "_build.json").write_text(json.dumps(facts) + "\n")
+            in_place = self.editable_mode or getattr(self, "inplace", False)
+            write_facts(plan, (ROOT if in_place else Path(self.build_lib)) / PACKAGE)
 
-    return BuildPy
+    return Noting
 
 
 def version() -> str:
@@ -238,8 +306,11 @@ def version() -> str:
 
 def main() -> None:
     arguments: dict[str, Any] = {}
+    if "egg_info" in sys.argv:
+        # Where a front end asks what the build requires, setuptools answers with this.
+        arguments = {"setup_requires": build_requirements(os.environ)}
     # The commands that make metadata or an sdist compile nothing.
-    if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+    elif not {"dist_info", "sdist"} & set(sys.argv):
         try:
             chosen = plan(os.environ)
         except ValueError as error:
@@ -247,7 +318,8 @@ def main() -> None:
         print(f"gemma4-kernels: {chosen}", file=sys.stderr, flush=True)
         if chosen.archs:
             arguments = extension_arguments(chosen)
-        arguments.setdefault("cmdclass", {})["build_py"] = build_py_with(chosen)
+        else:
+            arguments = {"cmdclass": {"build_py": noting(build_py, chosen)}}
     setup(
         version=version(),
         packages=[*find_packages(include=[f"{PACKAGE}*"]), *find_packages("python")],

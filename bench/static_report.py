@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import emulated  # noqa: E402
 import test_traffic as traffic  # noqa: E402
-from conftest import CARDS, Backend  # noqa: E402
+from conftest import CARDS, FP32, Backend, in_dtypes  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "static.json"
 Call = tuple[str, dict]  # an op and its arguments
@@ -56,8 +56,11 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             logits, scale = b.randn(4, experts, dtype=dtype), torch.rand(experts)
             yield "moe_route", dict(logits=logits, per_expert_scale=scale, k=8)
     for dtype in half:
+        yield from mixed_cases(b, dtype)
         for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
-            yield "moe_experts", moe_inputs(b, tokens, experts, k, 64, 64, dtype)
+            inputs = moe_inputs(b, tokens, experts, k, 64, 64, dtype)
+            yield "moe_experts", inputs
+            yield "moe_experts", in_dtypes(inputs, gate_up=FP32, down=FP32)
         for head_dim in (64, 128, 256, 512):
             for softcap in (0.0, 30.0):
                 for tokens in (1, 17, 65):
@@ -67,6 +70,28 @@ def launch_cases(b: Backend) -> Iterator[Call]:
                     )
             yield "attention_decode", decode_inputs(b, 300, 1, head_dim, dtype)
             yield "attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype)
+
+
+def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
+    """`dtype` beside fp32 weights alone, and beside fp32 residuals and tables too."""
+    for width in (512, 1536, 3840, 5376, 77):
+        yield "rms_norm", in_dtypes(traffic.norm_inputs(b, width, FP32), x=dtype)
+        inputs = traffic.add_norm_inputs(b, width, FP32)
+        yield "add_rms_norm", in_dtypes(inputs, x=dtype, residual=dtype)
+        yield "add_rms_norm", in_dtypes(inputs, x=dtype)
+        inputs = traffic.moe_norm_inputs(b, width, FP32)
+        yield "moe_norm", in_dtypes(inputs, x=dtype, scale=dtype)
+        yield "moe_norm", in_dtypes(inputs, x=dtype)
+    for head_dim in (64, 128, 256, 512, 24):
+        inputs = traffic.qkv_inputs(b, 2, 1, head_dim, FP32)
+        yield "qkv_norm_rope", in_dtypes(inputs, q=dtype, k=dtype, v=dtype)
+    for width in (128, 256, 512, 77):
+        table, projected, weight = b.randn(4, width), b.randn(4, width), b.weight(width)
+        inputs = dict(ids=torch.arange(4), table=table, projected=projected, weight=weight)
+        yield "ple_embed", in_dtypes(inputs, projected=dtype, table=dtype)
+        yield "ple_embed", in_dtypes(inputs, projected=dtype)
+        inputs = dict(gate=b.randn(4, width), ple=b.randn(4, 2, width), layer=1)
+        yield "ple_gate", in_dtypes(inputs, gate=dtype)
 
 
 def prefill_inputs(

@@ -1,15 +1,19 @@
 """Finds the compiled CUDA library and says which build it is, or why there is none."""
 
 import functools
+import hashlib
 import json
+import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _FOLDER = Path(__file__).parent
+# Tegra's chips run no code that was made for other cards of their major number, only PTX.
+_TEGRA = {(8, 7), (10, 1)}
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,37 @@ def load(folder: Path = _FOLDER) -> Build:
     """
     facts, library = folder / "_build.json", folder / "_C.abi3.so"
     try:
-        build = json.loads(facts.read_text())
-    except (OSError, ValueError):
+        noted = json.loads(facts.read_text())
+        # Not the library's presence decides: an editable install may have left an earlier one.
+        if not noted["archs"]:
+            return Build(reason=f"installed without CUDA kernels, because {noted['reason']}")
+        made = Build(tuple(noted["archs"]), noted["toolkit"], noted["abi_target"])
+        built_with, size, sha256 = noted["built_with"], noted["bytes"], noted["sha256"]
+    except FileNotFoundError:
         return Build(reason="this is a source tree that was never installed: run pip install")
-    # Not the library's presence decides: an editable install may have left one of an earlier build.
-    if not build["archs"]:
-        return Build(reason=f"installed without CUDA kernels, because {build['reason']}")
-    made = Build(tuple(build["archs"]), build["toolkit"], build["abi_target"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return Build(reason=f"{facts} is not what a build writes ({error!r}): run pip install")
     try:
+        _check_unchanged(library, size, sha256)
         torch.ops.load_library(library)
     except OSError as error:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
-        reason = f"the CUDA kernels, built with torch {build['built_with']}, do not load: {why}"
-        return Build(made.archs, made.toolkit, made.abi_target, reason)
+        reason = f"the CUDA kernels, built with torch {built_with}, do not load: {why}"
+        return replace(made, reason=reason)
     return made
+
+
+def _check_unchanged(library: Path, size: int, sha256: str) -> None:
+    """Raises OSError unless the file is what was built: the loader dies of one that is damaged."""
+    with library.open("rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise OSError(f"{library} has {found} bytes and was built with {size}: run pip install")
+        digest = hashlib.sha256()
+        while block := file.read(1 << 18):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise OSError(f"{library} has changed since it was built: run pip install")
 
 
 BUILD = load()
@@ -61,7 +82,7 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     target = divmod(int(number.removesuffix("a")), 10)
     if kind == "compute":
         return capability >= target
-    if number.endswith("a"):
+    if number.endswith("a") or capability in _TEGRA:
         return capability == target
     return capability[0] == target[0] and capability[1] >= target[1]
 

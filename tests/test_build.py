@@ -1,15 +1,16 @@
-"""What setup.py decides, what the installed package says of itself, and what ptxas and the
-disassembler say of every kernel on every architecture.
+"""What setup.py decides and notes, and what ptxas and the disassembler say of every kernel on
+every architecture.
 
-Longer than 400 lines because decisions and what comes of them are tested side by side.
+Longer than 400 lines because each kind of machine that an install meets is a case here.
 """
 
+import ast
 import json
+import os
 import re
 import subprocess
 import sys
 import sysconfig
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,15 @@ from types import SimpleNamespace
 import compiled
 import pytest
 import torch
-from setuptools import Distribution
+from setuptools import Command, Distribution
+from setuptools.command.build_py import build_py
 
 import gemma4_kernels
 from gemma4_kernels import extension
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = Path(sysconfig.get_path("purelib"))
+TORCH = Path(torch.__file__).parent
 
 
 setup_py = compiled.setup_py
@@ -41,17 +44,26 @@ setup_py = compiled.setup_py
         ("10.0a 10.3;12.0f;", "sm_100 sm_120"),
         ("9.0+PTX", "sm_90a compute_80"),
         ("8.0;12.0+PTX", "sm_80 sm_120 compute_80"),
+        ("8.0;8.7", "sm_80 compute_80"),
+        ("11.0a", "compute_80"),
     ],
 )
 def test_arch_list(listed, archs):
-    assert setup_py.listed_archs(listed) == archs.split()
+    assert setup_py.listed_targets(listed) == (archs.split(), [])
 
 
-@pytest.mark.parametrize("listed", ["7.5", "9", "90a", "Hopper", "8.0;11.0", "native", "8.0+ptx"])
+def test_arch_list_with_cards_too_old():
+    """Images come with a list of everything that their torch is built for."""
+    archs, missing = setup_py.listed_targets("5.2;7.5 8.0 8.6 9.0 10.0 12.0+PTX")
+    assert archs == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_80"]
+    assert missing == ["5.2", "7.5"]
+
+
+@pytest.mark.parametrize("listed", ["9", "90a", "Hopper", "8.0;11", "native", "8.0+ptx"])
 def test_arch_list_of_others(listed):
     wrong = listed.split(";")[-1]
     with pytest.raises(ValueError, match=re.escape(f"such as 8.0;9.0a+PTX; got '{wrong}'")):
-        setup_py.listed_archs(listed)
+        setup_py.listed_targets(listed)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +72,24 @@ def test_arch_list_of_others(listed):
         ([(8, 6), (8, 9)], ["sm_80"], []),
         ([(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90a"], []),
         ([(10, 3), (12, 1)], ["sm_100", "sm_120"], []),
-        ([(7, 5), (11, 0), (12, 0)], ["sm_120"], ["7.5", "11.0"]),
+        ([(7, 5), (11, 0), (12, 0)], ["sm_120", "compute_80"], ["7.5"]),
+        ([(8, 7)], ["compute_80"], []),
+        ([(8, 0), (8, 7)], ["sm_80", "compute_80"], []),
+        ([(10, 1)], ["compute_80"], []),
+        ([(13, 0)], ["compute_80"], []),
     ],
 )
 def test_visible_gpus(gpus, archs, missing):
-    assert setup_py.visible_archs(gpus) == (archs, missing)
+    assert setup_py.targets(gpus) == (archs, missing)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 1)])
+@pytest.mark.parametrize("later", [(10, 3), (11, 0), (12, 0), (12, 1), (13, 0), (20, 3)])
+def test_what_is_built_for_a_card_runs_on_it(capability, later):
+    """The rule of setup.py, which cannot import the package, and the package's are one."""
+    archs, _ = setup_py.targets([capability, later])
+    for card in (capability, later):
+        assert any(extension._runs_on(arch, card) for arch in archs)
 
 
 def test_gencode():
@@ -141,9 +166,12 @@ def test_half_a_toolkit_is_none(tmp_path, no_usual_prefix):
 
 @pytest.fixture
 def decide(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., object]:
-    """setup.py's plan on a machine with these GPUs, this torch and this toolkit."""
+    """setup.py's plan on a machine with these GPUs, this torch and this toolkit.
 
-    def decide(env=None, gpus=(), cuda="13.0", toolkit="13.0"):
+    The driver has the GPUs that torch sees unless `driver` says otherwise.
+    """
+
+    def decide(env=None, gpus=(), cuda="13.0", toolkit="13.0", driver=None):
         fake = SimpleNamespace(
             __version__="2.14.1",
             version=SimpleNamespace(cuda=cuda),
@@ -152,6 +180,8 @@ def decide(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., object]:
             ),
         )
         monkeypatch.setattr(setup_py, "import_torch", lambda: fake)
+        has_gpu = bool(gpus) if driver is None else driver
+        monkeypatch.setattr(setup_py, "driver_has_gpu", lambda: has_gpu)
         home = tmp_path / f"cuda-{toolkit}"
         if toolkit and not home.exists():
             make_toolkit(home, toolkit)
@@ -164,14 +194,16 @@ FORCED = {"GEMMA4_KERNELS_BUILD": "cuda"}
 
 
 def test_builds_for_the_gpus_it_sees(decide, tmp_path):
-    plan = decide({"TORCH_CUDA_ARCH_LIST": "8.0"}, gpus=[(9, 0), (7, 5)])
+    plan = decide(gpus=[(9, 0), (7, 5)])
     assert (plan.archs, plan.reason) == (("sm_90a",), None)
     assert (plan.toolkit, plan.toolkit_version) == (tmp_path / "cuda-13.0", "13.0")
     assert str(plan) == "building CUDA kernels for sm_90a (there are none for capability 7.5)"
 
 
-def test_builds_for_the_list_where_it_sees_none(decide):
-    assert decide({"TORCH_CUDA_ARCH_LIST": "8.0;9.0"}).archs == ("sm_80", "sm_90a")
+@pytest.mark.parametrize("gpus", [[], [(9, 0)], [(7, 5)]])
+def test_the_list_wins_over_the_gpus(decide, gpus):
+    plan = decide({"TORCH_CUDA_ARCH_LIST": "8.0;10.0"}, gpus)
+    assert plan.archs == ("sm_80", "sm_100") and plan.note == ""
 
 
 def test_forced_without_a_list_is_all(decide):
@@ -182,9 +214,13 @@ def test_forced_without_a_list_is_all(decide):
 @pytest.mark.parametrize(
     "machine, reason",
     [
-        ({}, "torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set"),
+        ({}, "there is no GPU and TORCH_CUDA_ARCH_LIST is not set"),
         ({"cuda": None, "gpus": [(9, 0)]}, "torch 2.14.1 is a build without CUDA"),
         ({"gpus": [(7, 5)]}, "there are no kernels for compute capability 7.5"),
+        (
+            {"env": {"TORCH_CUDA_ARCH_LIST": "7.5"}, "gpus": [(9, 0)]},
+            "there are no kernels for compute capability 7.5",
+        ),
         ({"gpus": [(9, 0)], "toolkit": ""}, "no CUDA toolkit (bin/nvcc"),
         ({"gpus": [(9, 0)], "toolkit": "12.8"}, "is CUDA 12.8, but torch 2.14.1 is built for CUD"),
     ],
@@ -195,7 +231,7 @@ def test_cpu_only_or_an_error_where_forced(decide, machine, reason):
     assert str(plan).startswith("CPU only, because ")
     if machine:
         with pytest.raises(ValueError, match="GEMMA4_KERNELS_BUILD is cuda, but ") as error:
-            decide(FORCED, **machine)
+            decide(**{**machine, "env": {**machine.get("env", {}), **FORCED}})
         assert reason in str(error.value)
 
 
@@ -207,26 +243,123 @@ def test_cpu_is_forced(decide):
 def test_other_values_are_errors(decide):
     with pytest.raises(ValueError, match="GEMMA4_KERNELS_BUILD must be cuda or cpu, got 'yes'"):
         decide({"GEMMA4_KERNELS_BUILD": "yes"})
-    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST must name .* got '7.5'"):
-        decide({"TORCH_CUDA_ARCH_LIST": "7.5"})
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST must name .* got 'Ampere'"):
+        decide({"TORCH_CUDA_ARCH_LIST": "Ampere"}, gpus=[(8, 0)])
 
 
-def test_no_torch(monkeypatch):
+def test_a_gpu_that_torch_does_not_see(decide):
+    reason = "torch sees no GPU and TORCH_CUDA_ARCH_LIST is not set"
+    assert decide(driver=True).reason == reason
+
+
+@pytest.mark.parametrize(
+    "count, init, has_gpu", [(1, 0, True), (8, 0, True), (0, 0, False), (1, 100, False)]
+)
+def test_the_driver_is_asked_for_gpus(monkeypatch, count, init, has_gpu):
+    def get_count(pointer):
+        pointer._obj.value = count
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", {"libcuda.so.1": driver}.get)
+    assert setup_py.driver_has_gpu() is has_gpu
+
+
+def test_no_driver(monkeypatch):
+    def not_found(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", not_found)
+    assert not setup_py.driver_has_gpu()
+
+
+# The torch that is compiled against
+
+
+def test_no_torch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    plan = setup_py.plan({})
+    env = {"CUDA_HOME": str(make_toolkit(tmp_path / "cuda"))}
+    plan = setup_py.plan({**env, "TORCH_CUDA_ARCH_LIST": "9.0"})
     assert plan.reason.startswith("torch cannot be imported while building (")
     assert plan.reason.endswith("; install torch, then run pip install --no-build-isolation .")
     with pytest.raises(ValueError, match="is cuda, but torch cannot be imported"):
-        setup_py.plan(FORCED)
+        setup_py.plan({**env, **FORCED})
+
+
+@pytest.fixture
+def require(tmp_path, monkeypatch, no_usual_prefix) -> Callable[..., list[str]]:
+    """What the build requires on a machine like this."""
+
+    def require(env=None, torch=False, gpu=True, toolkit=True):
+        monkeypatch.setattr(setup_py, "torch_is_installed", lambda: torch)
+        monkeypatch.setattr(setup_py, "driver_has_gpu", lambda: gpu)
+        home = make_toolkit(tmp_path / "cuda") if toolkit else tmp_path
+        return setup_py.build_requirements({"CUDA_HOME": str(home), **(env or {})})
+
+    return require
+
+
+@pytest.mark.parametrize(
+    "machine, need",
+    [
+        ({}, "there is a GPU"),
+        ({"gpu": False, "env": {"TORCH_CUDA_ARCH_LIST": "9.0"}}, "TORCH_CUDA_ARCH_LIST is set"),
+        ({"gpu": False, "env": FORCED}, "GEMMA4_KERNELS_BUILD is cuda"),
+    ],
+)
+def test_torch_is_asked_for_where_it_alone_is_missing(require, machine, need, tmp_path, capsys):
+    assert require(**machine) == ["torch>=2.11"]
+    assert capsys.readouterr().err == (
+        "gemma4-kernels: asking for torch to compile against, which is not installed, because "
+        f"{need} and CUDA 13.0 in {tmp_path}/cuda\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        {"torch": True},
+        {"torch": True, "env": FORCED},
+        {"gpu": False},
+        {"toolkit": False},
+        {"toolkit": False, "env": FORCED},
+        {"env": {"GEMMA4_KERNELS_BUILD": "cpu"}},
+    ],
+)
+def test_torch_is_not_asked_for_elsewhere(require, machine, capsys):
+    assert require(**machine) == [] and capsys.readouterr().err == ""
+
+
+# Hides the environment's packages, as pip's build isolation does; setuptools is the build's own.
+ISOLATED = (
+    "import setuptools.build_meta, sys, sysconfig\n"
+    f"sys.path = [p for p in sys.path if p not in {(str(PACKAGES), str(TORCH.parent))}]\n"
+)
+
+
+@pytest.mark.parametrize("hook", ["wheel", "editable"])
+def test_what_a_front_end_is_told(tmp_path, hook):
+    code = (
+        f"{ISOLATED}sysconfig.get_path = lambda name: '/nowhere'\n"
+        f"print(setuptools.build_meta.get_requires_for_build_{hook}())\n"
+    )
+    home = make_toolkit(tmp_path / "cuda")
+    env = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch>=2.11" in ast.literal_eval(done.stdout)
+    assert done.stderr.count("gemma4-kernels: asking for torch") == 1
 
 
 @pytest.mark.skipif(not (PACKAGES / "torch").is_dir(), reason="torch is installed elsewhere")
 def test_torch_is_found_behind_build_isolation():
     code = (
-        "import runpy, setuptools, sys\n"
-        f"sys.path = [p for p in sys.path if p != {str(PACKAGES)!r}]\n"
+        f"{ISOLATED}import runpy\n"
         f"namespace = runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+        "assert namespace['torch_is_installed']()\n"
         "print(namespace['import_torch']().__version__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
@@ -252,7 +385,8 @@ def test_the_decision_is_announced(run_main, monkeypatch, capsys):
     assert "ext_modules" not in arguments
     line = "gemma4-kernels: CPU only, because GEMMA4_KERNELS_BUILD is cpu\n"
     assert capsys.readouterr().err == line
-    assert run_main("egg_info") and capsys.readouterr().err == ""
+    for command in ("egg_info", "dist_info", "sdist"):
+        assert "cmdclass" not in run_main(command) and capsys.readouterr().err == ""
 
 
 def test_an_error_is_one_line(run_main, monkeypatch):
@@ -263,129 +397,56 @@ def test_an_error_is_one_line(run_main, monkeypatch):
     assert exit.value.code == message
 
 
-# What the package says of itself
-
-
-def write_facts(plan, folder: Path) -> Path:
-    """Runs the step of setup.py that leaves the facts of the build; returns the package."""
-    package = folder / "gemma4_kernels"
-    package.mkdir()
-    command = setup_py.build_py_with(plan)(Distribution())
-    command.ensure_finalized()
-    command.build_lib = str(folder)
-    command.run()
-    return package
+# What is noted
 
 
 BUILT = setup_py.Plan(("sm_80", "sm_90a"), Path("/cuda"), "13.0", "2.14.1")
 
 
-def test_a_tree_that_was_never_installed(tmp_path):
-    build = extension.load(tmp_path)
-    assert build.archs == () and "never installed" in build.reason
+class BuildNothing(Command):
+    """Stands for the command that compiles: its library is there already."""
+
+    editable_mode = inplace = False
+
+    def initialize_options(self):
+        pass
+
+    finalize_options = run = initialize_options
 
 
-def test_built_for_the_cpu(tmp_path):
-    package = write_facts(setup_py.Plan(reason="torch sees no GPU"), tmp_path)
-    (package / "_C.abi3.so").write_text("left by an earlier build")
-    reason = "installed without CUDA kernels, because torch sees no GPU"
-    assert extension.load(package) == extension.Build(reason=reason)
+def note(command: type[Command], plan, folder: Path, **attributes) -> dict:
+    command = setup_py.noting(command, plan)(Distribution())
+    command.ensure_finalized()
+    for name, value in {"build_lib": str(folder), **attributes}.items():
+        setattr(command, name, value)
+    command.run()
+    return json.loads((folder / "gemma4_kernels" / "_build.json").read_text())
 
 
-@pytest.mark.parametrize("content", [None, "not a library"])
-def test_a_library_that_does_not_load(tmp_path, content):
-    package = write_facts(BUILT, tmp_path)
-    if content:
-        (package / "_C.abi3.so").write_text(content)
-    build = extension.load(package)
-    assert (build.archs, build.toolkit, build.abi_target) == (BUILT.archs, "13.0", "2.11")
-    assert "the CUDA kernels, built with torch 2.14.1, do not load: " in build.reason
-    assert "_C.abi3.so: " in build.reason
+def test_facts_of_a_build_for_the_cpu(tmp_path):
+    (tmp_path / "gemma4_kernels").mkdir()
+    facts = note(build_py, setup_py.Plan(reason="torch sees no GPU"), tmp_path)
+    assert facts == {"archs": [], "reason": "torch sees no GPU"}
 
 
-def test_a_library_that_loads(tmp_path, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    package = write_facts(BUILT, tmp_path)
-    assert extension.load(package) == extension.Build(BUILT.archs, "13.0", "2.11")
-    assert loaded == [package / "_C.abi3.so"]
-    assert json.loads((package / "_build.json").read_text())["built_with"] == "2.14.1"
-
-
-def test_build_info():
-    info = gemma4_kernels.build_info()
-    assert set(info) == {
-        *(
-            "version",
-            "torch",
-            "cuda",
-            "reason",
-            "archs",
-            "toolkit",
-            "abi_target",
-            "device",
-            "kernels",
-        )
+@pytest.mark.parametrize("place", [{}, {"inplace": True}, {"editable_mode": True}])
+def test_facts_of_a_library(tmp_path, monkeypatch, place):
+    """Noted where the library is left: in the source tree for an editable install."""
+    (tmp_path / "gemma4_kernels").mkdir()
+    (tmp_path / "gemma4_kernels" / "_C.abi3.so").write_bytes(b"abc")
+    if place:
+        monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+        place = {**place, "build_lib": "/nowhere"}
+    assert note(BuildNothing, BUILT, tmp_path, **place) == {
+        "archs": ["sm_80", "sm_90a"],
+        "reason": None,
+        "toolkit": "13.0",
+        "built_with": "2.14.1",
+        "abi_target": "2.11",
+        "bytes": 3,
+        # The example of FIPS 180-2.
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }
-    assert info["version"] == gemma4_kernels.__version__
-    assert info["torch"] == torch.__version__
-    assert info["cuda"] is (info["reason"] is None)
-    if info["cuda"]:
-        assert info["archs"] and info["toolkit"] and info["abi_target"] == "2.11"
-        assert extension.ops_in(gemma4_kernels.library.COMPILED)
-    else:
-        assert isinstance(info["reason"], str)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    assert info["device"] == gpu
-
-
-@pytest.mark.parametrize(
-    "arch, runs, others",
-    [
-        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0), (12, 0)]),
-        ("sm_90a", [(9, 0)], [(8, 0), (10, 0)]),
-        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
-        ("sm_120", [(12, 0), (12, 1)], [(10, 0), (13, 0)]),
-        ("compute_80", [(8, 0), (8, 6), (9, 0), (11, 0), (12, 1), (13, 0)], [(7, 5)]),
-    ],
-)
-def test_what_code_runs_where(arch, runs, others):
-    assert all(extension._runs_on(arch, capability) for capability in runs)
-    assert not any(extension._runs_on(arch, capability) for capability in others)
-
-
-@pytest.fixture
-def with_gpu(monkeypatch):
-    """A process with a library for sm_80 and sm_90a and a GPU of the given capability."""
-
-    def with_gpu(capability, reason=None):
-        build = extension.Build(BUILT.archs, "13.0", "2.11", reason)
-        monkeypatch.setattr(extension, "BUILD", build)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-        extension.covers.cache_clear()
-
-    yield with_gpu
-    extension.covers.cache_clear()
-
-
-def test_covers(with_gpu):
-    with_gpu((8, 6))
-    assert extension.covers(torch.device("cuda", 0))
-    assert not extension.covers(torch.device("cpu"))
-    with_gpu((8, 6), reason="it does not load")
-    assert not extension.covers(torch.device("cuda", 0))
-
-
-def test_a_gpu_that_is_not_covered_is_named_once(with_gpu):
-    with_gpu((7, 5))
-    sentence = r"eager torch on cuda:1 \(A GPU\): its compute capability is 7.5.*for sm_80, sm_90a"
-    with pytest.warns(UserWarning, match=sentence):
-        assert not extension.covers(torch.device("cuda", 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not extension.covers(torch.device("cuda", 1))
 
 
 # What the compiler made of the kernels

@@ -71,6 +71,9 @@ FAULTS = {
         "test_rows_that_start_anywhere[emulated-dtype0]": [
             ("common/launch.h", "row_stride % kWidth == 0 &&", "true &&"),
         ],
+        "test_weight_of_another_dtype[emulated-31B width-torch.bfloat16-torch.float32]": [
+            ("common/vec.cuh", "ptx::load_16(p + i HERE)", "ptx::load_16(p HERE)"),
+        ],
     },
     "add_rms_norm": {
         "test_add_rms_norm[emulated-one row-float32]": [
@@ -91,6 +94,23 @@ FAULTS = {
                 "residual[i][j] * next_scale * next_weight[i][j]",
                 "residual[i][j] * next_scale * post_weight[i][j]",
             ),
+        ],
+        "test_traffic.py::test_traffic[add_rms_norm, fp32 residual-bf16]": [
+            ("norm/add_rms_norm.cuh", "kWidth = kFullWidth<T, R>;", "kWidth = kFullWidth<T>;"),
+        ],
+        "test_mixed_dtypes[emulated-12B width-autocast to bf16]": [
+            ("norm/add_rms_norm.cu", "plan_rows<T, R>", "plan_rows<T>"),
+        ],
+        "test_mixed_dtypes[emulated-odd width-autocast to bf16]": [
+            (
+                "norm/add_rms_norm.cuh",
+                "const R* residual = static_cast<const R*>(",
+                "const T* residual = static_cast<const T*>(",
+            ),
+        ],
+        "test_mixed_rows_that_start_anywhere[emulated]": [
+            ("norm/add_rms_norm.cu", "in_pieces_of_16<T>(p.x, p.x_stride, p.width) &&", ""),
+            ("norm/add_rms_norm.cu", "in_pieces_of_16<R>(p.residual,", "in_pieces_of_16<R>(p.x,"),
         ],
         "test_x_and_residual_have_strides_of_their_own[emulated-64]": [
             (
@@ -119,16 +139,15 @@ FAULTS = {
             ("norm/moe_norm.cuh", "x[i][j] * norm * weight[i][j]", "x[i][j] * norm * scale[i][j]"),
             ("norm/moe_norm.cuh", "router_x[j] * p.factor", "router_x[j] / p.factor"),
         ],
-        "test_router_x_is_rounded_after_each_product[emulated-dtype0-512]": [
+        "test_router_x_is_rounded_after_each_product[emulated-bf16-512]": [
             (
                 "norm/moe_norm.cuh",
-                "        router_x.set(j, x[i][j] * norm);\n"
-                "        router_x.set(j, router_x[j] * scale[i][j]);\n",
-                "        router_x.set(j, x[i][j] * norm * scale[i][j]);\n",
+                "to_float(from_float<T>(x[i][j] * norm)) * scale[i][j]",
+                "x[i][j] * norm * scale[i][j]",
             ),
         ],
-        "test_router_x_is_rounded_after_each_product[emulated-dtype0-511]": [
-            ("norm/moe_norm.cuh", "rounded(rounded(n) * ", "rounded(n * "),
+        "test_router_x_is_rounded_after_each_product[emulated-bf16-511]": [
+            ("norm/moe_norm.cuh", "to_float(from_float<T>(n)) *", "n *"),
         ],
         "test_moe_norm[emulated-large eps-float32]": [
             ("norm/moe_norm.cuh", "/ p.width + p.eps);\n\n", "/ p.width);\n\n"),
@@ -144,7 +163,17 @@ FAULTS = {
             ),
         ],
         "test_memory_that_16_byte_loads_cannot_read[emulated-scale]": [
-            ("norm/moe_norm.cu", "{p.weight, p.scale,", "{p.weight,"),
+            ("norm/moe_norm.cu", "in_pieces_of_16<W>(p.scale, p.width, p.width) &&", ""),
+        ],
+        "test_mixed_dtypes[emulated-26B-A4B width-fp32 weights]": [
+            ("common/vec.cuh", "ptx::store_8(p, bits HERE);", "ptx::store_8(p + 1, bits HERE);"),
+        ],
+        "test_router_x_is_rounded_after_each_product[emulated-mixed-511]": [
+            (
+                "norm/moe_norm.cuh",
+                "const R scaled = from_float<R>(",
+                "const T scaled = from_float<T>(",
+            ),
         ],
     },
     "qkv_norm_rope": {
@@ -169,8 +198,8 @@ FAULTS = {
             ),
             (
                 "norm/qkv_norm_rope.cuh",
-                "static_cast<const T*>(p.k_weight), kept",
-                "static_cast<const T*>(p.q_weight), kept",
+                "static_cast<const W*>(p.k_weight)",
+                "static_cast<const W*>(p.q_weight)",
             ),
             (
                 "common/math.cuh",
@@ -245,7 +274,7 @@ FAULTS = {
             ("ple/ple_gate.cuh", "row * p.width + column, y", "row * p.gate_stride + column, y"),
         ],
         "test_layers_that_start_anywhere[emulated]": [
-            ("ple/ple_gate.cu", "in_pieces_of_16<T>(p.ple, p.ple_stride, p.width) &&", ""),
+            ("ple/ple_gate.cu", "in_pieces_of_16<R>(p.ple, p.ple_stride, p.width) &&", ""),
         ],
     },
     "ple_embed": {
@@ -275,17 +304,24 @@ FAULTS = {
         "test_ple_embed[emulated-repeated ids-float32]": [
             (
                 "ple/ple_embed.cuh",
-                "int64_t{layer} * p.width;\n      const T* table",
-                "0;\n      const T* table",
+                "int64_t{layer} * p.width;\n      const R* table",
+                "0;\n      const R* table",
             ),
         ],
         "test_int32_ids_and_strided_rows[emulated]": [
             (
                 "ple/ple_embed.cuh",
-                "token * p.projected_stride + offset;\n      T* y = static_cast<T*>(p.y) "
+                "token * p.projected_stride + offset;\n      R* y = static_cast<R*>(p.y) "
                 "+ (token * p.layers + layer) * p.width;\n      Vec",
-                "token * p.table_stride + offset;\n      T* y = static_cast<T*>(p.y) "
+                "token * p.table_stride + offset;\n      R* y = static_cast<R*>(p.y) "
                 "+ (token * p.layers + layer) * p.width;\n      Vec",
+            ),
+        ],
+        "test_mixed_dtypes[emulated-E2B-autocast to bf16]": [
+            (
+                "ple/ple_embed.cu",
+                "if (in_pieces && p.width <= 32 * kWidth)",
+                "if (in_pieces && p.width <= 32 * kFullWidth<T>)",
             ),
         ],
         "test_ple_embed[emulated-E2B-float32]": [
@@ -650,10 +686,10 @@ FAULTS = {
         ],
     },
     "moe_experts": {
-        "test_traffic.py::test_moe_experts_few_work[12]": [
+        "test_traffic.py::test_moe_experts_few_work[12-bf16]": [
             ("moe/moe_sort.cuh", "  __syncthreads();\n", ""),
         ],
-        "test_traffic.py::test_moe_experts_few_work[1]": [
+        "test_traffic.py::test_moe_experts_few_work[1-bf16]": [
             ("moe/moe_sort.cuh", "lane < warp ? others", "lane <= warp ? others"),
             ("moe/moe_sort.cuh", "found & ((1u << lane) - 1)", "found & ((2u << lane) - 1)"),
             ("moe/moe_sort.cuh", "if (lane >= step) through", "through"),
@@ -688,7 +724,7 @@ FAULTS = {
                 "\n  for (int i = threadIdx.x; i < 2",
             ),
         ],
-        "test_traffic.py::test_moe_experts_few_work[60]": [
+        "test_traffic.py::test_moe_experts_few_work[60-bf16]": [
             (
                 "moe/moe_sort.cuh",
                 "p.offsets[expert + 1] = offset + total",
@@ -702,8 +738,42 @@ FAULTS = {
         "test_moe_experts[emulated-one expert-bfloat16]": [
             (
                 "moe/moe_stream.cuh",
-                "const bool low = column < p.width && row",
-                "const bool low = row",
+                "return load_once_if(exists && column < width,",
+                "return load_once_if(exists,",
+            ),
+        ],
+        "test_fp32_weights[emulated-one expert-bf16]": [
+            (
+                "moe/moe_stream.cuh",
+                "load_once_if(exists && column + 16 < width,",
+                "load_once_if(exists,",
+            ),
+        ],
+        "test_fp32_weights[emulated-one token-bf16]": [
+            (
+                "moe/moe_stream.cuh",
+                "load_8_if(exists && column + 16 < width, row + column + 16",
+                "load_8_if(exists && column + 16 < width, row + column + 4",
+            ),
+            ("moe/moe_stream.cuh", "pack_pair<T>(w[4], w[5])", "pack_pair<T>(w[5], w[4])"),
+        ],
+        "test_fp32_weights[emulated-several tiles of 128-bf16]": [
+            (
+                "common/tile.cuh",
+                "if (from.exists && chunk * 8 < columns) values",
+                "if (from.exists) values",
+            ),
+            (
+                "common/tile.cuh",
+                "const SourceRow<float> from = source(first + i * kStep);",
+                "const SourceRow<float> from = source(first);",
+            ),
+        ],
+        "test_fp32_weights_on_hopper[all on one expert]": [
+            (
+                "moe/moe_tiles.cuh",
+                "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
+                "",
             ),
         ],
         "test_moe_experts[emulated-one token-bfloat16]": [
@@ -729,8 +799,8 @@ FAULTS = {
             ),
             (
                 "moe/moe_tiles.cuh",
-                "width - first);\n    copy_rows",
-                "kTileColumns);\n    copy_rows",
+                "width - first);\n    const auto weight",
+                "kTileColumns);\n    const auto weight",
             ),
         ],
         "test_traffic.py::test_moe_experts_many_work[128-64]": [

@@ -95,10 +95,12 @@ def test_memory_that_16_byte_loads_cannot_read(backend, name):
 
 
 @pytest.mark.parametrize("width", [512, 511])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_router_x_is_rounded_after_each_product(backend, width, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)], ids=["bf16", "fp16", "mixed"]
+)
+def test_router_x_is_rounded_after_each_product(backend, width, dtype, scale):
     """The reference's bits, but where the norm's own last place differs."""
-    arguments = inputs(backend, (64, width), dtype)
+    arguments = in_dtypes(inputs(backend, (64, width), dtype), scale=scale)
     _, router_x = backend.ops.moe_norm(**arguments)
     norm = float64.rms_norm(arguments["x"], None, 1e-6).to(dtype)
     expected = norm * arguments["scale"].cpu() * width**-0.5

@@ -1,10 +1,11 @@
 """Training with transformers' Trainer, accelerate and TRL's collator: their losses, their steps."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import tiny
 import torch
@@ -31,11 +32,12 @@ def forget_states() -> None:
 
 
 def rows(count: int, width: int = WIDTH) -> list[dict[str, Tensor]]:
-    """Rows of different numbers of labels, so that the mean of means is not the mean."""
+    """Rows of different numbers of labels, so that the mean of means is not the mean; some begin
+    with a label, which nothing predicts and nobody is to count."""
     ids = tiny.ids(count, width, seed=1)
     labels = ids.clone()
     for row in range(count):
-        labels[row, : 2 + 3 * row % 8] = -100
+        labels[row, : 3 * row % 8] = -100
     mask = torch.ones_like(ids)
     return [
         dict(input_ids=i, attention_mask=m, labels=n)
@@ -103,12 +105,12 @@ def test_trainer(name: str, recipe: str, tmp_path: Path) -> None:
 
 @each
 def test_trainer_in_bf16(name: str, tmp_path: Path) -> None:
-    """Weights stay fp32; the losses follow those of fp32 as far as two digits let them."""
+    """Weights stay fp32; the losses follow, as far as two digits and other experts let them."""
     theirs, ours = pair(name)
     exact, run = trainer(theirs, tmp_path), trainer(ours, tmp_path, bf16=True)
     exact.train()
     run.train()
-    close(losses(run), losses(exact), 1e-2)
+    close(losses(run), losses(exact), 2e-2)
     assert not torch.equal(losses(run), losses(exact))
     assert all(p.dtype == torch.float32 for p in ours.parameters())
 
@@ -240,6 +242,23 @@ def test_flattened_batches(name: str) -> None:
     found.loss.backward()
     theirs(**batch, use_cache=False).loss.backward()
     close_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+@each
+def test_weights_elsewhere(name: str, offload: Callable, tmp_path: Path) -> None:
+    """Each module's weights come for its call alone; between calls there are none. accelerate looks
+    them up in the state dict, where a tied head is not."""
+    theirs, ours = pair(name, tie_word_embeddings=False)
+    ids, options = tiny.ids(2, 9), dict(max_new_tokens=6, do_sample=False)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        where = [tmp_path] if offload is accelerate.disk_offload else []
+        ours = offload(ours, *where, execution_device=torch.device("cpu"))
+        assert ours.model.layers[0].self_attn.q_proj.weight.is_meta
+        close(ours(ids).logits, logits)
+    assert torch.equal(ours.generate(ids, **options), expected)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from conftest import CARDS, emulated_backend
+from conftest import BF16, CARDS, FP32, emulated_backend, in_dtypes
 
 T = 64
 WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
@@ -85,6 +85,21 @@ CASES = {  # op, its arguments
     "geglu": ("geglu", lambda b, d: {"gate_up": b.randn(T, 2 * 2048, dtype=d)}),
     "ple_embed": ("ple_embed", ple_embed_inputs),
     "ple_gate": ("ple_gate", ple_gate_inputs),
+    # Under autocast: fp32 beside what is in 16 bits, here in fp32 where the dtype is.
+    "rms_norm, fp32 weight": ("rms_norm", lambda b, d: in_dtypes(norm_inputs(b, 2816, FP32), x=d)),
+    "add_rms_norm, fp32 residual": (
+        "add_rms_norm",
+        lambda b, d: in_dtypes(add_norm_inputs(b, 2560, FP32), x=d),
+    ),
+    "qkv_norm_rope, fp32 weights": (
+        "qkv_norm_rope",
+        lambda b, d: in_dtypes(qkv_inputs(b, 8, 2, 256, FP32), q=d, k=d, v=d),
+    ),
+    "ple_embed, fp32 table": (
+        "ple_embed",
+        lambda b, d: in_dtypes(ple_embed_inputs(b, FP32), projected=d),
+    ),
+    "ple_gate, fp32 ple": ("ple_gate", lambda b, d: in_dtypes(ple_gate_inputs(b, FP32), gate=d)),
     "softcap": ("softcap", lambda b, d: {"logits": b.randn(T, 4096, dtype=d), "cap": 30.0}),
     "softcap_argmax": (
         "softcap_argmax",
@@ -116,8 +131,12 @@ def test_traffic(counted, case, dtype):
         getattr(backend.ops, op)(**arguments)
     counts = counted.counts()
 
-    # A lane's frequencies are 32 bytes in two loads, a sector each time, and from L1.
-    check_sites(counts, exempt=("inv_freq",))
+    # A lane's frequencies, and weights wider than x, are 32 bytes in two loads, a sector each time,
+    # and from L1.
+    exempt = {"inv_freq"}
+    if "fp32 weight" in case and dtype == BF16:
+        exempt |= WEIGHTS
+    check_sites(counts, exempt)
     for buffer in counts.buffers[: len(counts.buffers) // counts.launches]:
         name, useful = buffer.name, buffer.bytes
         if name in tensors:  # a view may have gaps
@@ -254,11 +273,13 @@ def lines_with(path, text):
     return [f"{Path(path).name}:{n}" for n, line in enumerate(lines, 1) if text in line]
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("tokens", [1, 8, 12, 60])
-def test_moe_experts_few_work(counted, tokens):
+def test_moe_experts_few_work(counted, tokens, dtype):
     """Of each touched expert every weight is read once, and nothing of the others."""
     backend = emulated_backend()
     arguments = moe_inputs(backend, tokens, 64, 4, 576, 192)
+    arguments = in_dtypes(arguments, gate_up=dtype, down=dtype)
     with emulated.one_schedule():
         backend.ops.moe_experts(**arguments)
     counts, touched = counted.counts(), arguments["experts"].unique().numel()
@@ -266,10 +287,11 @@ def test_moe_experts_few_work(counted, tokens):
     read = 0
     for buffer in counts.buffers:
         if buffer.name in ("gate_up", "down"):
-            assert buffer.read_bytes in (0, 2 * touched * arguments[buffer.name][0].numel())
+            expert = arguments[buffer.name][0]
+            assert buffer.read_bytes in (0, touched * expert.nbytes)
             assert 32 * buffer.sectors_touched == buffer.read_bytes
             read += buffer.read_bytes
-    assert read == 3 * touched * 2 * 576 * 192
+    assert read == 3 * touched * 576 * 192 * dtype.itemsize
     # Which rows of the products meet is the router's choice.
     after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
     check_sites(counts, MOE_SMALL, after_the_loop)

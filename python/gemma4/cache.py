@@ -41,7 +41,8 @@ class Cache:
             raise ValueError(f"rollback must be a whole number of at least 0, got {rollback!r}")
         self.config, self.signature = config, _signature(config)
         self.window, self.rollback = config.sliding_window, rollback
-        self.dtype, self.device = dtype, torch.device(device)
+        # Not `dtype`: programs that cast a model's outputs take what has one for a tensor.
+        self.kv_dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch_size
         self.columns = 0
         self.ids: list[list[int]] = [[] for _ in range(batch_size)]
@@ -77,8 +78,8 @@ class Cache:
                 raise ValueError("cache belongs to a model of another shape")
             if self.config.rope_parameters != config.rope_parameters:
                 raise ValueError("cache belongs to a model with other rope_parameters")
-        if self.dtype != dtype:
-            raise ValueError(f"cache holds {self.dtype}, the model computes in {dtype}")
+        if self.kv_dtype != dtype:
+            raise ValueError(f"cache holds {self.kv_dtype}, the model computes in {dtype}")
         if self.batch_size != batch_size:
             raise ValueError(f"cache holds {self.batch_size} rows, the input has {batch_size}")
 

@@ -42,7 +42,7 @@ class Gemma4ForCausalLM(nn.Module):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
+    accepts_loss_kwargs, loss_type = True, "ForCausalLM"  # how Trainer counts labels
     _no_split_modules = ("DecoderLayer",)
 
     def __init__(self, config: Gemma4TextConfig):
@@ -52,6 +52,11 @@ class Gemma4ForCausalLM(nn.Module):
         self.model = Gemma4TextModel(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size, config)
         self.tie_weights()
+        # A tied head is the embedding: files hold it once, and what writes files from a state dict
+        # refuses two names for one memory.
+        self.register_state_dict_post_hook(_without_tied_head)
+        self.register_load_state_dict_pre_hook(_with_tied_head)
+        self.register_load_state_dict_post_hook(_keep_tied)
 
     from_pretrained = classmethod(load_pretrained)
     save_pretrained = save_pretrained
@@ -74,8 +79,17 @@ class Gemma4ForCausalLM(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.model.compute_dtype
 
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Elements of all parameters; a tied head counts once, as the embedding."""
+        left_out = set()
+        if exclude_embeddings:
+            tables = (m for m in self.modules() if isinstance(m, nn.Embedding))
+            left_out = {id(p) for table in tables for p in table.parameters()}
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
 
     def explain(self) -> str:
         """A line a layer: whether fused ops stand in for all its modules, and what keeps them."""
@@ -94,24 +108,38 @@ class Gemma4ForCausalLM(nn.Module):
         self.lm_head = value
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return self.model.checkpointing is not None
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Keeps each layer's input alone for the backward, which computes the rest again.
+        """Keeps the inputs alone of every n-th layer for the backward, which makes the rest again.
 
-        gradient_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is
-        False unless given.
+        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is
+        False unless given. Raises ValueError for offload=True: activations stay on the device.
         """
-        self.model.checkpointing = {
-            "use_reentrant": False,
-            **(gradient_checkpointing_kwargs or {}),
-        }
+        if offload:
+            raise ValueError("offload=True is not served: checkpointed inputs stay on the device")
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.model.checkpointing, self.model.checkpoint_every = options, every_n_layers
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         self.model.checkpointing = None
+
+    # The names of these until transformers 5.23.
+    is_gradient_checkpointing = is_activation_checkpointing
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -219,6 +247,32 @@ class Gemma4ForCausalLM(nn.Module):
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
+# Functions and not methods, so that a copied or pickled model does not drag along the first one.
+def _is_tied(model: nn.Module) -> bool:
+    head = getattr(model.lm_head, "weight", None)
+    return head is not None and head is getattr(model.model.embed_tokens, "weight", None)
+
+
+def _without_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if _is_tied(model):
+        state.pop(f"{prefix}lm_head.weight", None)
+
+
+def _with_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    head, table = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    if model.config.tie_word_embeddings and head not in state and table in state:
+        state[head] = state[table]
+
+
+def _keep_tied(model: nn.Module, _: Any) -> None:
+    """load_state_dict(assign=True) makes two parameters of one tensor."""
+    parents = model.lm_head, model.model.embed_tokens
+    head, table = (parent._parameters.get("weight") for parent in parents)
+    plain = type(head) is type(table) is nn.Parameter and not head.is_meta
+    if plain and head.data_ptr() == table.data_ptr():
+        model.lm_head.weight = table
+
+
 def _summed_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
@@ -240,8 +294,9 @@ class Gemma4TextModel(nn.Module):
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
         self.config = config
-        # What torch.utils.checkpoint is called with at each layer; None for no checkpointing.
+        # What torch.utils.checkpoint is called with at every n-th layer; None for no checkpointing.
         self.checkpointing: dict[str, Any] | None = None
+        self.checkpoint_every = 1
         width, std = config.hidden_size, config.initializer_range
         self.embed_tokens = ScaledEmbedding(config.vocab_size, width, width**0.5, std)
         self.layers = nn.ModuleList(
@@ -263,7 +318,12 @@ class Gemma4TextModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        device = next(self.parameters()).device
+        if device.type == "meta":
+            # Offloaded weights are nowhere between calls; accelerate's hook says where they go.
+            hook = getattr(self.embed_tokens, "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or device)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -522,7 +582,8 @@ class Gemma4TextModel(nn.Module):
             ple = None if ple_TLP is None else layout.unpack(ple_TLP[:, index])
             return layout.pack(layer(layout.unpack(x_TD), ple, plan=plan)), None
 
-        if self.checkpointing is None or not torch.is_grad_enabled():
+        chosen = self.checkpointing is not None and index % self.checkpoint_every == 0
+        if not chosen or not torch.is_grad_enabled():
             return run(x_TD, y_TD, ple_TLP, plan)
         # Shared keys go in and out as tensors, for a reentrant checkpoint finds no others.
         owner, made = self.config.kv_owner(index), []
@@ -555,8 +616,9 @@ class Gemma4TextModel(nn.Module):
         if token_part is None:
             if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
                 return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
-            # The table may have stayed in host memory.
-            ids_T = ids_T.to(next(table.parameters()).device)
+            # The table may have stayed in host memory, or come only when it is called.
+            where = next(table.parameters()).device
+            ids_T = ids_T if where.type == "meta" else ids_T.to(where)
             token_part = plan.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
         parts = (-1, self.config.num_hidden_layers, self.ple_width)
         context = plan.call(norm, RMSNorm, projected.view(parts))
@@ -566,7 +628,9 @@ class Gemma4TextModel(nn.Module):
         """What layers rotate by: positions and frequencies, or what a hooked module makes of it."""
         rotary = self.rotary_emb
         if plan.plain(rotary, RotaryEmbedding):
-            plan.inv_freq, plan.rotation = rotary.tables, None
+            # Hooks that place weights do not move what is no weight.
+            tables = {kind: table.to(x_TD.device) for kind, table in rotary.tables.items()}
+            plan.inv_freq, plan.rotation = tables, None
             return
         layout = plan.layout
         x, positions = layout.unpack(x_TD), layout.unpack(layout.positions)

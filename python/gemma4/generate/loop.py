@@ -155,6 +155,11 @@ def generate(
 
 
 def _check(model: Any, cache: Any, inputs_embeds: Tensor | None, chunk: Any) -> None:
+    if "prepare_inputs_for_generation" in vars(model):
+        raise ValueError(
+            "generate does not call prepare_inputs_for_generation, but this model was given one of "
+            "its own (prompt tuning, whose prompts would be left out)"
+        )
     if model.config.bidirectional:
         raise ValueError("use_bidirectional_attention 'all' models do not generate")
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
