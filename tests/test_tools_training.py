@@ -286,3 +286,20 @@ def test_accelerate(precision: str) -> None:
         results.append(torch.stack(found))
         forget_states()
     close(results[1], results[0], 2e-5 if precision == "no" else 5e-3)
+
+
+def test_generation_config_is_set_in_place() -> None:
+    """As trainers and scripts do it; what may not be an argument may not be set."""
+    theirs, ours = pair("dense")
+    ids = tiny.ids(2, 9)
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    stop = int(theirs.generate(ids, **options)[0, 11])
+    for model in (theirs, ours):
+        model.generation_config.eos_token_id = [stop]
+        model.generation_config.pad_token_id = 5
+    expected = theirs.generate(ids, **options)
+    assert (expected == 5).any() and torch.equal(ours.generate(ids, **options), expected)
+    with pytest.raises(ValueError, match="top_p must be"):
+        ours.generation_config.top_p = 2.0
+    with pytest.raises(AttributeError, match="no option num_beans"):
+        ours.generation_config.num_beans = 4

@@ -79,6 +79,15 @@ class Gemma4ForCausalLM(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.model.compute_dtype
 
+    @property
+    def base_model(self) -> "Gemma4TextModel":
+        return self.model
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Keeps what trainers write into a model's card."""
+        tags = [tags] if isinstance(tags, str) else tags
+        self.model_tags = list(dict.fromkeys([*getattr(self, "model_tags", []), *tags]))
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Elements of all parameters; a tied head counts once, as the embedding."""
         left_out = set()
@@ -385,6 +394,7 @@ class Gemma4TextModel(nn.Module):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states of a batch.
 

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,7 +19,7 @@ DEFAULT_NEW_TOKENS = 256
 LEAST_TEMPERATURE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
     """How to choose tokens and when to stop; read from generation_config.json.
 
@@ -55,12 +55,14 @@ class GenerationConfig:
     output_scores: bool = False
     output_logits: bool = False
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (holds, rule) = getattr(self, field.name), _RULES[field.name]
-            optional = field.default is None or field.name == "pad_token_id"
-            if not (optional and value is None) and not holds(value):
-                raise ValueError(f"{field.name} must be {rule}, got {value!r}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _RULES:
+            raise AttributeError(f"generate has no option {name}")
+        holds, rule = _RULES[name]
+        optional = getattr(type(self), name) is None or name == "pad_token_id"
+        if not (optional and value is None) and not holds(value):
+            raise ValueError(f"{name} must be {rule}, got {value!r}")
+        super().__setattr__(name, value)
 
     @property
     def eos_ids(self) -> list[int]:
