@@ -155,18 +155,17 @@ def test_an_interrupted_answer_leaves_a_usable_cache(new: int) -> None:
 
 def test_an_interrupted_prefill_leaves_a_usable_cache() -> None:
     model, talk = tiny(DENSE), ids(1, 27)
-    cache, run, chunks = Cache(model.config, 1, model.dtype, model.device), model.model.run, []
+    cache, chunks = Cache(model.config, 1, model.dtype, model.device), []
 
-    def third_fails(**arguments: object) -> object:
-        chunks.append(arguments)
+    def third_fails(*_: object) -> None:
+        chunks.append(1)
         if len(chunks) == 3:
             raise KeyboardInterrupt
-        return run(**arguments)
 
-    model.model.run = third_fails
+    hook = model.model.register_forward_pre_hook(third_fails)
     with pytest.raises(KeyboardInterrupt):
         model.generate(talk, max_new_tokens=20, cache=cache, prefill_chunk_size=5, **GREEDY)
-    model.model.run = run
+    hook.remove()
     assert cache.ids == [talk[0, :10].tolist()]
     found = model.generate(talk, max_new_tokens=5, cache=cache, **GREEDY)
     assert cache.reused == [10]
@@ -218,10 +217,12 @@ def test_what_a_cache_refuses() -> None:
     with pytest.raises(ValueError, match="cannot trim 3 rows, the cache holds 2"):
         cache.trim([1, 1, 1])
     assert cache.lengths == [9, 9]
+    rope = dict(model.config.rope_parameters)
+    rope["sliding_attention"] = dict(rope["sliding_attention"], rope_theta=9e3)
     for other, sentence in (
         (tiny(K_EQ_V), "a model of another shape"),
         (tiny(DENSE).half(), r"cache holds torch\.float32, the model computes in torch\.float16"),
-        (tiny(DENSE, rope_parameters={"sliding_attention": {"rope_theta": 9e3}}), "other rope_par"),
+        (tiny(DENSE, rope_parameters=rope), "other rope_parameters"),
         (tiny(DENSE, sliding_window=9), "a model of another shape"),
     ):
         with pytest.raises(ValueError, match=sentence):
