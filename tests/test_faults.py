@@ -72,7 +72,7 @@ FAULTS = {
             ("common/launch.h", "row_stride % kWidth == 0 &&", "true &&"),
         ],
         "test_weight_of_another_dtype[emulated-31B width-torch.bfloat16-torch.float32]": [
-            ("common/vec.cuh", "ptx::load_16(p + i HERE)", "ptx::load_16(p HERE)"),
+            ("common/vec.cuh", "load<kHalf, kOnce>(p + kHalf HERE)", "load<kHalf, kOnce>(p HERE)"),
         ],
     },
     "add_rms_norm": {

@@ -36,12 +36,13 @@ DEVICE Vec<T, kWidth> load(const T* p FROM_HERE) {
   } else if constexpr (v.kBytes == 8) {
     const uint2 bits = kOnce ? ptx::load_8_once(p HERE) : ptx::load_8(p HERE);
     __builtin_memcpy(&v, &bits, 8);
+  } else if constexpr (v.kBytes == 16) {
+    const uint4 bits = kOnce ? ptx::load_16_once(p HERE) : ptx::load_16(p HERE);
+    __builtin_memcpy(&v, &bits, 16);
   } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += kFullWidth<T>) {
-      const uint4 bits = kOnce ? ptx::load_16_once(p + i HERE) : ptx::load_16(p + i HERE);
-      __builtin_memcpy(v.data + i, &bits, 16);
-    }
+    constexpr int kHalf = kWidth / 2;
+    const Vec<T, kHalf> halves[] = {load<kHalf, kOnce>(p HERE), load<kHalf, kOnce>(p + kHalf HERE)};
+    __builtin_memcpy(&v, halves, 32);
   }
   return v;
 }
@@ -54,6 +55,7 @@ DEVICE Vec<T, kWidth> load_once(const T* p FROM_HERE) {
 
 template <class T, int kWidth>
 DEVICE void store(T* p, const Vec<T, kWidth>& v FROM_HERE) {
+  static_assert(kWidth == 1 || v.kBytes <= 16);
   if constexpr (kWidth == 1) {
     *p = v.data[0];
   } else if constexpr (v.kBytes == 8) {
@@ -61,12 +63,9 @@ DEVICE void store(T* p, const Vec<T, kWidth>& v FROM_HERE) {
     __builtin_memcpy(&bits, &v, 8);
     ptx::store_8(p, bits HERE);
   } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += kFullWidth<T>) {
-      uint4 bits;
-      __builtin_memcpy(&bits, v.data + i, 16);
-      ptx::store_16(p + i, bits HERE);
-    }
+    uint4 bits;
+    __builtin_memcpy(&bits, &v, 16);
+    ptx::store_16(p, bits HERE);
   }
 }
 
