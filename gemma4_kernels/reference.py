@@ -73,18 +73,22 @@ def qkv_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
-    # Weights wider than q leave one rounding, at the end.
-    inner = torch.promote_types(q_THC.dtype, q_weight.dtype)
+    dtype = q_THC.dtype
+    inner = torch.promote_types(dtype, q_weight.dtype)
     if k_weight is not None:
         inner = torch.promote_types(inner, k_weight.dtype)
+    if inner != dtype:  # weights wider than q leave one rounding, at the end
+        wide = (None if x is None else x.to(inner) for x in (q_THC, k_TGC, v_TGC))
+        q, k, v = qkv_norm_rope(*wide, q_weight, k_weight, positions_T, inv_freq, eps)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
     angle = positions_T[:, None, None, None] * inv_freq
-    cos, sin = angle.cos().to(inner), angle.sin().to(inner)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     sin = torch.cat([-sin, sin], 2)
 
     def norm_and_rotate(x: Tensor, weight: Tensor) -> Tensor:
         # Pairs are (i, i + C/2): the two halves of a head, swapped by the flip.
-        halves = _rms_norm(x.to(inner), weight, eps).unflatten(-1, (2, -1))
-        return (halves * cos + halves.flip(2) * sin).flatten(2).to(x.dtype)
+        halves = _rms_norm(x, weight, eps).unflatten(-1, (2, -1))
+        return (halves * cos + halves.flip(2) * sin).flatten(2)
 
     q = norm_and_rotate(q_THC, q_weight)
     if k_TGC is None:

@@ -476,7 +476,7 @@ INSTRUCTIONS = {
     r"((add_)?rms|moe)_norm_kernel<.*>": (LOAD, STORE),
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
     r"ple_embed_kernel<.*>": (LOAD, STORE),
-    r"(geglu|ple_gate|softcap)_kernel<(.*, 8|float, 4)>": (LOAD, STORE),
+    r"(geglu|ple_gate|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
     r"softcap_argmax_kernel<(.*, 8|float, 4)>": (LOAD,),
     r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
     r"attention_kernel<.*HopperTile.*>": (
