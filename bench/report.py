@@ -180,10 +180,11 @@ def numbers() -> str:
 
 
 def is_shown(row: dict) -> bool:
-    """Head sizes that Gemma 4 has none of are in static.md alone."""
+    """Head sizes that Gemma 4 has none of, and fp32 experts, are in static.md alone."""
     softcapped = row["kernel"].startswith("attention_kernel") and row["kernel"].endswith("true>")
     small = re.search(r"AttentionTile<(64|128)\b", row["kernel"])
-    return bool(row["tensor"]) and "bf16" in row["kernel"] and not softcapped and not small
+    wide = "<bf16, float" in row["kernel"]
+    return bool(row["tensor"]) and "bf16" in row["kernel"] and not (softcapped or small or wide)
 
 
 def with_numbers(readme: str) -> str:
