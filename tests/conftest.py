@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4_kernels
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the processors
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

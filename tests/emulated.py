@@ -7,6 +7,7 @@ over the emulated kernels. Every call runs under several schedules, which must a
 """
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import re
@@ -85,9 +86,11 @@ def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Pa
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     lines.append(f"build {target}: link {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
-    run = subprocess.run(command, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"{target} does not build:\n{run.stdout[-4000:]}{run.stderr}")
     return folder / target
