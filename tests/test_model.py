@@ -120,11 +120,12 @@ def test_p01_padding_is_finite(options: dict, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("start", [0, 9])
 @torch.no_grad()
 def test_p03_packed_segments_are_isolated(options: dict, start: int) -> None:
-    model, row = tiny(options), ids(1, 12)
+    # In float64: other positions are other angles, whose rounding fp32 logits show.
+    model, row = tiny(options).double(), ids(1, 12)
     positions = torch.tensor([[*range(5), *range(start, start + 7)]])
     mask = torch.ones(1, 12, dtype=torch.int64)
     packed = model(row, attention_mask=mask, position_ids=positions).logits
-    close(packed[:, 5:], model(row[:, 5:]).logits, atol=1e-5, rtol=0)
+    close(packed[:, 5:], model(row[:, 5:]).logits, atol=5e-6, rtol=0)
 
 
 @torch.no_grad()
