@@ -110,7 +110,8 @@ def test_address_sanitizer_on_the_emulator():
 def run_op_tests(library, environment):
     tests = emulated.ROOT / "tests"
     files = [tests / f"test_{op}.py" for op in emulated.ops_with_kernels()]
-    command = [sys.executable, "-m", "pytest", "-k", "emulated or tiles"]
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+    command += ["-k", "emulated or tiles"]
     command += [f"--emulated-library={library}", *files, tests / "test_attention_tiles.py"]
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True
