@@ -171,7 +171,7 @@ class Cache:
         return self.k[full[0]].shape[1] - max(self.lengths) if full else None
 
     def count_one(self) -> None:
-        """A `DecodeStep` has written one token of each row."""
+        """A `DecodePlan` has written one token of each row."""
         self.lengths = [length + 1 for length in self.lengths]
         self._written = [max(pair) for pair in zip(self._written, self.lengths, strict=True)]
         self.columns += 1

@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """A table whose rows come out times √width, the factor rounded to the table's dtype first."""
+    """A table whose rows come out times `scale`, rounded to the table's dtype first."""
 
     def __init__(self, rows: int, width: int, scale: float, std: float):
         super().__init__(rows, width)
