@@ -131,10 +131,20 @@ class PackedPlan:
         eps: float,
     ) -> tuple[Tensor, Keys]:
         """Norms and rotates q, k and v and stores k and v; returns q and the keys it attends to."""
-        q, k, v = ops.qkv_norm_rope(
-            q, k, v, q_weight, k_weight, self.layout.positions, inv_freq, eps
-        )
-        return q, self.store(layer, k, v)
+        args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
+        target = self.target(layer)
+        if target is None:
+            q, k, v = ops.qkv_norm_rope(*args, eps)
+            return q, self.store(layer, k, v)
+        return ops.qkv_norm_rope_cache(*args, *target, eps), self.cached(layer)
+
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The caches of k and v and the slots that `write` fills at once; None if it may not."""
+        return None
+
+    def cached(self, layer: int) -> Keys:
+        """All of a row's keys as they lie in the cache."""
+        raise NotImplementedError("a plan without a cache has no target")
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
         return PackedKeys(k, v, self.layout.cu_seqlens_k, self.layout.max_seqlen_k)
@@ -172,35 +182,22 @@ class CachePlan(PackedPlan):
             self._slots[per_row] = torch.cat(runs).to(self.cache.device)
         return self._slots[per_row]
 
-    def write(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        inv_freq: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Keys]:
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.training or (self.cache.is_ring(layer) and not self.decoding):
-            return super().write(layer, q, k, v, q_weight, k_weight, inv_freq, eps)
+            return None
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
-        slots = self.slots(k_cache.shape[1])
-        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, slots, eps)
-        return q, self._cached(layer)
+        return k_cache, v_cache, self.slots(k_cache.shape[1])
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
-        if self.training or (self.cache.is_ring(layer) and not self.decoding):
+        target = self.target(layer)
+        if target is None:
             keys = self._join(layer, k, v)  # before the ring's slots are written over
             self._copy(layer, k.detach(), v.detach())
             return keys
-        self._copy(layer, k, v)
-        return self._cached(layer)
+        _fill(*target, k, v)
+        return self.cached(layer)
 
-    def _cached(self, layer: int) -> Keys:
-        """All of a row's keys as they lie in the cache, of a ring or of pages."""
+    def cached(self, layer: int) -> Keys:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         if self.decoding:
             return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
@@ -245,8 +242,7 @@ class CachePlan(PackedPlan):
                 ]
             ).to(k.device)
             k, v, chosen = k[last], v[last], chosen[last]
-        k_cache.flatten(0, 1).index_copy_(0, chosen, k)
-        v_cache.flatten(0, 1).index_copy_(0, chosen, v)
+        _fill(k_cache, v_cache, chosen, k, v)
 
     def finish(self) -> None:
         """Makes the tokens count."""
@@ -312,28 +308,16 @@ class DecodePlan(PackedPlan):
             torch.remainder(self.positions, per_row, out=slots)
             slots.add_(self.rows, alpha=per_row)
 
-    def write(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        inv_freq: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Keys]:
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
-        slots = self.slots[k_cache.shape[1]]
-        q = ops.qkv_norm_rope_cache(*args, k_cache, v_cache, slots, eps)
-        return q, CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+        return k_cache, v_cache, self.slots[k_cache.shape[1]]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        _fill(*self.target(layer), k, v)
+        return self.cached(layer)
+
+    def cached(self, layer: int) -> Keys:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        slots = self.slots[k_cache.shape[1]]
-        k_cache.flatten(0, 1).index_copy_(0, slots, k)
-        v_cache.flatten(0, 1).index_copy_(0, slots, v)
         return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
 
     def finish(self) -> None:
@@ -344,3 +328,8 @@ class DecodePlan(PackedPlan):
         """Takes back the last `finish`: the next step writes the same slots."""
         self.positions.sub_(1)
         self._place()
+
+
+def _fill(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    k_cache.flatten(0, 1).index_copy_(0, slots, k)
+    v_cache.flatten(0, 1).index_copy_(0, slots, v)
