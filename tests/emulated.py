@@ -101,20 +101,13 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
     import pybind11
 
     torch_root = Path(torch.__file__).parent
-    include = " ".join(
-        f"-isystem {path}"
-        for path in (
-            torch_root / "include",
-            sysconfig.get_path("include"),
-            pybind11.get_include(),
-        )
-    )
     kernels, host, link = _flags(instrument)
-    sources = [csrc / "bindings.cpp", *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
-    flags = {
-        source: kernels if source.suffix == ".cu" else f"{host} {TORCH_TARGET} {include}"
-        for source in sorted(sources)
-    }
+    flags = dict.fromkeys(sorted(csrc.glob("*/*.cu")), kernels)
+    flags |= dict.fromkeys(sorted(csrc.glob("emulation/*.cpp")), host)
+    flags[csrc / "bindings.cpp"] = f"{host} {TORCH_TARGET} -isystem {torch_root / 'include'}"
+    # Not torch's own pybind11, which is no part of the stable ABI.
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    flags[csrc / "emulation" / "module.cpp"] += f" {python}"
     link = f"{link} -shared -L{torch_root / 'lib'} -ltorch_cpu"
     return _ninja(folder, f"{NAME}.so", link, flags)
 
