@@ -5,6 +5,7 @@ Longer than 400 lines because each kind of machine that an install meets is a ca
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -444,8 +445,7 @@ def test_facts_of_a_library(tmp_path, monkeypatch, place):
         "built_with": "2.14.1",
         "abi_target": "2.11",
         "bytes": 3,
-        # The example of FIPS 180-2.
-        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "fingerprint": hashlib.sha256(b"abc" + b"abc").hexdigest(),  # its beginning and its end
     }
 
 
