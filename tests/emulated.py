@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -63,6 +64,10 @@ def has_compiler() -> bool:
     return shutil.which("c++") is not None
 
 
+def _compiler() -> str:
+    return "ccache c++" if shutil.which("ccache") else "c++"
+
+
 def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Path:
     """Compiles each source with its flags, links them, and returns the target; does what is out of
     date and no more.
@@ -71,10 +76,9 @@ def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Pa
     """
     import ninja
 
-    compiler = "ccache c++" if shutil.which("ccache") else "c++"
     lines = [
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+        f"  command = {_compiler()} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -118,12 +122,15 @@ def rebuild(op: str, csrc: Path, folder: Path) -> Path:
     names = [op.removesuffix("_cache")]
     if op in ("attention_prefill", "attention_decode"):
         names.append("attention")
+    # Relative paths and no folder in the key: ccache knows a fault again in another copy.
+    environment = {**os.environ, "CCACHE_DEPEND": "1", "CCACHE_NOHASHDIR": "1"}
     replaced = {}
     for name in names:
         (source,) = csrc.glob(f"*/{name}.cu")
         target = folder / f"{source.parent.name}_{name}.o"
-        command = f"c++ {_flags('hooks')[0]} -O1 -w -c {source} -o {target}"
-        subprocess.run(command.split(), check=True)
+        flags = f"{_flags('hooks')[0]} -O1 -w -MMD"
+        command = f"{_compiler()} {flags} -c {source.name} -o {target}"
+        subprocess.run(command.split(), check=True, cwd=source.parent, env=environment)
         replaced[target.name] = target
     kept = [path for path in library.parent.glob("*.o") if path.name not in replaced]
     torch_lib = Path(torch.__file__).parent / "lib"
