@@ -110,7 +110,7 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
         )
     )
     kernels, host, link = _flags(instrument)
-    sources = [csrc / "bindings.cpp", *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
+    sources = [*csrc.glob("binding/*.cpp"), *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
     flags = {
         source: kernels if source.suffix == ".cu" else f"{host} {TORCH_TARGET} {include}"
         for source in sorted(sources)
@@ -151,8 +151,9 @@ def build_checks(instrument: str = "hooks") -> Path:
 
 
 def ops_with_kernels() -> list[str]:
-    """The ops that bindings.cpp registers, in its order."""
-    return re.findall(r'm\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
+    """The ops that the bindings register."""
+    sources = sorted(CSRC.glob("binding/*.cpp"))
+    return [op for path in sources for op in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
 
 
 def _copy(module: ModuleType, lines: dict[str, str], **names: Any) -> ModuleType:

@@ -29,7 +29,7 @@
 #include "../common/launch.h"
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 #include "attention_warp.cuh"
 
 namespace gemma4 {

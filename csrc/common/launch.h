@@ -6,8 +6,8 @@
 #include <string>
 #include <type_traits>
 
-#include "../ops.h"
 #include "platform.h"
+#include "types.h"
 
 namespace gemma4 {
 

@@ -1,4 +1,4 @@
-// The emulator's controls for Python. The ops themselves come through bindings.cpp.
+// The emulator's controls for Python. The ops themselves come through csrc/binding.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

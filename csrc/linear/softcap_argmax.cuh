@@ -11,7 +11,7 @@
 #include "../common/order.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 
