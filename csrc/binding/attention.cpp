@@ -1,6 +1,7 @@
 #include "../attention/ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 
@@ -10,7 +11,7 @@
 namespace binding {
 namespace {
 
-using gemma4::AttentionParams;
+using gemma4::AttentionParams, gemma4::KeyStrides;
 
 // The common part of both attention ops: what does not depend on where the keys lie.
 AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -32,7 +33,7 @@ AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, c
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
-  p.splits = 1;
+  p.splits = p.most_splits = 1;
   return p;
 }
 
@@ -54,20 +55,24 @@ void set_pages(Call& call, AttentionParams& p, const Tensor& k, const Tensor& bl
   p.block_table = call.flat_indices("block_table", block_table);
 }
 
-void set_keys(Call& call, AttentionParams& p, const Tensor& k_in, const Tensor& v_in) {
-  Tensor k = aligned(k_in), v = aligned(v_in);
-  bool alike = true;
-  for (int64_t d = 0; d < k.dim(); d++) alike = alike && k.stride(d) == v.stride(d);
-  if (!alike) {
-    k = torch::stable::contiguous(k);
-    v = torch::stable::contiguous(v);
-  }
-  const int64_t dims = k.dim();
-  p.k = call.in("k", call.keep(k));
-  p.v = call.in("v", call.keep(v));
-  p.outer_stride = dims == 4 ? k.stride(0) : 0;
-  p.inner_stride = k.stride(dims - 3);
-  p.kv_head_stride = k.stride(dims - 2);
+KeyStrides key_strides(const Tensor& t) {
+  const int64_t dims = t.dim();
+  return {dims == 4 ? t.stride(0) : 0, t.stride(dims - 3), t.stride(dims - 2)};
+}
+
+// Each with strides of its own.
+void set_keys(Call& call, AttentionParams& p, const Tensor& k, const Tensor& v) {
+  p.k = call.in("k", k);
+  p.v = call.in("v", v);
+  p.k_strides = key_strides(k);
+  p.v_strides = key_strides(v);
+}
+
+// A copy of a cache at every step would take as much time and memory as the cache.
+void expect_aligned(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_aligned(t), name,
+                  " must begin on a multiple of 16 bytes, hold contiguous heads and have strides "
+                  "that are multiples of 8 elements");
 }
 
 // What the forward and the backward over packed sequences know alike.
@@ -78,7 +83,13 @@ AttentionParams packed(Call& call, const Tensor& q, const Tensor& k, const Tenso
   AttentionParams p = attention_params(call, q, k, v, scale, window, softcap);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   const Tensor& q_held = call.keep(aligned(q));
-  set_keys(call, p, k, v);
+  if (k.dim() == 4) {
+    expect_aligned("k", k);
+    expect_aligned("v", v);
+    set_keys(call, p, k, v);
+  } else {
+    set_keys(call, p, call.keep(aligned(k)), call.keep(aligned(v)));
+  }
   p.q = call.in("q", q_held);
   p.cu_seqlens_q = lengths(call, "cu_seqlens_q", cu_seqlens_q, batch + 1);
   p.cu_seqlens_k = lengths(call, "cu_seqlens_k", cu_seqlens_k, batch + 1);
@@ -111,6 +122,12 @@ std::tuple<Tensor, Tensor> attention_prefill(Tensor q, Tensor k, Tensor v, Tenso
   if (block_table) set_pages(call, p, k, *block_table, p.batch);
   p.out = call.out("out", out);
   p.lse = return_lse ? static_cast<float*>(call.out("lse", lse)) : nullptr;
+  if (p.batch == 0 || p.max_seqlen_q == 0) {
+    // No sequence owns a row.
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+    return {out, lse};
+  }
   gemma4::attention_prefill(p, call.dtype(), call.device());
   return {out, lse};
 }
@@ -175,6 +192,8 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   const Tensor& q_held = call.keep(flat);
   p.capacity = slots;
   if (block_table) set_pages(call, p, k_cache, *block_table, batch);
+  expect_aligned("k_cache", k_cache);
+  expect_aligned("v_cache", v_cache);
   set_keys(call, p, k_cache, v_cache);
   p.ring = ring ? as_int("k_cache", slots) : 0;
   p.q = call.in("q", q_held);
@@ -188,7 +207,11 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   p.batch = as_int("q", batch);
   p.new_tokens = p.max_seqlen_q = as_int("q", new_tokens);
   const int64_t seen = window > 0 ? window + new_tokens - 1 : p.capacity;
-  p.splits = gemma4::attention_decode_splits(ring ? seen : std::min(seen, p.capacity));
+  const auto splits =
+      gemma4::attention_decode_splits(ring ? seen : std::min(seen, p.capacity),
+                                      p.tokens * p.q_heads * p.head_dim * int64_t{sizeof(float)});
+  p.splits = splits.launched;
+  p.most_splits = splits.most;
   OptionalTensor partial_out, partial_lse;
   if (p.splits > 1) {
     partial_out = call.empty({p.splits, p.tokens, p.q_heads, p.head_dim}, ScalarType::Float);

@@ -201,13 +201,19 @@ inline Rows as_rows(const Tensor& t) {
 // Rows that 16-byte copies can read: heads contiguous, everything else on multiples of 8.
 inline bool is_aligned(const Tensor& t) {
   if (t.numel() == 0) return true;
-  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(t.dim() - 1) == 1;
-  for (int64_t d = 0; d + 1 < t.dim(); d++) aligned = aligned && t.stride(d) % 8 == 0;
+  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < t.dim(); d++) {
+    const bool fits = d + 1 == t.dim() ? t.stride(d) == 1 : t.stride(d) % 8 == 0;
+    aligned = aligned && (fits || t.size(d) == 1);
+  }
   return aligned;
 }
 
+// A step's own tensor, copied if it is not; what is kept for many steps is refused instead.
 inline Tensor aligned(const Tensor& t) {
-  return is_aligned(t) ? t : torch::stable::clone(torch::stable::contiguous(t));
+  if (is_aligned(t)) return t;
+  const Tensor dense = torch::stable::contiguous(t);
+  return is_aligned(dense) ? dense : torch::stable::clone(dense);
 }
 
 inline int as_int(const char* name, int64_t value) {
