@@ -93,11 +93,12 @@ DEVICE KeyRange visible_at(const AttentionParams& p, int i, int keys) {
 }
 
 // Split `split` of a sequence's keys. Its bounds follow from this sequence alone, so that a row's
-// bits depend neither on the others in the batch nor on the memory that is reserved.
+// bits depend neither on the others nor on the memory that is reserved: fewer splits than there may
+// be are enough for all keys in splits of the least size.
 DEVICE KeyRange split_at(const AttentionParams& p, const Sequence& s, int split) {
   const KeyRange all{visible_at(p, s.first(), s.keys).begin, visible_at(p, s.keys - 1, s.keys).end};
   if (p.splits == 1) return all;
-  const int even = (max(all.end - all.begin, 0) + p.most_splits - 1) / p.most_splits;
+  const int even = (max(all.end - all.begin, 0) + p.splits - 1) / p.splits;
   const int size = max(kLeastKeysOfSplit, (even + 63) / 64 * 64);
   const int begin = min(all.begin + split * size, all.end);
   return {begin, min(begin + size, all.end)};
@@ -252,7 +253,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   const int b = of.b, first_row = of.tile * kRows;
   const Sequence s = sequence_at(p, b);
   if (p.cu_seqlens_q) fill_unowned<T>(p, s, of, g);
-  const int rows = s.queries * group - first_row;  // from here on; those beyond kRows are others'
+  // From here on; those beyond kRows are others'.
+  const int rows = min(s.queries, p.max_seqlen_q) * group - first_row;
   if (rows <= 0) return;
   const int first_query = s.first() + first_row / group;
   const int last_query = s.first() + (first_row + min(rows, kRows) - 1) / group;

@@ -3,14 +3,13 @@
 
 namespace gemma4 {
 
-// One part's results are a copy of out in fp32. 32 MB of them are parts enough: they come from at
-// least 256 blocks, the largest of which leaves 128 KB.
-AttentionSplits attention_decode_splits(int64_t keys, int64_t bytes) {
+// The results of one part are a copy of out in fp32. 32 MB of them are parts enough: they come from
+// at least 256 blocks, the largest of which leaves 128 KB.
+int attention_decode_splits(int64_t keys, int64_t bytes) {
   constexpr int64_t kMostSplits = 64, kMostBytes = 32 << 20;
   const int64_t most =
       std::clamp<int64_t>(kMostBytes / std::max<int64_t>(bytes, 1), 1, kMostSplits);
-  const int64_t wanted = std::max<int64_t>(ceil_div<int64_t>(keys, kLeastKeysOfSplit), 1);
-  return {static_cast<int>(most), static_cast<int>(std::min(most, wanted))};
+  return static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(keys, kLeastKeysOfSplit), 1, most));
 }
 
 void attention_decode(const AttentionParams& p, DType dtype, const Device& device) {

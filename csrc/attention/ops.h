@@ -36,20 +36,16 @@ struct AttentionParams {
   int pages_per_row, page_size, ring;  // 0: none
   float scale, softcap;                // softcap 0: none
   int window, window_right;            // 0 and -1: no bound; causal is window_right 0
-  int splits;                          // parts of the keys that are launched
-  int most_splits;                     // parts that a sequence's keys are divided into at most
+  int splits;                          // parts that the keys are divided into
   float* partial_out;                  // [splits, tokens, H, C], if there is more than one
   float* partial_lse;                  // [splits, tokens, H], likewise
 };
 void attention_prefill(const AttentionParams& params, DType dtype, const Device& device);
 void attention_decode(const AttentionParams& params, DType dtype, const Device& device);
 
-// Parts of the keys for sequences of at most `keys`, of which one part's results take `bytes`: how
-// many a sequence may be divided into, whatever was reserved for it, and how many are launched.
-struct AttentionSplits {
-  int most, launched;
-};
-AttentionSplits attention_decode_splits(int64_t keys, int64_t bytes);
+// How many parts attention_decode divides the keys of sequences into of which at most `keys` are
+// visible, if the results of one part take `bytes`.
+int attention_decode_splits(int64_t keys, int64_t bytes);
 
 struct AttentionBackwardParams {
   AttentionParams forward;  // its arguments and its results, keys not in pages

@@ -33,7 +33,7 @@ AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, c
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
-  p.splits = p.most_splits = 1;
+  p.splits = 1;
   return p;
 }
 
@@ -207,11 +207,9 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   p.batch = as_int("q", batch);
   p.new_tokens = p.max_seqlen_q = as_int("q", new_tokens);
   const int64_t seen = window > 0 ? window + new_tokens - 1 : p.capacity;
-  const auto splits =
+  p.splits =
       gemma4::attention_decode_splits(ring ? seen : std::min(seen, p.capacity),
                                       p.tokens * p.q_heads * p.head_dim * int64_t{sizeof(float)});
-  p.splits = splits.launched;
-  p.most_splits = splits.most;
   OptionalTensor partial_out, partial_lse;
   if (p.splits > 1) {
     partial_out = call.empty({p.splits, p.tokens, p.q_heads, p.head_dim}, ScalarType::Float);
