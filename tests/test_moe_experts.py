@@ -133,13 +133,13 @@ def test_ids_of_no_expert_are_skipped(backend, poisoned_memory, case, index):
     """-1 as in an expert map, E, and anything beyond."""
     arguments = inputs(backend, case, torch.bfloat16)
     experts, num_experts = arguments["experts"].to(index), arguments["down"].shape[0]
-    beyond = min(num_experts, torch.iinfo(index).max)
+    beyond = num_experts if num_experts <= torch.iinfo(index).max else -2
     for n, nobody in enumerate((-1, beyond, torch.iinfo(index).min)):
         experts.flatten()[n::5] = nobody
     arguments["experts"] = experts
     idle = [e for e in range(num_experts) if e not in experts]
     arguments["gate_up"][idle] = arguments["down"][idle] = float("nan")
-    skipped = (experts < 0) | (experts >= num_experts)
+    skipped = (experts < 0) | (experts.long() >= num_experts)
     exact = arguments | {"weights": arguments["weights"].masked_fill(skipped, float("nan"))}
     check(backend, exact, torch.bfloat16)
 
