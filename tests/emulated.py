@@ -106,7 +106,8 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
     kernels, host, link = _flags(instrument)
     flags = dict.fromkeys(sorted(csrc.glob("*/*.cu")), kernels)
     flags |= dict.fromkeys(sorted(csrc.glob("emulation/*.cpp")), host)
-    flags[csrc / "bindings.cpp"] = f"{host} {TORCH_TARGET} -isystem {torch_root / 'include'}"
+    binding = f"{host} {TORCH_TARGET} -isystem {torch_root / 'include'}"
+    flags |= dict.fromkeys(sorted(csrc.glob("binding/*.cpp")), binding)
     # Not torch's own pybind11, which is no part of the stable ABI.
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     flags[csrc / "emulation" / "module.cpp"] += f" {python}"

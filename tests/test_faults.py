@@ -255,6 +255,9 @@ FAULTS = {
         ],
     },
     "geglu": {
+        "test_fp16_saturates[emulated]": [
+            ("common/platform.h", "x < -kMost ? -kMost : x;", "x;"),
+        ],
         "test_geglu[emulated-one value-float32]": [
             (
                 "linear/geglu.cuh",
@@ -355,6 +358,10 @@ FAULTS = {
         ],
     },
     "softcap_argmax": {
+        "test_launch.py::test_softcap_argmax_of_many_rows": [
+            ("linear/softcap_argmax.cu", "(params.logits) + first * p.stride", "(params.logits)"),
+            ("linear/softcap_argmax.cu", "(params.index) + first;", "(params.index);"),
+        ],
         "test_softcap_argmax[emulated-one value-float32]": [
             (
                 "common/order.cuh",
@@ -382,13 +389,30 @@ FAULTS = {
         ],
         "test_softcap_argmax[emulated-all below zero-float32]": [
             ("linear/softcap_argmax.cuh", "column + j)", "column)"),
-            ("linear/softcap_argmax.cu", "clear(device, p.index, p.rows * sizeof(int64_t));", ""),
+            (
+                "linear/softcap_argmax.cu",
+                'clear(device, "softcap_argmax", p.index, p.rows * sizeof(int64_t));',
+                "",
+            ),
         ],
         "test_softcap_argmax[emulated-batch-float32]": [
             ("linear/softcap_argmax.cuh", "warp < blockDim.x / 32; warp++", "warp < 2; warp++"),
         ],
     },
     "attention_prefill": {
+        "test_attention_lengths.py::test_rows_of_no_sequence_are_zero"
+        "[one is longer than said-emulated]": [
+            ("attention/attention.cuh", "min(s.queries, p.max_seqlen_q), end", "s.queries, end"),
+        ],
+        "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[begin late-emulated]": [
+            ("attention/attention.cuh", "  if (of.b == 0) fill(0, s.q_begin);\n", ""),
+        ],
+        "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[end early-emulated]": [
+            ("attention/attention.cuh", "last ? p.tokens : within", "within"),
+        ],
+        "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[below zero-emulated]": [
+            ("attention/attention.cuh", "max(int64_t{0}, min(x, size))", "min(x, size)"),
+        ],
         "test_traffic.py::test_prefill_work[512-99 KB]": [
             ("common/tile.cuh", "    if (!in_tile(i)) break;\n", ""),
         ],
@@ -425,8 +449,8 @@ FAULTS = {
             ),
             (
                 "attention/attention.cuh",
-                "smem.key_offset[turn % smem.kPlaces][threadIdx.x] =",
-                "smem.key_offset[0][threadIdx.x] =",
+                "smem.k_offset[turn % smem.kPlaces][threadIdx.x] =",
+                "smem.k_offset[0][threadIdx.x] =",
             ),
             (
                 "attention/attention.cuh",
@@ -540,8 +564,8 @@ FAULTS = {
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (
                 "attention/attention.cuh",
-                "key_offset(p, s, b, g, min(key, keys.end - 1))",
-                "key_offset(p, s, b, g, key)",
+                "slot_of(p, s, b, min(key, keys.end - 1))",
+                "slot_of(p, s, b, key)",
             ),
         ],
     },
@@ -622,7 +646,7 @@ FAULTS = {
         "test_tokens_outside_of_all_sequences[emulated]": [
             (
                 "attention/attention_prefill_backward.cu",
-                "clear(device, p.grad_k,",
+                "clear(device, name, p.grad_k,",
                 "(void)sizeof(p.grad_k,",
             ),
         ],
@@ -630,10 +654,20 @@ FAULTS = {
     "attention_decode": {
         "test_traffic.py::test_decode_work[256-pages]": [
             ("attention/attention.cuh", "key / p.page_size)", "key / p.page_size + 1)"),
-            ("attention/attention.cuh", "inner = key % p.page_size;", "inner = key;"),
+            ("attention/attention.cuh", "key % p.page_size};", "key};"),
         ],
         "test_attention_decode[emulated-ring, not yet full-bfloat16]": [
-            ("attention/attention.cuh", "inner = key % p.ring;", "inner = (key + 1) % p.ring;"),
+            ("attention/attention.cuh", "? key % p.ring :", "? (key + 1) % p.ring :"),
+        ],
+        "test_launch.py::test_keys_and_values_have_strides_of_their_own": [
+            (
+                "attention/attention.cuh",
+                "slot.offset(p.v_strides, g)",
+                "slot.offset(p.k_strides, g)",
+            ),
+        ],
+        "test_launch.py::test_decode_of_many_sequences": [
+            ("attention/attention.cu", "* p.batch, p.kv_heads", "* (p.batch % 65536), p.kv_heads"),
         ],
         "test_traffic.py::test_decode_work[256-rows]": [
             (
@@ -890,14 +924,14 @@ own = threading.local()
 
 
 def run_tests(library, tests, folder):
-    """pytest's exit status and output, from the forks of a process that this thread keeps."""
+    """pytest's exit status and output, from the forks of a process that this thread keeps; slow tests run too."""
     if not hasattr(own, "forks"):
         command = [sys.executable, Path(__file__).with_name("pytest_forks.py")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         own.forks = subprocess.Popen(command, env=environment, **pipes)
     output = folder / "output"
-    line = [output, f"--emulated-library={library}", *tests]
+    line = [output, "-m", "", f"--emulated-library={library}", *tests]
     print(json.dumps([str(word) for word in line]), file=own.forks.stdin, flush=True)
     status = int(own.forks.stdout.readline())
     return status, output.read_text()
