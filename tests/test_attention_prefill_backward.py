@@ -46,7 +46,9 @@ def assert_close(backend, arguments, longest, options, dtype, with_lse, grad_out
         size = e.abs().max() + 1 if e.numel() else None
         rounded = e + torch.finfo(dtype).eps / 2 * size if e.numel() else None
         terms = 4 * arguments["q"].shape[-1]
-        assert_close_to_float64(a, e, dtype, rounded=rounded, terms=terms, magnitude=size)
+        # What cancels in do · v - rowsum(do out) is several times the largest gradient.
+        magnitude = None if size is None else 4 * size
+        assert_close_to_float64(a, e, dtype, rounded=rounded, terms=terms, magnitude=magnitude)
 
 
 @pytest.mark.parametrize(
