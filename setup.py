@@ -247,11 +247,11 @@ def extension_arguments(plan: Plan) -> dict[str, Any]:
     os.environ["CUDA_HOME"] = str(plan.toolkit)  # torch reads it when the next line runs
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.cu"))
+    sources = [*ROOT.glob("csrc/binding/*.cpp"), *ROOT.glob("csrc/*/*.cu")]
     threads = ["--threads=2"] if len(plan.archs) > 1 else []
     library = CUDAExtension(
         f"{PACKAGE}._C",
-        ["csrc/bindings.cpp", *kernels],
+        sorted(str(path.relative_to(ROOT)) for path in sources),
         extra_compile_args={
             "cxx": [*compile_flags(), "-fvisibility=hidden"],
             "nvcc": [*nvcc_flags(plan.archs), *threads],

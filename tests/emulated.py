@@ -108,7 +108,7 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
         )
     )
     kernels, host, link = _flags(instrument)
-    sources = [csrc / "bindings.cpp", *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
+    sources = [*csrc.glob("binding/*.cpp"), *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
     flags = {
         source: kernels if source.suffix == ".cu" else f"{host} {TORCH_TARGET} {include}"
         for source in sorted(sources)

@@ -22,9 +22,10 @@ struct Words {
 };
 
 template <class F>
-void run(dim3 grid, int threads, F body) {
+void run(dim3 grid, int threads, F body, size_t smem_bytes = 16384) {
   emulation::launch(
-      "check", grid, threads, 16384, [](void* f) { (*static_cast<F*>(f))(); }, &body, sizeof body);
+      "check", grid, threads, smem_bytes, [](void* f) { (*static_cast<F*>(f))(); }, &body,
+      sizeof body);
 }
 template <class F>
 void run(int threads, F body) {
@@ -575,6 +576,9 @@ const std::map<std::string, void (*)()> kChecks = {
     {"trap", [] { run(32, [] { ptx::trap(); }); }},
     {"too many threads", [] { run(1025, [] {}); }},
     {"empty grid", [] { run(dim3(0), 32, [] {}); }},
+    {"too many blocks in y", [] { run(dim3(1, 65536), 32, [] {}); }},
+    {"too many blocks in z", [] { run(dim3(1, 1, 65536), 32, [] {}); }},
+    {"more shared memory than a card has", [] { run(1, 32, [] {}, 232449); }},
 };
 
 }  // namespace

@@ -184,7 +184,7 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
     for t, chosen in enumerate(experts.tolist()):
         row = torch.zeros_like(x[t])
         for slot, e in enumerate(chosen):
-            if e < down.shape[0]:
+            if 0 <= e < down.shape[0]:
                 hidden = geglu(_round(gate_up[e] @ x[t], dtype), dtype)
                 row = row + weights[t, slot] * _round(down[e] @ hidden, dtype)
         rows.append(_round(row, dtype))

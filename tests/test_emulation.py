@@ -77,6 +77,9 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "trap": r"trap at emulation_checks.cpp:\d+",
     "too many threads": "a block has 1 to 1024 threads, got 1025",
     "empty grid": "the grid is empty or too large",
+    "too many blocks in y": "the grid is empty or too large",
+    "too many blocks in z": "the grid is empty or too large",
+    "more shared memory than a card has": "needs 232449 bytes of shared .*limit is 232448",
 }
 
 
@@ -109,10 +112,11 @@ def test_address_sanitizer_on_the_emulator():
 
 def run_op_tests(library, environment):
     tests = emulated.ROOT / "tests"
-    files = [tests / f"test_{op}.py" for op in emulated.ops_with_kernels()]
+    others = ("attention_tiles", "attention_lengths")
+    files = [tests / f"test_{name}.py" for name in (*emulated.ops_with_kernels(), *others)]
     command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     command += ["-k", "emulated or tiles"]
-    command += [f"--emulated-library={library}", *files, tests / "test_attention_tiles.py"]
+    command += [f"--emulated-library={library}", *files]
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True
     )

@@ -54,6 +54,15 @@ def test_gate_comes_first(backend):
     assert backend.ops.geglu(backend.to(torch.tensor([0.0, 5.0]))).item() == 0
 
 
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+def test_fp16_saturates(backend):
+    """Where the exact product is past fp16's largest value, that value comes; NaN stays."""
+    gate = torch.tensor([300.0, 300.0, 250.0, float("nan"), 300.0], dtype=torch.float16)
+    up = torch.tensor([300.0, -300.0, 250.0, 1.0, float("nan")], dtype=torch.float16)
+    y = backend.ops.geglu(backend.to(torch.cat([gate, up]))).cpu()
+    assert y[:3].tolist() == [65504.0, -65504.0, 62496.0] and y[3:].isnan().all()
+
+
 BAD = {
     "integers": (lambda x: x.int(), TypeError, "gate_up must be a floating.*got torch.int32"),
     "odd width": (lambda x: x[:, :7], ValueError, r"gate_up .* even width.*got \[3, 7\]"),

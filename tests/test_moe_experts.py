@@ -126,6 +126,48 @@ def test_dtypes_of_index_and_weight(backend, index, weight):
     check(backend, arguments, torch.bfloat16)
 
 
+@pytest.mark.parametrize("index", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("case", ["one token", "nine tokens", "several tiles of 64, skipped"])
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+def test_ids_of_no_expert_are_skipped(backend, poisoned_memory, case, index):
+    """-1 as in an expert map, E, and anything beyond."""
+    arguments = inputs(backend, case, torch.bfloat16)
+    experts, num_experts = arguments["experts"].to(index), arguments["down"].shape[0]
+    beyond = num_experts if num_experts <= torch.iinfo(index).max else -2
+    for n, nobody in enumerate((-1, beyond, torch.iinfo(index).min)):
+        experts.flatten()[n::5] = nobody
+    arguments["experts"] = experts
+    idle = [e for e in range(num_experts) if e not in experts]
+    arguments["gate_up"][idle] = arguments["down"][idle] = float("nan")
+    skipped = (experts < 0) | (experts.long() >= num_experts)
+    exact = arguments | {"weights": arguments["weights"].masked_fill(skipped, float("nan"))}
+    check(backend, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 200], ids=["few", "some", "tiles"])
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+def test_fp16_saturates(backend, tokens):
+    """gelu(300) 300 is past fp16's largest value, and so is what down makes of it."""
+    largest = 65504.0
+    chosen = torch.arange(tokens)[:, None] % 2
+    x = backend.to(torch.full((tokens, 16), 1.0, dtype=FP16))
+    gate_up = torch.full((2, 16, 16), 300.0 / 16, dtype=FP16)
+    gate_up[1, 8:] = -300.0 / 16
+    down = torch.full((2, 16, 8), 0.0, dtype=FP16)
+    down[:, :, 0] = 0.5  # half of one hidden value
+    down[:, 3:6] = 1.0  # eight of them
+    y = backend.ops.moe_experts(
+        x,
+        backend.to(gate_up),
+        backend.to(down),
+        backend.to(chosen),
+        backend.to(torch.ones(tokens, 1)),
+    )
+    expected = torch.full((16,), largest / 2)
+    expected[3:6] = largest
+    assert torch.equal(y.cpu(), (expected * (1 - 2 * chosen)).to(FP16))
+
+
 def test_strided(backend):
     arguments = inputs(backend, "m06 width 24", torch.float32)
     arguments["x"] = backend.randn(9, 3 * 64)[:, 64:128]

@@ -90,6 +90,15 @@ def test_gelu_is_the_tanh_form(backend):
     assert backend.ops.ple_gate(two, one, 0).item() == pytest.approx(1.954598, abs=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
+def test_fp16_saturates(backend):
+    """Where the exact product is past fp16's largest value, that value comes; NaN stays."""
+    gate = torch.full((1, 3), 300.0, dtype=torch.float16)
+    ple = torch.tensor([[[300.0, -300.0, float("nan")]]], dtype=torch.float16)
+    y = backend.ops.ple_gate(backend.to(gate), backend.to(ple), 0)[0].cpu()
+    assert y[:2].tolist() == [65504.0, -65504.0] and y[2].isnan()
+
+
 BAD = {
     "integer gate": (
         {"gate": lambda g: g.int()},

@@ -98,8 +98,9 @@ def test_weights_of_another_dtype(backend, poisoned_memory, case, mix):
             assert_close_to_float64(a, e, dtype, rounded=r, terms=a.shape[-1])
 
 
-def test_int32_positions(backend):
-    positions = torch.tensor([0, 5, 3, 3, 900], dtype=torch.int32)
+@pytest.mark.parametrize("index", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_positions_of_any_width(backend, index):
+    positions = torch.tensor([0, 5, 3, 3, 100], dtype=index)
     check(backend, inputs(backend, "generic 128", torch.float32, positions), torch.float32)
 
 

@@ -20,7 +20,7 @@
 // next v are free to be copied. The next q kᵀ then runs under this tile's softmax.
 //
 // Shared memory: sizeof(AttentionSmem): kRows + 2 kKeys (Hopper: 4 kKeys) rows of q, k and v, 2 KB
-// per warp and 32 keys of partial scores (Hopper: twice), and the keys' places. Bound, by the
+// per warp and 32 keys of partial scores (Hopper: twice), and where the keys lie. Bound, by the
 // static report: in prefill shared memory, of which each warp reads all keys and values, on Hopper
 // L2, of which each block does; in decode DRAM (k and v once).
 #pragma once
@@ -29,7 +29,7 @@
 #include "../common/launch.h"
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 #include "attention_warp.cuh"
 
 namespace gemma4 {
@@ -41,7 +41,8 @@ struct AttentionSmem : ScoreExchange<Tile> {
   alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
   alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
   alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
-  int64_t key_offset[kPlaces][Tile::kKeys];  // of this tile's keys and the next ones'
+  // Where this tile's and the next ones' keys lie, in elements.
+  int64_t k_offset[kPlaces][Tile::kKeys], v_offset[kPlaces][Tile::kKeys];
 };
 
 // Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
@@ -50,7 +51,7 @@ template <class Tile>
 constexpr int kResidentBlocks = Tile::kRows == 16 && Tile::kHeadDim <= 256 ? 3 : 1;
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-constexpr int kLeastKeysOfSplit = 256, kMostSplits = 64;
+constexpr int kLeastKeysOfSplit = 256;
 
 // Where one sequence's queries and keys are.
 struct Sequence {
@@ -61,15 +62,21 @@ struct Sequence {
   DEVICE int first() const { return keys - queries; }
 };
 
+// Lengths come from the device and cannot be refused; what is past the memory is not touched.
+DEVICE int64_t within(int64_t x, int64_t size) { return max(int64_t{0}, min(x, size)); }
+
 DEVICE Sequence sequence_at(const AttentionParams& p, int b) {
-  Sequence s;
-  s.q_begin = p.cu_seqlens_q ? p.cu_seqlens_q[b] : int64_t{b} * p.new_tokens;
-  s.queries = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.new_tokens;
-  s.k_begin = p.cu_seqlens_k && !p.block_table.data ? p.cu_seqlens_k[b] : 0;
-  s.keys = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.seq_lens[b];
-  // Lengths come from the device and cannot be refused; what is past the memory is not read.
-  s.queries = static_cast<int>(min(int64_t{s.queries}, p.tokens - s.q_begin));
-  if (p.ring == 0) s.keys = static_cast<int>(min(int64_t{s.keys}, p.capacity - s.k_begin));
+  Sequence s{int64_t{b} * p.new_tokens, 0, p.new_tokens, 0};
+  if (p.cu_seqlens_q) {
+    s.q_begin = within(p.cu_seqlens_q[b], p.tokens);
+    s.queries = static_cast<int>(max(int64_t{0}, p.cu_seqlens_q[b + 1] - s.q_begin));
+    s.queries = static_cast<int>(min(int64_t{s.queries}, p.tokens - s.q_begin));
+  }
+  int64_t keys = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] : p.seq_lens[b];
+  if (p.cu_seqlens_k && p.block_table.data) keys -= p.cu_seqlens_k[b];
+  if (p.cu_seqlens_k && !p.block_table.data) s.k_begin = within(p.cu_seqlens_k[b], p.capacity);
+  const int64_t end = within(keys, p.ring > 0 ? INT32_MAX : p.capacity);
+  s.keys = static_cast<int>(max(int64_t{0}, end - s.k_begin));
   return s;
 }
 
@@ -86,26 +93,66 @@ DEVICE KeyRange visible_at(const AttentionParams& p, int i, int keys) {
 }
 
 // Split `split` of a sequence's keys. Its bounds follow from this sequence alone, so that a row's
-// bits do not depend on what else is in the batch.
+// bits depend neither on the others nor on the memory that is reserved: fewer splits than there may
+// be are enough for all keys in splits of the least size.
 DEVICE KeyRange split_at(const AttentionParams& p, const Sequence& s, int split) {
   const KeyRange all{visible_at(p, s.first(), s.keys).begin, visible_at(p, s.keys - 1, s.keys).end};
   if (p.splits == 1) return all;
-  const int even = (max(all.end - all.begin, 0) + kMostSplits - 1) / kMostSplits;
+  const int even = (max(all.end - all.begin, 0) + p.splits - 1) / p.splits;
   const int size = max(kLeastKeysOfSplit, (even + 63) / 64 * 64);
   const int begin = min(all.begin + split * size, all.end);
   return {begin, min(begin + size, all.end)};
 }
 
-// Where a key lies in k and in v alike, in elements.
-DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, int g, int key) {
-  int64_t outer = b, inner = s.k_begin + key;
-  if (p.block_table.data) {
-    outer = index_at(p.block_table, int64_t{b} * p.pages_per_row + key / p.page_size);
-    inner = key % p.page_size;
-  } else if (p.ring > 0) {
-    inner = key % p.ring;
+// Which key of which row, page or pack.
+struct KeySlot {
+  int64_t outer, inner;
+
+  DEVICE int64_t offset(const KeyStrides& strides, int g) const {
+    return outer * strides.outer + inner * strides.inner + g * strides.head;
   }
-  return outer * p.outer_stride + inner * p.inner_stride + g * p.kv_head_stride;
+};
+
+DEVICE KeySlot slot_of(const AttentionParams& p, const Sequence& s, int b, int key) {
+  if (p.block_table.data)
+    return {index_at(p.block_table, int64_t{b} * p.pages_per_row + key / p.page_size),
+            key % p.page_size};
+  return {b, p.ring > 0 ? key % p.ring : s.k_begin + key};
+}
+
+// A block's share of one sequence's rows: every `tiles`-th of those from `tile` on.
+struct RowTile {
+  int b, tile, tiles;
+};
+
+// Blocks in x are the tiles of the first sequence, then those of the second. The last rows see the
+// most keys in the causal case: they start first.
+DEVICE RowTile row_tile(int rows, int rows_of_tile) {
+  const unsigned tiles = (rows + rows_of_tile - 1) / rows_of_tile;
+  const unsigned b = blockIdx.x / tiles;
+  return {static_cast<int>(b), static_cast<int>((b + 1) * tiles - 1 - blockIdx.x),
+          static_cast<int>(tiles)};
+}
+
+// out = 0 and lse = -inf in the rows that no block computes: before the first sequence, behind the
+// last one, and of this one what max_seqlen_q leaves out.
+template <class T>
+DEVICE void fill_unowned(const AttentionParams& p, const Sequence& s, const RowTile& of, int g) {
+  const int group = p.q_heads / p.kv_heads;
+  const auto fill = [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin + of.tile; token < end; token += of.tiles) {
+      const int64_t row = token * p.q_heads + int64_t{g} * group;
+      T* out = static_cast<T*>(p.out) + row * p.head_dim;
+      for (int i = threadIdx.x * 8; i < group * p.head_dim; i += blockDim.x * 8)
+        ptx::store_16(out + i, {0, 0, 0, 0});
+      for (int h = threadIdx.x; p.lse && h < group; h += blockDim.x)
+        p.lse[(g * group + h) * p.lse_head_stride + token] = -INFINITY;
+    }
+  };
+  const bool last = of.b == p.batch - 1;
+  const int64_t end = last ? p.tokens : within(p.cu_seqlens_q[of.b + 1], p.tokens);
+  if (of.b == 0) fill(0, s.q_begin);
+  fill(s.q_begin + min(s.queries, p.max_seqlen_q), end);
 }
 
 // The walk over all tiles of keys, one a turn. The callers' functions find where the keys of a turn
@@ -201,12 +248,13 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
   const int lane = threadIdx.x % 32, row_of_warp = Tile::row(), column_of_warp = Tile::column();
 
-  const int g = blockIdx.y, b = blockIdx.z, group = p.q_heads / p.kv_heads;
-  const int split = blockIdx.x % p.splits;
-  // The last rows see the most keys in the causal case: they start first.
-  const int first_row = (gridDim.x / p.splits - 1 - blockIdx.x / p.splits) * kRows;
+  const int g = blockIdx.y, split = blockIdx.z, group = p.q_heads / p.kv_heads;
+  const RowTile of = row_tile(p.max_seqlen_q * group, kRows);
+  const int b = of.b, first_row = of.tile * kRows;
   const Sequence s = sequence_at(p, b);
-  const int rows = s.queries * group - first_row;  // from here on; those beyond kRows are others'
+  if (p.cu_seqlens_q) fill_unowned<T>(p, s, of, g);
+  // From here on; those beyond kRows are others'.
+  const int rows = min(s.queries, p.max_seqlen_q) * group - first_row;
   if (rows <= 0) return;
   const int first_query = s.first() + first_row / group;
   const int last_query = s.first() + (first_row + min(rows, kRows) - 1) / group;
@@ -234,22 +282,27 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
                         row < rows};
   };
   const int turns = keys.begin < keys.end ? (keys.end - keys.begin + kKeys - 1) / kKeys : 0;
-  // A thread a key finds where it lies, once for k and v; every copy would have to divide.
+  // A thread a key finds where it lies; every copy would have to divide.
   const auto place_keys = [&](int turn) {
     const int key = keys.begin + turn * kKeys + static_cast<int>(threadIdx.x);
-    if (threadIdx.x < kKeys)
-      smem.key_offset[turn % smem.kPlaces][threadIdx.x] =
-          key_offset(p, s, b, g, min(key, keys.end - 1));
+    if (threadIdx.x >= kKeys) return;
+    const KeySlot slot = slot_of(p, s, b, min(key, keys.end - 1));
+    smem.k_offset[turn % smem.kPlaces][threadIdx.x] = slot.offset(p.k_strides, g);
+    smem.v_offset[turn % smem.kPlaces][threadIdx.x] = slot.offset(p.v_strides, g);
   };
-  const auto copy_keys = [&](T* tile, const void* base, int turn) {
+  const auto copy_keys = [&](T* tile, const void* base, const int64_t* offset, int turn) {
     if (turn < turns)
       copy_rows<kHeadDim, kKeys, Tile::kThreads>(tile, [&](int row) {
-        return SourceRow<T>{static_cast<const T*>(base) + smem.key_offset[turn % smem.kPlaces][row],
+        return SourceRow<T>{static_cast<const T*>(base) + offset[row],
                             keys.begin + turn * kKeys + row < keys.end};
       });
   };
-  const auto copy_k = [&](int turn) { copy_keys(smem.k[turn % Tile::kStages], p.k, turn); };
-  const auto copy_v = [&](int turn) { copy_keys(smem.v[turn % Tile::kStages], p.v, turn); };
+  const auto copy_k = [&](int turn) {
+    copy_keys(smem.k[turn % Tile::kStages], p.k, smem.k_offset[turn % smem.kPlaces], turn);
+  };
+  const auto copy_v = [&](int turn) {
+    copy_keys(smem.v[turn % Tile::kStages], p.v, smem.v_offset[turn % smem.kPlaces], turn);
+  };
 
   float out[kColumns / 8][4] = {};
   RunningSoftmax<Tile> softmax;

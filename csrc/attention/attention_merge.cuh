@@ -7,7 +7,7 @@
 
 #include "../common/tile.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 

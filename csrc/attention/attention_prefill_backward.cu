@@ -27,7 +27,7 @@ void with_backward_tile(int head_dim, size_t max_smem_bytes, F&& f) {
           .template operator()<AttentionTile<512, 32, 16, 4>, AttentionTile<512, 16, 16, 4>>();
     default:
       throw std::runtime_error(
-          "attention: there are kernels for head_dim 64, 128, 256 and 512, got " +
+          "attention_prefill_backward: there are kernels for head_dim 64, 128, 256 and 512, got " +
           std::to_string(head_dim));
   }
 }
@@ -36,29 +36,30 @@ void with_backward_tile(int head_dim, size_t max_smem_bytes, F&& f) {
 
 void attention_prefill_backward(const AttentionBackwardParams& p, DType dtype,
                                 const Device& device) {
+  constexpr const char* name = "attention_prefill_backward";
   const AttentionParams& f = p.forward;
   // No sequence need hold a token: its gradient is zero.
-  clear(device, p.grad_q, size_t{2} * f.tokens * f.q_heads * f.head_dim);
-  clear(device, p.grad_k, size_t{2} * f.capacity * f.kv_heads * f.head_dim);
-  clear(device, p.grad_v, size_t{2} * f.capacity * f.kv_heads * f.head_dim);
+  clear(device, name, p.grad_q, size_t{2} * f.tokens * f.q_heads * f.head_dim);
+  clear(device, name, p.grad_k, size_t{2} * f.capacity * f.kv_heads * f.head_dim);
+  clear(device, name, p.grad_v, size_t{2} * f.capacity * f.kv_heads * f.head_dim);
   if (f.batch == 0 || f.tokens == 0 || f.capacity == 0 || f.q_heads == 0) return;
-  const auto blocks = [](int64_t rows, int of) {
-    return static_cast<unsigned>(ceil_div<int64_t>(rows, of));
-  };
-  with_half_type("attention_prefill_backward", dtype, [&]<class T>() {
-    launch(device, "attention_delta", attention_delta_kernel<T>,
-           blocks(f.tokens * f.q_heads, kDeltaWarps), kDeltaWarps * 32, 0, p);
+  with_half_type(name, dtype, [&]<class T>() {
+    launch(device, "attention_prefill_backward, delta", attention_delta_kernel<T>,
+           ceil_div<int64_t>(f.tokens * f.q_heads, kDeltaWarps), kDeltaWarps * 32, 0, p);
     with_backward_tile<T>(f.head_dim, device.max_smem_bytes, [&]<class Tile>() {
       const int64_t q_rows = int64_t{f.max_seqlen_q} * (f.q_heads / f.kv_heads);
       const size_t smem_bytes = sizeof(BackwardSmem<T, Tile>);
-      const unsigned heads = f.kv_heads, batch = f.batch;
+      const auto grid = [&](int64_t rows) {
+        return Grid(ceil_div<int64_t>(rows, Tile::kRows) * f.batch, f.kv_heads);
+      };
       if (q_rows > 0)
-        launch(device, "attention_backward_of_queries", attention_backward_kernel<T, Tile, false>,
-               dim3(blocks(q_rows, Tile::kRows), heads, batch), Tile::kThreads, smem_bytes, p);
-      if (p.max_seqlen_k > 0)
-        launch(device, "attention_backward_of_keys", attention_backward_kernel<T, Tile, true>,
-               dim3(blocks(p.max_seqlen_k, Tile::kRows), heads, batch), Tile::kThreads, smem_bytes,
+        launch(device, "attention_prefill_backward, of queries",
+               attention_backward_kernel<T, Tile, false>, grid(q_rows), Tile::kThreads, smem_bytes,
                p);
+      if (p.max_seqlen_k > 0)
+        launch(device, "attention_prefill_backward, of keys",
+               attention_backward_kernel<T, Tile, true>, grid(p.max_seqlen_k), Tile::kThreads,
+               smem_bytes, p);
     });
   });
 }

@@ -81,11 +81,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const AttentionParams& f = p.forward;
   const int lane = threadIdx.x % 32;
 
-  const int g = blockIdx.y, b = blockIdx.z, group = f.q_heads / f.kv_heads;
+  const int g = blockIdx.y, group = f.q_heads / f.kv_heads;
+  const RowTile of = row_tile(kOfKeys ? p.max_seqlen_k : f.max_seqlen_q * group, kRows);
+  const int b = of.b;
   const Sequence s = sequence_at(f, b);
   const int q_rows = s.queries * group;
   // The last queries and the first keys have the most to do in the causal case: they start first.
-  const int first = (kOfKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x) * kRows;
+  const int first = (kOfKeys ? of.tiles - 1 - of.tile : of.tile) * kRows;
   const int rows = (kOfKeys ? s.keys : q_rows) - first;  // those beyond kRows are others'
   if (rows <= 0) return;
   const int last = first + min(rows, kRows) - 1;
@@ -112,7 +114,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto out_at = [&](int row) {
     return (token_of(row) * f.q_heads + head_of(row)) * int64_t{kHeadDim};
   };
-  const auto key_at = [&](int key) { return key_offset(f, s, b, g, key); };
+  const auto k_at = [&](int key) { return slot_of(f, s, b, key).offset(f.k_strides, g); };
+  const auto v_at = [&](int key) { return slot_of(f, s, b, key).offset(f.v_strides, g); };
   const auto lse_at = [&](int row) { return head_of(row) * f.tokens + token_of(row); };
   // As a multiple of ln 2; where a row sees no key, p is 0 and not exp(-inf + inf).
   const auto log2_sum = [&](int row) {
@@ -133,7 +136,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       to.lse[i] = first_row + i < range.end ? log2_sum(row) : INFINITY;
       to.delta[i] = p.delta[lse_at(row)];
     } else {
-      to.u[i] = to.w[i] = key_at(row);
+      to.u[i] = k_at(row);
+      to.w[i] = v_at(row);
       to.position[i] = first_row + i;
     }
   };
@@ -174,8 +178,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   float by_u[kColumns / 8][4] = {}, by_w[kOfKeys ? kColumns / 8 : 1][4] = {};
   if (range.begin < range.end) {
     if constexpr (kOfKeys) {
-      copy_own(smem.x, f.k, key_at);
-      copy_own(smem.y, f.v, key_at);
+      copy_own(smem.x, f.k, k_at);
+      copy_own(smem.y, f.v, v_at);
     } else {
       copy_own(smem.x, f.q, q_at);
       copy_own(smem.y, p.grad_out, out_at);

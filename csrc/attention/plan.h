@@ -10,7 +10,7 @@ namespace gemma4 {
 // multiprocessor, warps that need no exchange. On Hopper L2 is the bound, and one block with twice
 // the rows is better than two.
 template <class T, class F>
-void with_tile(int head_dim, int64_t rows, const Device& device, F&& f) {
+void with_tile(const char* name, int head_dim, int64_t rows, const Device& device, F&& f) {
   const size_t max_smem_bytes = device.max_smem_bytes;
   const auto fits = [&]<class Tile>(int blocks) {
     // A multiprocessor has 1 KB more than one block may take, and keeps 1 KB for each block.
@@ -18,9 +18,9 @@ void with_tile(int head_dim, int64_t rows, const Device& device, F&& f) {
   };
   const auto use = [&]<class Tile>() {
     if (!fits.template operator()<Tile>(1))
-      throw std::runtime_error("attention: no tile of head_dim " + std::to_string(head_dim) +
-                               " fits in " + std::to_string(max_smem_bytes) +
-                               " bytes of shared memory");
+      throw std::runtime_error(std::string(name) + ": no tile of head_dim " +
+                               std::to_string(head_dim) + " fits in " +
+                               std::to_string(max_smem_bytes) + " bytes of shared memory");
     f.template operator()<Tile>();
   };
   const bool few = rows <= 16, wgmma = has_wgmma(device);
@@ -44,9 +44,9 @@ void with_tile(int head_dim, int64_t rows, const Device& device, F&& f) {
                  ? use.template operator()<AttentionTile<512, 64, 32, 2>>()
                  : use.template operator()<AttentionTile<512, 48, 16, 2>>();
     default:
-      throw std::runtime_error(
-          "attention: there are kernels for head_dim 64, 128, 256 and 512, got " +
-          std::to_string(head_dim));
+      throw std::runtime_error(std::string(name) +
+                               ": there are kernels for head_dim 64, 128, 256 and 512, got " +
+                               std::to_string(head_dim));
   }
 }
 

@@ -1,8 +1,8 @@
 // Reading arguments that come in one of several dtypes.
 #pragma once
 
-#include "../ops.h"
 #include "platform.h"
+#include "types.h"
 
 namespace gemma4 {
 

@@ -2,16 +2,25 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "../ops.h"
 #include "platform.h"
+#include "types.h"
 
 namespace gemma4 {
 
 constexpr int kWarpSize = 32;
+
+// How many blocks a launch starts, which is counted in 64 bits until `launch` has looked at it.
+// Only x is long: what grows with tokens, rows or sequences goes there, or is walked over.
+struct Grid {
+  int64_t x, y, z;
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+constexpr int64_t kMostBlocksY = 65535;
 
 template <class T>
 constexpr T ceil_div(T a, T b) {
@@ -69,47 +78,62 @@ inline bool has_wgmma(const Device& device) {
   return device.capability == 9 && std::ranges::count(kCompiledFor, 900) > 0;
 }
 
+// The grid as a card takes it. Every card has these limits.
+inline dim3 checked(const char* name, const Grid& grid) {
+  if (grid.x > INT32_MAX || grid.y > kMostBlocksY || grid.z > kMostBlocksY)
+    throw std::runtime_error(std::string(name) + ": no card starts " + std::to_string(grid.x) +
+                             " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+                             " blocks");
+  return dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+              static_cast<unsigned>(grid.z));
+}
+
+// Starts `kernel` for the op and the part of it that `name` names.
 #ifdef GEMMA4_EMULATION
 
 template <class Params>
-void launch(const Device&, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
+void launch(const Device&, const char* name, void (*kernel)(Params), const Grid& grid, dim3 block,
             size_t smem_bytes, const std::type_identity_t<Params>& params) {
   struct Context {
     void (*kernel)(Params);
     Params params;
   } context{kernel, params};
   emulation::launch(
-      name, grid, block, smem_bytes,
+      name, checked(name, grid), block, smem_bytes,
       [](void* c) { static_cast<Context*>(c)->kernel(static_cast<Context*>(c)->params); }, &context,
       sizeof context);
 }
 
-inline void clear(const Device&, void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
+inline void clear(const Device&, const char*, void* p, size_t bytes) {
+  __builtin_memset(p, 0, bytes);
+}
 
 #else
 
+// CUDA keeps an error until it is asked for; left there, the next innocent call would find it.
 inline void check(cudaError_t status, const char* name) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(name) + " does not start: " + cudaGetErrorString(status));
 }
 
 template <class Params>
-void launch(const Device& device, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
-            size_t smem_bytes, const std::type_identity_t<Params>& params) {
+void launch(const Device& device, const char* name, void (*kernel)(Params), const Grid& grid,
+            dim3 block, size_t smem_bytes, const std::type_identity_t<Params>& params) {
   if (smem_bytes > 48 * 1024)  // more than every card grants unasked
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(smem_bytes)),
           name);
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  config.gridDim = checked(name, grid);
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = static_cast<cudaStream_t>(device.stream);
   check(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
-inline void clear(const Device& device, void* p, size_t bytes) {
-  check(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(device.stream)), "clear");
+inline void clear(const Device& device, const char* name, void* p, size_t bytes) {
+  check(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(device.stream)), name);
 }
 
 #endif

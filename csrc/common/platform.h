@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef GEMMA4_EMULATION
 #include "../emulation/emulation.h"
@@ -59,6 +60,16 @@ DEVICE fp16 from_float<fp16>(float x) {
   return __float2half_rn(x);
 }
 #endif
+
+// x as T can hold it: what is too large for fp16 becomes its largest value and not infinity. For
+// products of activations, which leave fp16's range where a checkpoint was made for bf16. NaN
+// stays.
+template <class T>
+DEVICE float saturate(float x) {
+  constexpr float kMost = 65504.0f;
+  if constexpr (std::is_same_v<T, fp16>) return x > kMost ? kMost : x < -kMost ? -kMost : x;
+  return x;
+}
 
 // A kernel's shared memory is one struct, and this is the one way to reach it: sizeof(Smem) is the
 // formula, the launcher passes it, and the emulator can poison and watch every byte.

@@ -1,4 +1,4 @@
-// The emulator's controls for Python. The ops themselves come through bindings.cpp.
+// The emulator's controls for Python. The ops themselves come through csrc/binding.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -58,13 +58,14 @@ PYBIND11_MODULE(GEMMA4_EMULATION, m) {
       [](int head_dim, int rows, int max_smem_bytes, bool has_wgmma) {
         py::dict tile;
         const gemma4::Device device{nullptr, 1, max_smem_bytes, has_wgmma ? 9 : 8};
-        gemma4::with_tile<gemma4::bf16>(head_dim, rows, device, [&]<class Tile>() {
-          tile["rows"] = Tile::kRows;
-          tile["keys"] = Tile::kKeys;
-          tile["column_warps"] = Tile::kColumnWarps;
-          tile["threads"] = Tile::kThreads;
-          tile["smem_bytes"] = sizeof(gemma4::AttentionSmem<gemma4::bf16, Tile>);
-        });
+        gemma4::with_tile<gemma4::bf16>(
+            "attention_tile", head_dim, rows, device, [&]<class Tile>() {
+              tile["rows"] = Tile::kRows;
+              tile["keys"] = Tile::kKeys;
+              tile["column_warps"] = Tile::kColumnWarps;
+              tile["threads"] = Tile::kThreads;
+              tile["smem_bytes"] = sizeof(gemma4::AttentionSmem<gemma4::bf16, Tile>);
+            });
         return tile;
       },
       py::arg("head_dim"), py::arg("rows"), py::arg("max_smem_bytes"), py::arg("has_wgmma") = false,

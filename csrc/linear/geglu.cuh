@@ -1,11 +1,11 @@
-// y = gelu_tanh(gate) up, the halves of each row of gate_up.
+// y = gelu_tanh(gate) up, the halves of each row of gate_up; finite in fp16 too.
 //
 // One thread, one piece. Bound: 3 width sizeof(T) bytes of DRAM a row.
 #pragma once
 
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(256) geglu_kernel(const __grid_constant__ Gegl
     const auto gate = load_once<kWidth>(gate_up), up = load_once<kWidth>(gate_up + p.width);
     Vec<T, kWidth> y;
 #pragma unroll
-    for (int j = 0; j < kWidth; j++) y.set(j, gelu_tanh(gate[j]) * up[j]);
+    for (int j = 0; j < kWidth; j++) y.set(j, saturate<T>(gelu_tanh(gate[j]) * up[j]));
     store(static_cast<T*>(p.y) + row * p.width + column, y);
   }
 }

@@ -5,7 +5,7 @@
 
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 

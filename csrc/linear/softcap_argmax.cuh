@@ -11,7 +11,7 @@
 #include "../common/order.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 
@@ -42,6 +42,8 @@ __global__ void __launch_bounds__(256)
   atomicMax(static_cast<Packed*>(p.index) + blockIdx.y, best);
 }
 
+// A template, for a plain kernel would be defined in each object that includes it.
+template <int = 0>
 __global__ void __launch_bounds__(256)
     softcap_argmax_unpack_kernel(const __grid_constant__ SoftcapArgmaxParams p) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;

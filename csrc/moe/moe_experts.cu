@@ -16,25 +16,25 @@ bool are_few(int64_t tokens, int64_t k) {
 
 template <class T, class W, class Stream>
 void stream(const MoeExpertsParams& p, const Device& device) {
-  const dim3 grid(ceil_div(p.hidden_width, kStreamRows),
-                  static_cast<unsigned>(most_moe_tiles(p, Stream::kTokens)));
-  launch(device, "moe_stream_gate_up", moe_stream_gate_up_kernel<T, W, Stream>, grid,
+  // At most kAssignments tiles.
+  const Grid grid(ceil_div(p.hidden_width, kStreamRows), most_moe_tiles(p, Stream::kTokens));
+  launch(device, "moe_experts, stream of gate_up", moe_stream_gate_up_kernel<T, W, Stream>, grid,
          kStreamWarps * 32, sizeof(GateUpSmem<T, Stream>), p);
-  launch(device, "moe_stream_down", moe_stream_down_kernel<T, W, Stream>,
+  launch(device, "moe_experts, stream of down", moe_stream_down_kernel<T, W, Stream>,
          ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Stream>), p);
 }
 
 template <class T, class W, int kRows>
 void tiles(const MoeExpertsParams& p, const Device& device) {
   const int64_t row_tiles = most_moe_tiles(p, kRows);
-  launch(device, "moe_tiles_gate_up", moe_tiles_kernel<T, W, kRows, true>,
-         static_cast<unsigned>(row_tiles * ceil_div(p.hidden_width, kTileWeightRows / 2)),
-         kTileThreads, sizeof(MoeTilesSmem<T, kRows>), p);
-  launch(device, "moe_tiles_down", moe_tiles_kernel<T, W, kRows, false>,
-         static_cast<unsigned>(row_tiles * ceil_div(p.width, kTileWeightRows)), kTileThreads,
+  launch(device, "moe_experts, tiles of gate_up", moe_tiles_kernel<T, W, kRows, true>,
+         row_tiles * ceil_div(p.hidden_width, kTileWeightRows / 2), kTileThreads,
+         sizeof(MoeTilesSmem<T, kRows>), p);
+  launch(device, "moe_experts, tiles of down", moe_tiles_kernel<T, W, kRows, false>,
+         row_tiles * ceil_div(p.width, kTileWeightRows), kTileThreads,
          sizeof(MoeTilesSmem<T, kRows>), p);
   const PiecePlan plan = plan_pieces(p.tokens, p.width / 8);
-  launch(device, "moe_combine", moe_combine_kernel<T>, plan.grid, plan.block, 0, p);
+  launch(device, "moe_experts, combine", moe_combine_kernel<T>, plan.grid, plan.block, 0, p);
 }
 
 }  // namespace
@@ -49,11 +49,12 @@ void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& 
   const int64_t assignments = int64_t{p.tokens} * p.k;
   if (p.tokens == 0 || p.width == 0) return;
   if (assignments == 0 || p.num_experts == 0 || p.hidden_width == 0) {
-    clear(device, p.y, size_t{2} * p.tokens * p.width);
+    clear(device, "moe_experts", p.y, size_t{2} * p.tokens * p.width);
     return;
   }
   const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
-  launch(device, "moe_sort", moe_sort_kernel<>, p.num_experts, threads, sizeof(MoeSortSmem), p);
+  launch(device, "moe_experts, sort", moe_sort_kernel<>, p.num_experts, threads,
+         sizeof(MoeSortSmem), p);
   const auto run = [&]<class T, class W>() {
     if (are_few(p.tokens, p.k))
       stream<T, W, Few>(p, device);

@@ -11,8 +11,8 @@ void moe_route(const MoeRouteParams& p, DType dtype, const Device& device) {
   with_type(dtype, [&]<class T>() {
     const auto kernel = p.num_experts <= 128 ? moe_route_kernel<T, 4>
                                              : moe_route_kernel<T, kMostRoutedExperts / 32>;
-    launch(device, "moe_route", kernel,
-           static_cast<unsigned>(ceil_div<int64_t>(p.tokens, kRouteWarps)), kRouteWarps * 32, 0, p);
+    launch(device, "moe_route", kernel, ceil_div<int64_t>(p.tokens, kRouteWarps), kRouteWarps * 32,
+           0, p);
   });
 }
 

@@ -11,6 +11,7 @@
 #include "../common/launch.h"
 #include "../common/order.cuh"
 #include "../common/reduce.cuh"
+#include "ops.h"
 
 namespace gemma4 {
 

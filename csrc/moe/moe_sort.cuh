@@ -10,6 +10,7 @@
 #include "../common/indices.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
+#include "ops.h"
 
 namespace gemma4 {
 

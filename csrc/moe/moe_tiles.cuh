@@ -13,8 +13,8 @@
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
 // stage s - 1 is free. Shared memory: sizeof(MoeTilesSmem), 97 KB with 128 rows, 73 KB with 64: two
 // blocks on a large multiprocessor, one multiplies while the other waits. Weights in float are
-// rounded on their way, through registers. Bound: tensor cores and shared memory alike; with few
-// tokens an expert the weights, from DRAM.
+// rounded on their way, through registers. What is stored is finite in fp16 too. Bound: tensor
+// cores and shared memory alike; with few tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/math.cuh"
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kTileThreads)
           high = gelu_tanh(high) * sum[i][n + 8][2 * half + 1];
         }
         T* to = smem.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
+        *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));
       }
   __syncthreads();
   constexpr int kChunks = kOutColumns / 8;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(256)
     }
     Vec<T, 8> y;
 #pragma unroll
-    for (int j = 0; j < 8; j++) y.set(j, sum[j]);
+    for (int j = 0; j < 8; j++) y.set(j, saturate<T>(sum[j]));
     store(static_cast<T*>(p.y) + token * p.width + column, y);
   }
 }

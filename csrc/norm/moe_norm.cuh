@@ -8,7 +8,7 @@
 
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 

@@ -7,13 +7,12 @@ namespace gemma4 {
 namespace {
 
 // Few tokens: the heads of each go to several blocks, so that a single token does not wait for one.
-dim3 plan_grid(const QkvNormRopeParams& p, int heads_in_block, const Device& device) {
+Grid plan_grid(const QkvNormRopeParams& p, int heads_in_block, const Device& device) {
   const int heads = p.q_heads + (p.k ? p.kv_heads : 0) + (p.v ? p.kv_heads : 0);
   const int64_t most = ceil_div(heads, heads_in_block);
   const int64_t wanted = ceil_div<int64_t>(2 * device.sm_count, p.tokens);
   const int64_t resident = 64LL * device.sm_count;  // more than fit: no tail of half-idle cards
-  return dim3(static_cast<unsigned>(p.tokens < resident ? p.tokens : resident),
-              static_cast<unsigned>(wanted < most ? wanted : most));
+  return Grid(std::min(p.tokens, resident), std::min(wanted, most));
 }
 
 template <class T, class W>
@@ -34,7 +33,7 @@ bool heads_in_pieces(const QkvNormRopeParams& p) {
 template <class T, class W, int kHeadDim>
 void launch_heads(const QkvNormRopeParams& p, const Device& device) {
   constexpr int kThreads = 256;
-  const dim3 grid = plan_grid(p, kThreads / HeadLanes<T, kHeadDim>::kLanes, device);
+  const Grid grid = plan_grid(p, kThreads / HeadLanes<T, kHeadDim>::kLanes, device);
   launch(device, "qkv_norm_rope", qkv_norm_rope_kernel<T, W, kHeadDim>, grid, kThreads, 0, p);
 }
 

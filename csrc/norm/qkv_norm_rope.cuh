@@ -12,7 +12,7 @@
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 

@@ -7,8 +7,8 @@ namespace gemma4 {
 void ple_embed(const PleEmbedParams& p, const DTypes& dtypes, const Device& device) {
   if (p.tokens == 0 || p.layers == 0) return;
   constexpr int kWarps = 8;
-  const dim3 grid(static_cast<unsigned>(p.tokens < INT32_MAX ? p.tokens : INT32_MAX),
-                  ceil_div(p.layers, kWarps));
+  const Grid grid(std::min<int64_t>(p.tokens, INT32_MAX),
+                  std::min<int64_t>(ceil_div(p.layers, kWarps), kMostBlocksY));
   with_types(dtypes, [&]<class T, class R, class W>() {
     constexpr int kWidth = kFullWidth<T, R>;
     const bool in_pieces = in_pieces_of_16<R>(p.table, p.table_stride, p.width) &&

@@ -9,7 +9,7 @@
 #include "../common/indices.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 

@@ -1,4 +1,5 @@
-// y = gelu_tanh(gate) ple, with ple the layer's slice of the per-layer embeddings.
+// y = gelu_tanh(gate) ple, with ple the layer's slice of the per-layer embeddings;
+// finite in fp16 too.
 //
 // One thread, one piece; the slice is read in place by its stride. Bound: width
 // (sizeof(T) + 2 sizeof(R)) bytes of DRAM a row.
@@ -6,7 +7,7 @@
 
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
-#include "../ops.h"
+#include "ops.h"
 
 namespace gemma4 {
 
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(256) ple_gate_kernel(const __grid_constant__ P
     const auto ple = load_once<kWidth>(static_cast<const R*>(p.ple) + row * p.ple_stride + column);
     Vec<R, kWidth> y;
 #pragma unroll
-    for (int j = 0; j < kWidth; j++) y.set(j, gelu_tanh(gate[j]) * ple[j]);
+    for (int j = 0; j < kWidth; j++) y.set(j, saturate<R>(gelu_tanh(gate[j]) * ple[j]));
     store(static_cast<R*>(p.y) + row * p.width + column, y);
   }
 }

@@ -1,0 +1,232 @@
+#include "../attention/ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+
+#include "register.h"
+#include "torch.h"
+
+namespace binding {
+namespace {
+
+using gemma4::AttentionParams, gemma4::KeyStrides;
+
+// The common part of both attention ops: what does not depend on where the keys lie.
+AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 double scale, int64_t window, double softcap) {
+  const int64_t heads = q.size(q.dim() - 2), kv_heads = k.size(k.dim() - 2);
+  const int64_t head_dim = q.size(q.dim() - 1);
+  STD_TORCH_CHECK(k.size(k.dim() - 1) == head_dim, "k must have the head_dim of q, ", head_dim,
+                  ", got ", k.size(k.dim() - 1));
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0,
+                  "the query heads must be a multiple of the KV heads, got ", heads, " and ",
+                  kv_heads);
+  STD_TORCH_CHECK(window >= 0, "window must be 0 (none) or a key count, got ", window);
+  call.expect("k", k, shape_of(k));
+  call.expect("v", v, shape_of(k));
+  AttentionParams p{};
+  p.q_heads = as_int("q", heads);
+  p.kv_heads = as_int("k", kv_heads);
+  p.head_dim = as_int("q", head_dim);
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
+  p.splits = 1;
+  return p;
+}
+
+const int32_t* lengths(Call& call, const char* name, const Tensor& t, int64_t count) {
+  call.expect_here(name, t);
+  expect_dtype(name, t, ScalarType::Int);
+  expect_shape(name, t, {count});
+  return static_cast<const int32_t*>(call.in(name, call.keep(torch::stable::contiguous(t))));
+}
+
+void set_pages(Call& call, AttentionParams& p, const Tensor& k, const Tensor& block_table,
+               int64_t batch) {
+  STD_TORCH_CHECK(k.dim() == 4, "with a block_table k and v must be [pages, page_size, G, C]");
+  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
+                  "block_table must be [B, pages] with B = ", batch);
+  p.pages_per_row = as_int("block_table", block_table.size(1));
+  p.page_size = as_int("k", k.size(1));
+  p.capacity = int64_t{p.pages_per_row} * p.page_size;
+  p.block_table = call.flat_indices("block_table", block_table);
+}
+
+KeyStrides key_strides(const Tensor& t) {
+  const int64_t dims = t.dim();
+  return {dims == 4 ? t.stride(0) : 0, t.stride(dims - 3), t.stride(dims - 2)};
+}
+
+// Each with strides of its own.
+void set_keys(Call& call, AttentionParams& p, const Tensor& k, const Tensor& v) {
+  p.k = call.in("k", k);
+  p.v = call.in("v", v);
+  p.k_strides = key_strides(k);
+  p.v_strides = key_strides(v);
+}
+
+// A copy of a cache at every step would take as much time and memory as the cache.
+void expect_aligned(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_aligned(t), name,
+                  " must begin on a multiple of 16 bytes, hold contiguous heads and have strides "
+                  "that are multiples of 8 elements");
+}
+
+// What the forward and the backward over packed sequences know alike.
+AttentionParams packed(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                       double scale, bool causal, int64_t window, int64_t window_right,
+                       double softcap) {
+  AttentionParams p = attention_params(call, q, k, v, scale, window, softcap);
+  const int64_t batch = cu_seqlens_q.size(0) - 1;
+  const Tensor& q_held = call.keep(aligned(q));
+  if (k.dim() == 4) {
+    expect_aligned("k", k);
+    expect_aligned("v", v);
+    set_keys(call, p, k, v);
+  } else {
+    set_keys(call, p, call.keep(aligned(k)), call.keep(aligned(v)));
+  }
+  p.q = call.in("q", q_held);
+  p.cu_seqlens_q = lengths(call, "cu_seqlens_q", cu_seqlens_q, batch + 1);
+  p.cu_seqlens_k = lengths(call, "cu_seqlens_k", cu_seqlens_k, batch + 1);
+  p.q_stride = q_held.stride(0);
+  p.q_head_stride = q_held.stride(1);
+  p.lse_head_stride = q.size(0);
+  p.tokens = q.size(0);
+  p.capacity = k.size(0);
+  p.batch = as_int("cu_seqlens_q", batch);
+  p.max_seqlen_q = static_cast<int>(std::min(max_seqlen_q, q.size(0)));
+  p.window_right = causal ? 0 : static_cast<int>(std::min<int64_t>(window_right, INT32_MAX / 2));
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                                             Tensor cu_seqlens_k, int64_t max_seqlen_q,
+                                             int64_t max_seqlen_k, double scale, bool causal,
+                                             int64_t window, int64_t window_right, double softcap,
+                                             OptionalTensor block_table, bool return_lse) {
+  Call call(q);
+  STD_TORCH_CHECK(q.dim() == 3, "q must be [T, H, C], got ", text(shape_of(q)));
+  STD_TORCH_CHECK(k.dim() == (block_table ? 4 : 3),
+                  "k must be [T, G, C], or pages with a block_table");
+  STD_TORCH_CHECK(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) >= 1,
+                  "cu_seqlens_q must be [B + 1]");
+  AttentionParams p = packed(call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal,
+                             window, window_right, softcap);
+  Tensor out = call.empty(shape_of(q));
+  Tensor lse = call.empty({q.size(1), return_lse ? q.size(0) : 0}, ScalarType::Float);
+  if (block_table) set_pages(call, p, k, *block_table, p.batch);
+  p.out = call.out("out", out);
+  p.lse = return_lse ? static_cast<float*>(call.out("lse", lse)) : nullptr;
+  if (p.batch == 0 || p.max_seqlen_q == 0) {
+    // No sequence owns a row.
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+    return {out, lse};
+  }
+  gemma4::attention_prefill(p, call.dtype(), call.device());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_prefill_backward(
+    Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double scale, bool causal, int64_t window, int64_t window_right, double softcap) {
+  Call call(q);
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q must be [T, H, C] and k [T, G, C]");
+  STD_TORCH_CHECK(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) >= 1,
+                  "cu_seqlens_q must be [B + 1]");
+  const Shape of_lse{q.size(1), q.size(0)};
+  call.expect("grad_out", grad_out, shape_of(q));
+  call.expect("out", out, shape_of(q));
+  for (const Tensor* t : {&lse, &grad_lse}) {
+    call.expect_here("lse and its gradient", *t);
+    expect_dtype("lse and its gradient", *t, ScalarType::Float);
+    expect_shape("lse and its gradient", *t, of_lse);
+  }
+  const auto dense = [&](const Tensor& t) -> const Tensor& {
+    return call.keep(aligned(torch::stable::contiguous(t)));
+  };
+  Tensor grad_q = call.empty(shape_of(q)), grad_k = call.empty(shape_of(k));
+  Tensor grad_v = call.empty(shape_of(k)), delta = call.empty(of_lse, ScalarType::Float);
+  AttentionParams f = packed(call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal,
+                             window, window_right, softcap);
+  f.out = const_cast<void*>(call.in("out", dense(out)));
+  f.lse = static_cast<float*>(const_cast<void*>(call.in("lse", dense(lse))));
+  gemma4::attention_prefill_backward(
+      {.forward = f,
+       .grad_out = call.in("grad_out", dense(grad_out)),
+       .grad_lse = static_cast<const float*>(call.in("grad_lse", dense(grad_lse))),
+       .delta = static_cast<float*>(call.out("delta", delta)),
+       .grad_q = call.out("grad_q", grad_q),
+       .grad_k = call.out("grad_k", grad_k),
+       .grad_v = call.out("grad_v", grad_v),
+       .max_seqlen_k = static_cast<int>(std::min(max_seqlen_k, k.size(0)))},
+      call.dtype(), call.device());
+  return {grad_q, grad_k, grad_v};
+}
+
+std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_cache,
+                                            Tensor seq_lens, OptionalTensor block_table,
+                                            double scale, int64_t window, bool ring, double softcap,
+                                            bool return_lse) {
+  Call call(q);
+  STD_TORCH_CHECK(q.dim() == 4, "q must be [B, N, H, C], got ", text(shape_of(q)));
+  STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache must be 4-d, got ", text(shape_of(k_cache)));
+  AttentionParams p = attention_params(call, q, k_cache, v_cache, scale, window, softcap);
+  const int64_t batch = q.size(0), new_tokens = q.size(1), slots = k_cache.size(1);
+  STD_TORCH_CHECK(block_table || k_cache.size(0) == batch,
+                  "k_cache must have one row per sequence, ", batch, ", got ", k_cache.size(0));
+  STD_TORCH_CHECK(
+      !ring || (!block_table && window > 0 && window + new_tokens - 1 <= slots),
+      "a ring cache needs a window and window + new tokens - 1 slots, and no block_table");
+  Tensor out = call.empty(shape_of(q));
+  Tensor lse = call.empty({batch, q.size(2), return_lse ? new_tokens : 0}, ScalarType::Float);
+  Tensor flat = aligned(q);
+  if (new_tokens > 1 && flat.stride(0) != new_tokens * flat.stride(1))
+    flat = torch::stable::contiguous(q);
+  const Tensor& q_held = call.keep(flat);
+  p.capacity = slots;
+  if (block_table) set_pages(call, p, k_cache, *block_table, batch);
+  expect_aligned("k_cache", k_cache);
+  expect_aligned("v_cache", v_cache);
+  set_keys(call, p, k_cache, v_cache);
+  p.ring = ring ? as_int("k_cache", slots) : 0;
+  p.q = call.in("q", q_held);
+  p.out = call.out("out", out);
+  p.lse = return_lse ? static_cast<float*>(call.out("lse", lse)) : nullptr;
+  p.seq_lens = lengths(call, "seq_lens", seq_lens, batch);
+  p.q_stride = new_tokens > 1 ? q_held.stride(1) : q_held.stride(0);
+  p.q_head_stride = q_held.stride(2);
+  p.lse_head_stride = new_tokens;
+  p.tokens = batch * new_tokens;
+  p.batch = as_int("q", batch);
+  p.new_tokens = p.max_seqlen_q = as_int("q", new_tokens);
+  const int64_t seen = window > 0 ? window + new_tokens - 1 : p.capacity;
+  p.splits =
+      gemma4::attention_decode_splits(ring ? seen : std::min(seen, p.capacity),
+                                      p.tokens * p.q_heads * p.head_dim * int64_t{sizeof(float)});
+  OptionalTensor partial_out, partial_lse;
+  if (p.splits > 1) {
+    partial_out = call.empty({p.splits, p.tokens, p.q_heads, p.head_dim}, ScalarType::Float);
+    partial_lse = call.empty({p.splits, p.tokens, p.q_heads}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(call.out("partial_out", *partial_out));
+    p.partial_lse = static_cast<float*>(call.out("partial_lse", *partial_lse));
+  }
+  gemma4::attention_decode(p, call.dtype(), call.device());
+  return {out, lse};
+}
+
+}  // namespace
+
+void register_attention(Library& m) {
+  m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
+  m.impl("attention_prefill_backward", TORCH_BOX(&attention_prefill_backward));
+  m.impl("attention_decode", TORCH_BOX(&attention_decode));
+}
+
+}  // namespace binding

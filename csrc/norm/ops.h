@@ -1,0 +1,57 @@
+// The norms, of rows and of heads.
+#pragma once
+
+#include "../common/types.h"
+
+namespace gemma4 {
+
+struct RmsNormParams {
+  const void* x;       // [rows, width]
+  const void* weight;  // [width] or null
+  void* y;             // [rows, width]
+  int64_t rows, x_stride;
+  int width;
+  float eps;
+};
+void rms_norm(const RmsNormParams& params, const DTypes& dtypes, const Device& device);
+
+struct AddRmsNormParams {
+  const void* x;            // [rows, width]
+  const void* residual;     // [rows, width], of the other dtype, as are both results
+  const void* post_weight;  // [width]
+  const void* next_weight;  // [width] or null
+  const void* scale;        // [1] or null
+  void *new_residual, *y;   // [rows, width]; y null without next_weight
+  int64_t rows, x_stride, residual_stride;
+  int width;
+  float eps;
+};
+void add_rms_norm(const AddRmsNormParams& params, const DTypes& dtypes, const Device& device);
+
+struct MoeNormParams {
+  const void* x;               // [rows, width]
+  const void *weight, *scale;  // [width]
+  void* y;                     // [rows, width]
+  void* router_x;              // [rows, width], of the other dtype
+  int64_t rows, x_stride;
+  int width;
+  float eps, factor;  // width^-½
+};
+void moe_norm(const MoeNormParams& params, const DTypes& dtypes, const Device& device);
+
+struct QkvNormRopeParams {
+  const void *q, *k, *v;                 // [T, H, C], [T, G, C] twice; k null: only q is made
+  const void *q_weight, *k_weight;       // [C]
+  const float* inv_freq;                 // [C / 2]
+  void *q_out, *k_out, *v_out;           // q_out [T, H, C]; k_out, v_out [slots, G, C]
+  Indices positions;                     // [T]
+  Indices slots;                         // [T], or null: token t goes to row t
+  int64_t q_stride, k_stride, v_stride;  // between tokens
+  int64_t q_head_stride, k_head_stride, v_head_stride;  // between heads
+  int64_t tokens, num_slots;
+  int q_heads, kv_heads, head_dim;
+  float eps;
+};
+void qkv_norm_rope(const QkvNormRopeParams& params, const DTypes& dtypes, const Device& device);
+
+}  // namespace gemma4

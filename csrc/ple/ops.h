@@ -1,0 +1,29 @@
+// Per-layer embeddings.
+#pragma once
+
+#include "../common/types.h"
+
+namespace gemma4 {
+
+struct PleEmbedParams {
+  Indices ids;            // [T]
+  const void* table;      // [V, layers width], of the other dtype; may lie in pinned host memory
+  const void* projected;  // [T, layers width]
+  const void* weight;     // [width]
+  void* y;                // [T, layers, width], of the other dtype
+  int64_t tokens, vocabulary, table_stride, projected_stride;
+  int layers, width;
+  float token_scale, eps;
+};
+void ple_embed(const PleEmbedParams& params, const DTypes& dtypes, const Device& device);
+
+struct PleGateParams {
+  const void* gate;  // [T, width]
+  const void* ple;   // the layer's slice of [T, L, width], of the other dtype
+  void* y;           // [T, width], of the other dtype
+  int64_t rows, gate_stride, ple_stride;
+  int width;
+};
+void ple_gate(const PleGateParams& params, const DTypes& dtypes, const Device& device);
+
+}  // namespace gemma4
