@@ -10,6 +10,8 @@ from torch import Tensor
 
 def product_dtype(x: Tensor) -> torch.dtype | None:
     """What operands of matrix products on x's device are cast to; None where they stay."""
+    if not isinstance(x, Tensor):
+        return None  # the op says so
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
@@ -17,8 +19,12 @@ def product_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in `dtype`; fp64 stays, as under autocast."""
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    """The tensors in `dtype`; fp64 stays, as under autocast, and so does what the op refuses."""
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in tensors)
+
+
+def _is_cast(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def unaffected(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
 """What each op demands of its tensors; run before the eager twins and by the fakes.
 
 A check takes arguments by their names in the op's schema. It reads shapes, dtypes and devices only,
-never a value, so that it costs no synchronisation and holds under `torch.compile`.
+never a value, so that it costs no synchronisation and holds under `torch.compile`. What the tensors
+must hold is looked at by the eager twins, which read it anyway; a kernel does with it what the op's
+docstring says.
 """
 
 import torch
@@ -13,8 +15,11 @@ def _floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _integral(name: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex():
+    if x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, got {x.dtype}")
 
 
@@ -151,17 +156,21 @@ def _attention(
     v_name: str = "v",
 ) -> None:
     _floating("q", q)
+    if block_table is not None and k.ndim != 4:
+        raise ValueError(
+            f"with a block_table {k_name} and {v_name} must be [pages, page_size, G, C], "
+            f"got {list(k.shape)}"
+        )
     for name, x in ((k_name, k), (v_name, v)):
         _like(name, x, "q", q)
-        if x.shape[-1] != q.shape[-1]:
-            raise ValueError(
-                f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}"
-            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{k_name} must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]}")
     _shape(v_name, v, k.shape)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads <= 0 or heads % kv_heads != 0:
         raise ValueError(
-            f"the query heads must be a multiple of the KV heads, got {heads} and {kv_heads}"
+            f"the query heads must be a multiple of the KV heads, got {heads} and {kv_heads} "
+            f"in q and {k_name}"
         )
     if window < 0:
         raise ValueError(f"window must be 0 (none) or a key count, got {window}")
@@ -170,11 +179,6 @@ def _attention(
         _same_device("block_table", block_table, "q", q)
         if block_table.ndim != 2:
             raise ValueError(f"block_table must be [B, pages], got {list(block_table.shape)}")
-        if k.ndim != 4:
-            raise ValueError(
-                f"with a block_table {k_name} and {v_name} must be [pages, page_size, G, C], "
-                f"got {list(k.shape)}"
-            )
 
 
 def attention_prefill(
@@ -183,6 +187,7 @@ def attention_prefill(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
     window: int,
     window_right: int,
     causal: bool,
@@ -200,6 +205,13 @@ def attention_prefill(
         if cu.ndim != 1 or cu.shape[0] < 1:
             raise ValueError(f"{name} must be [B + 1], got {list(cu.shape)}")
     _shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
+    tokens, batch = q.shape[0], cu_seqlens_q.shape[0] - 1
+    # Not of the compiler's symbols: a guard for each length would be one.
+    if type(max_seqlen_q) is int and type(tokens) is int and max_seqlen_q * batch < tokens:
+        raise ValueError(
+            f"max_seqlen_q must be the longest of {batch} sequences of {tokens} queries together, "
+            f"got {max_seqlen_q}"
+        )
     if block_table is not None and block_table.shape[0] != cu_seqlens_q.shape[0] - 1:
         raise ValueError(
             f"block_table must have one row per sequence, {cu_seqlens_q.shape[0] - 1}, "
@@ -289,7 +301,8 @@ def ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> 
         raise ValueError(f"ids must be [T], got {list(ids.shape)}")
     _floating("table", table)
     _floating("projected", projected)
-    if table.ndim != 2 or weight.ndim != 1 or table.shape[1] % max(weight.shape[0], 1) != 0:
+    shaped = table.ndim == 2 and weight.ndim == 1 and weight.shape[0] > 0
+    if not shaped or table.shape[1] % weight.shape[0] != 0:
         raise ValueError(
             f"table must be [V, L * P] and weight [P], got {list(table.shape)} and "
             f"{list(weight.shape)}"
@@ -297,6 +310,8 @@ def ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> 
     _floating("weight", weight)
     _same_device("weight", weight, "projected", projected)
     _same_device("ids", ids, "projected", projected)
+    if not table.is_cpu:
+        _same_device("table", table, "projected", projected)
     _shape("projected", projected, (ids.shape[0], table.shape[1]))
 
 

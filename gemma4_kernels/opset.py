@@ -24,7 +24,8 @@ NAMESPACE = "gemma4_kernels"
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
 # What a number may not fall below, in every op that takes an argument of this name.
-LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0}
+LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0, "window_right": -1}
+MOST = torch.iinfo(torch.int64).max
 
 OPS: dict[str, "Op"] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -77,7 +78,6 @@ class Op:
         self.names = [argument.name for argument in arguments]
         self.twin = unaffected(twin)
         self._judges = [_judge(a.name, str(a.type)) for a in arguments]
-        self._plain = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
         self._demands, self._outputs = self._bound(check), self._bound(outputs)
         self._unserved, self._dtypes = self._bound(unserved), dtypes
         self.main = self.names.index(main) if main else 0
@@ -99,10 +99,10 @@ class Op:
         expert counts) stays out of the graph. With gradients it is called where the registered one
         is better than what autograd would make of the twin, as it is where a kernel computes.
         """
-        x = args[self.main]
-        if not isinstance(x, Tensor):
-            self.check(args)
-        if torch.compiler.is_compiling() or x.is_meta:
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        self._judge(args)
+        if args[self.main].is_meta:
             return self.registered(*args)
         served = kernels.serve(self, args)
         if (served or self._own_gradient) and needs_grad(*args):
@@ -111,9 +111,12 @@ class Op:
 
     def check(self, args: tuple[Any, ...]) -> None:
         """Raises TypeError or ValueError for arguments that the op does not take."""
+        self._judge(args)
+        self._demands(args)
+
+    def _judge(self, args: tuple[Any, ...]) -> None:
         for judge, value in zip(self._judges, args, strict=True):
             judge(value)
-        self._demands(args)
 
     def why_eager(self, args: tuple[Any, ...]) -> str | None:
         """What keeps the op's kernel, where there is one, from serving this call; None if nothing.
@@ -136,14 +139,13 @@ class Op:
         torch.library.register_fake(f"{namespace}::{self.name}", fake, lib=library)
 
     def _kernel_or_twin(self, *args: Any) -> Any:
+        self._judge(args)
         return self._run(kernels.serve(self, args), args)
 
     def _run(self, served: bool, args: tuple[Any, ...]) -> Any:
         if served:
-            for i in self._plain:
-                self._judges[i](args[i])
             return kernels.call(self, args)
-        self.check(args)
+        self._demands(args)
         return self.twin(*args)
 
     def _bound(self, function: Callable[..., Any] | None) -> Callable[[tuple[Any, ...]], Any]:
@@ -222,6 +224,7 @@ class Kernels:
             return False
         reason = self.failed.get((op.name, device)) or op.why_eager(args)
         if reason is not None:
+            op.check(args)  # what is no call of the op is refused, and nothing to warn of
             warn(f"{op.name} runs eager torch, without a kernel: {reason}")
         return reason is None
 
@@ -294,6 +297,8 @@ def _judge(name: str, kind: str) -> Callable[[Any], None]:
             raise TypeError(f"{name} must be an integer, got {_told(value)}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value > MOST:
+            raise ValueError(f"{name} must be at most {MOST}, got {value}")
 
     return {"float": number, "int": integer, "bool": flag}.get(kind, tensor)
 

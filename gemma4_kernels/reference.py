@@ -10,6 +10,7 @@ positions, D model width, H query heads, G key-value heads, R = H / G, C head ch
 feed-forward width, E experts, K experts per token, P PLE width, L layers, V vocabulary.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -22,6 +23,13 @@ from torch import Tensor
 SCORE_ELEMENTS = 1 << 22
 # Query rows per call of torch's fused CPU attention, which blocks over keys itself.
 FUSED_ROWS = 256
+
+
+def _finite(x: Tensor) -> Tensor:
+    """fp16 as it is, but no further than its largest number, which activations of checkpoints made
+    in bf16 pass; NaN stays."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most) if x.dtype == torch.float16 else x
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -104,7 +112,13 @@ def qkv_norm_rope_cache(
 ) -> Tensor:
     q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
     slots_T = slots_T.long()
-    if (slots_T < 0).any():
+    lowest, highest = _range(slots_T)
+    if highest >= k_cache.shape[:-2].numel():
+        raise ValueError(
+            f"slots must lie below the cache's {k_cache.shape[:-2].numel()} slots, or be negative "
+            f"for none, got {highest}"
+        )
+    if lowest < 0:
         keep = slots_T >= 0
         slots_T, k, v = slots_T[keep], k[keep], v[keep]
     k_cache.flatten(0, -3).index_copy_(0, slots_T, k)
@@ -114,7 +128,7 @@ def qkv_norm_rope_cache(
 
 def geglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return (F.gelu(gate, approximate="tanh") * up).contiguous()
+    return _finite(F.gelu(gate, approximate="tanh") * up).contiguous()
 
 
 def _visible(
@@ -176,11 +190,41 @@ def _ungrouped(x_GRTC: Tensor) -> Tensor:
     return x_GRTC.permute(2, 0, 1, 3).flatten(1, 2)
 
 
+def _range(x: Tensor) -> tuple[int, int]:
+    """The least and the largest of some integers, -1 if there are none."""
+    if not x.numel():
+        return -1, -1
+    least, largest = x.aminmax()
+    return int(least), int(largest)
+
+
+def _offsets(name: str, cu_seqlens: Tensor, max_seqlen: int) -> list[int]:
+    """cu_seqlens_q or _k (q or k the name), read on the host."""
+    cu = cu_seqlens.tolist()
+    if cu[0] != 0:
+        raise ValueError(f"cu_seqlens_{name} must begin at 0, got {cu[0]}")
+    for begin, end in itertools.pairwise(cu):
+        if end < begin:
+            raise ValueError(f"cu_seqlens_{name} must not decrease, got {end} after {begin}")
+        if end - begin > max_seqlen:
+            raise ValueError(
+                f"max_seqlen_{name} must not fall below the longest sequence, {end - begin}, "
+                f"got {max_seqlen}"
+            )
+    return cu
+
+
 def _sequences(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int | None
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_queries: int,
+    num_keys: int | None,
 ) -> Iterator[tuple[int, slice, slice]]:
     """(b, its queries, its keys) for each sequence that has a query; reads the two on the host."""
-    cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    cu_q = _offsets("q", cu_seqlens_q, max_seqlen_q)
+    cu_k = _offsets("k", cu_seqlens_k, max_seqlen_k)
     if cu_q[-1] != num_queries:
         raise ValueError(
             f"cu_seqlens_q must end at the number of queries, {num_queries}, got {cu_q[-1]}"
@@ -210,6 +254,10 @@ def _blocks(
 
 def _pages(cache: Tensor, pages: list[int], num_keys: int) -> Tensor:
     """The first num_keys keys [S, G, C] on `pages`; a view where the pages lie in order."""
+    if min(pages) < 0 or max(pages) >= len(cache):
+        raise ValueError(
+            f"block_table must lie in 0..{len(cache) - 1} where it is used, got {pages}"
+        )
     if pages == list(range(pages[0], pages[0] + len(pages))):
         return cache[pages[0] : pages[0] + len(pages)].flatten(0, 1)[:num_keys]
     return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:num_keys]
@@ -239,10 +287,16 @@ def attention_prefill(
         (q_THC.shape[1], q_THC.shape[0] if return_lse else 0), -math.inf, dtype=acc
     )
     held = k.shape[0] if block_table is None else None
-    for b, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, q_THC.shape[0], held):
+    cu_and_longest = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    for b, queries, keys in _sequences(*cu_and_longest, q_THC.shape[0], held):
         num_keys = keys.stop - keys.start
         if num_keys == 0:
             continue
+        if block_table is not None and num_keys > block_table.shape[1] * k.shape[1]:
+            raise ValueError(
+                f"block_table must have pages for the {num_keys} keys of sequence {b}, got "
+                f"{block_table.shape[1]} of {k.shape[1]}"
+            )
         if block_table is None:
             k_SGC, v_SGC = k[keys], v[keys]
         else:
@@ -250,7 +304,8 @@ def attention_prefill(
             k_SGC, v_SGC = _pages(k, pages, num_keys), _pages(v, pages, num_keys)
         if not fused:
             k_SGC, v_SGC = k_SGC.to(acc), v_SGC.to(acc)
-        rows = FUSED_ROWS if fused else max(16, SCORE_ELEMENTS // (num_keys * q_THC.shape[1]))
+        scores_of_row = max(num_keys * q_THC.shape[1], 1)
+        rows = FUSED_ROWS if fused else max(16, SCORE_ELEMENTS // scores_of_row)
         blocks = _blocks(queries, num_keys, rows, causal, window, window_right)
         for block, first, lo, hi, right in blocks:
             last = first + block.stop - block.start
@@ -303,10 +358,10 @@ def attention_prefill_backward(
     dq = torch.zeros_like(q_THC, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(k_SGC, dtype=acc, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(v_SGC, dtype=acc, memory_format=torch.contiguous_format)
-    sizes = q_THC.shape[0], k_SGC.shape[0]
-    for _, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, *sizes):
+    cu_and_longest = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    for _, queries, keys in _sequences(*cu_and_longest, q_THC.shape[0], k_SGC.shape[0]):
         num_keys = keys.stop - keys.start
-        rows = max(16, SCORE_ELEMENTS // (max(num_keys, 1) * q_THC.shape[1]))
+        rows = max(16, SCORE_ELEMENTS // max(num_keys * q_THC.shape[1], 1))
         blocks = _blocks(queries, num_keys, rows, causal, window, window_right)
         for block, first, lo, hi, right in blocks:
             last = first + block.stop - block.start
@@ -360,8 +415,9 @@ def attention_decode(
         b = rows.start
         if length == 0:
             continue
-        if length > room and not ring:
-            raise ValueError(f"seq_lens[{b}] must not exceed the cache's {room} keys, got {length}")
+        if length < 0 or (length > room and not ring):
+            whose = "the cache" if block_table is None else "block_table"
+            raise ValueError(f"seq_lens[{b}] must lie in 0..{room}, {whose}'s keys, got {length}")
         first = length - num_new
         lo, hi = _visible(first, length, length, window, 0)
         mask = _mask(first, length, lo, hi, window, 0, q_BNHC.device)
@@ -427,9 +483,16 @@ def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tens
 def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
     """The assignments (t K + k) sorted by expert, and (e, its run) of each expert that has any."""
     flat = experts_TK.flatten().long()
+    for e in _range(flat):
+        if not -1 <= e <= num_experts:
+            raise ValueError(
+                f"experts must lie in 0..{num_experts - 1}, or be -1 or {num_experts} for none, "
+                f"got {e}"
+            )
     order = flat.argsort(stable=True)
-    runs, begin = [], 0
-    for e, count in enumerate(flat.bincount(minlength=num_experts).tolist()[:num_experts]):
+    none, *counts = (flat + 1).bincount(minlength=num_experts + 1).tolist()
+    runs, begin = [], none
+    for e, count in enumerate(counts[:num_experts]):
         if count:
             runs.append((e, slice(begin, begin + count)))
         begin += count
@@ -447,8 +510,8 @@ def moe_experts(
         gate_up, down = gate_up_E2FD[e].to(x_TD.dtype), down_EDF[e].to(x_TD.dtype)
         hidden = geglu(F.linear(x_sorted[run], gate_up))
         # A token meets an expert at most once, so each index_add_ is free of order.
-        out_TD.index_add_(0, tokens[run], F.linear(hidden, down) * weights[run])
-    return out_TD.to(x_TD.dtype)
+        out_TD.index_add_(0, tokens[run], _finite(F.linear(hidden, down)) * weights[run])
+    return _finite(out_TD.to(x_TD.dtype))
 
 
 def moe_experts_backward(
@@ -470,11 +533,14 @@ def moe_experts_backward(
         gate_up, down = gate_up_E2FD[e].to(x.dtype), down_EDF[e].to(x.dtype)
         gate, up = F.linear(x, gate_up).chunk(2, -1)
         act = F.gelu(gate, approximate="tanh")
-        hidden = act * up
+        product = act * up
+        hidden = _finite(product)
         d_weights[order[run]] = (dy * F.linear(hidden, down)).sum(-1).to(d_weights.dtype)
         dy = (dy * weights[run]).to(x.dtype)
         d_down[e] = dy.T @ hidden
         d_hidden = dy @ down
+        if hidden is not product:  # what was held back passes nothing on
+            d_hidden = d_hidden.masked_fill(product.isinf(), 0.0)
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
         d_pair = torch.cat([d_gate, d_hidden * act], -1)
         d_gate_up[e] = d_pair.T @ x
@@ -485,7 +551,10 @@ def moe_experts_backward(
 def ple_embed(
     ids_T: Tensor, table: Tensor, projected: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
+    ids_T = ids_T.long()
     known = (ids_T >= 0) & (ids_T < table.shape[0])
+    if not table.shape[0]:
+        table = table.new_zeros(1, table.shape[1])
     rows = F.embedding(torch.where(known, ids_T, 0).to(table.device), table)
     rows = rows.to(projected.device).masked_fill(~known[:, None], 0.0)
     # The factor is rounded to the table's dtype first, as the reference's embedding does.
@@ -496,7 +565,7 @@ def ple_embed(
 
 
 def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
-    return (F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
+    return _finite(F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:

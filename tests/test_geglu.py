@@ -54,7 +54,6 @@ def test_gate_comes_first(backend):
     assert backend.ops.geglu(backend.to(torch.tensor([0.0, 5.0]))).item() == 0
 
 
-@pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
 def test_fp16_saturates(backend):
     """Where the exact product is past fp16's largest value, that value comes; NaN stays."""
     gate = torch.tensor([300.0, 300.0, 250.0, float("nan"), 300.0], dtype=torch.float16)

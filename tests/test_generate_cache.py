@@ -229,6 +229,11 @@ def test_what_a_cache_refuses() -> None:
             other.generate(ids(2, 12), cache=cache)
         with pytest.raises(ValueError, match=sentence), torch.no_grad():
             other(ids(2, 1), cache=cache)
+    away = Cache(model.config, 2, torch.float32, torch.device("meta"))
+    with pytest.raises(ValueError, match="cache lies on meta, the model on cpu"):
+        model.generate(ids(2, 12), cache=away)
+    with pytest.raises(ValueError, match="cache lies on meta, the model on cpu"):
+        model(ids(2, 1), cache=away)
     with pytest.raises(ValueError, match="cache holds 2 rows, the input has 1"):
         model.generate(ids(1, 12), cache=cache)
     with pytest.raises(ValueError, match="past_key_values go with input_ids"):

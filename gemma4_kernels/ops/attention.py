@@ -17,8 +17,8 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _head_dim_unserved(q: Tensor) -> str | None:
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"it is for head_dim {HEAD_DIMS}, got {q.shape[-1]}"
+    if q.shape[-1:] not in [(head_dim,) for head_dim in HEAD_DIMS]:
+        return f"it is for head_dim {HEAD_DIMS}, got {list(q.shape)}"
     return None
 
 
@@ -92,7 +92,7 @@ def attention_prefill(
     """softmax(scale q kᵀ) v over packed sequences of any lengths, memory linear in their length.
 
     q [T, H, C]; k, v [S, G, C], or pages [pages, page_size, G, C] with block_table [B, pages]
-    int32; H a multiple of G. Sequence b owns queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1
+    integers; H a multiple of G. Sequence b owns queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1
     and likewise its keys ([B + 1] int32, on the device); its queries are the tail of its keys.
     A query at key position i sees key j if j <= i (causal) or j <= i + window_right (not causal,
     -1: no bound), and i - window < j (window counts keys, the query's own included; 0: no bound).
@@ -100,7 +100,13 @@ def attention_prefill(
 
     Returns out [T, H, C] and, with return_lse, the log-sum-exp of the scores [H, T] in fp32. A
     query that sees no key gives 0 and -inf. q, k and v have one dtype, and under autocast are cast
-    to its dtype. Differentiable without a block_table.
+    to its dtype. Differentiable without a block_table, which the backward refuses.
+
+    The eager twin reads the lengths and raises ValueError unless both cu_seqlens begin at 0 and
+    never decrease, cu_seqlens_q ends at T, no sequence is longer than max_seqlen_q or max_seqlen_k,
+    and its keys and pages are there. A kernel waits for no device: queries of no sequence or past
+    max_seqlen_q give 0 and -inf, keys end where the memory does, and that block_table names pages
+    must hold on the device.
     """
     dtype = product_dtype(q)
     if dtype is not None:
@@ -122,7 +128,7 @@ def attention_prefill(
         window_right,
         softcap,
         block_table,
-        return_lse or training,
+        training or return_lse,
     )
     return out, lse if return_lse else None
 
@@ -162,12 +168,16 @@ def attention_decode(
     """Causal attention of the last few tokens of each sequence over its cache.
 
     q [B, N, H, C]; k_cache, v_cache [B, S, G, C] (position p in slot p, or p mod S with ring), or
-    pages [pages, page_size, G, C] with block_table [B, pages]; seq_lens [B] int32 counts the keys
-    of each row, its N new ones included; 0 leaves a row out. window as in `attention_prefill`; a
-    ring needs one, and S >= window + N - 1. Slots outside the visible range are never used.
+    pages [pages, page_size, G, C] with block_table [B, pages] integers; seq_lens [B] int32 counts
+    the keys of each row, its N new ones included; 0 leaves a row out. window as in
+    `attention_prefill`; a ring needs one, and S >= window + N - 1. Slots outside the visible range
+    are never used.
 
     Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
     Dtypes as in `attention_prefill`. Has no backward.
+
+    The eager twin raises ValueError for a seq_lens outside 0..S (in a ring: below 0); a kernel
+    takes the nearer of the two. That block_table names pages must hold on the device.
     """
     dtype = product_dtype(q)
     if dtype is not None:

@@ -25,7 +25,7 @@ _softcap = Op(
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(logits / cap); logits of any shape, cap > 0."""
+    """cap · tanh(logits / cap); logits of any shape, of a floating dtype; cap > 0."""
     return _softcap(logits, cap)
 
 

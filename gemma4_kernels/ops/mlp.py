@@ -16,6 +16,7 @@ _geglu = Op(
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate, approximate="tanh") · up, with gate and up the halves of the last dimension.
 
-    gate_up [..., 2F], gate first. Returns [..., F].
+    gate_up [..., 2F], gate first, of a floating dtype. Returns [..., F] in it; in fp16 a product
+    past its largest number, 65504, is that number, with its sign.
     """
     return _geglu(gate_up)

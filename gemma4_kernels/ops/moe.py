@@ -44,9 +44,9 @@ def _routes(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _routes_unserved(logits: Tensor, k: int) -> str | None:
-    if logits.shape[-1] > MOST_EXPERTS or k > MOST_ROUTES:
+    if logits.ndim != 2 or logits.shape[1] > MOST_EXPERTS or k > MOST_ROUTES:
         most = f"{MOST_EXPERTS} experts and k = {MOST_ROUTES}"
-        return f"it is for at most {most}, got {logits.shape[-1]} and {k}"
+        return f"it is for at most {most}, got logits {list(logits.shape)} and {k}"
     return None
 
 
@@ -66,13 +66,14 @@ def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor,
     p = softmax(logits) over all experts in fp32; the k largest (ties: the lower index) are divided
     by their sum and multiplied by per_expert_scale.
 
-    logits [T, E], per_expert_scale [E]. Returns weights [T, K] fp32 and experts [T, K] int32.
+    logits [T, E], per_expert_scale [E], each of a floating dtype. Returns weights [T, K] fp32
+    (fp64 for fp64 logits) and experts [T, K] int32.
     """
     return _moe_route(logits, per_expert_scale, k)
 
 
 def _experts_unserved(gate_up: Tensor, down: Tensor) -> str | None:
-    if down.shape[-2] % 8 or down.shape[-1] % 8:
+    if down.ndim < 2 or down.shape[-2] % 8 or down.shape[-1] % 8:
         return f"it is for widths that are multiples of 8, got {tuple(down.shape[-2:])}"
     if not (gate_up.is_contiguous() and down.is_contiguous()):
         return "gate_up and down are not contiguous"
@@ -117,15 +118,17 @@ def moe_experts(
     """Σ_k weights[:, k] · down[e] geglu(gate_up[e] x) with e = experts[:, k].
 
     x [T, D]; gate_up [E, 2F, D], gate rows first; down [E, D, F]; experts [T, K] integers, each
-    token's distinct, E meaning "skip" (an expert that lives elsewhere); weights [T, K]. gate_up and
-    down have the dtype of x or are fp32, then rounded to it, each expert when it is multiplied.
-    Under autocast x is multiplied in its dtype.
-    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone.
+    token's distinct, -1 and E meaning "skip" (an expert that lives elsewhere); weights [T, K].
+    gate_up and down have the dtype of x or are fp32, then rounded to it, each expert when it is
+    multiplied. Under autocast x is multiplied in its dtype.
+    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone. In fp16
+    what `geglu` and each product make is held within ±65504. For any other expert the eager twin
+    raises ValueError; a kernel, which waits for no device, skips it.
     """
-    dtype, product = x.dtype, product_dtype(x)
-    if product is not None:
-        (x,) = cast(product, x)
-        if gate_up.dtype != torch.float32:
-            gate_up, down = cast(product, gate_up, down)
-    y = _moe_experts(x, gate_up, down, experts, weights)
-    return y if product is None else y.to(dtype)
+    product = product_dtype(x)
+    if product is None:
+        return _moe_experts(x, gate_up, down, experts, weights)
+    (narrow,) = cast(product, x)
+    if isinstance(gate_up, Tensor) and gate_up.dtype != torch.float32:
+        gate_up, down = cast(product, gate_up, down)
+    return _moe_experts(narrow, gate_up, down, experts, weights).to(x.dtype)

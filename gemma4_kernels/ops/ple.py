@@ -17,8 +17,8 @@ def _embedded(table: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
 def _embed_unserved(table: Tensor, projected: Tensor) -> str | None:
     if table.dtype not in (projected.dtype, torch.float32):
         return f"the table is {table.dtype} beside {projected.dtype}"
-    if table.is_cpu and not projected.is_cpu and not table.is_pinned():
-        return "the table is in host memory that is not pinned"
+    if table.device != projected.device and not (table.is_cpu and table.is_pinned()):
+        return f"the table is on {table.device}, not pinned"
     return None
 
 
@@ -60,6 +60,8 @@ _ple_gate = Op(
 def ple_gate(gate: Tensor, ple: Tensor, layer: int) -> Tensor:
     """gelu(gate, approximate="tanh") · ple[:, layer].
 
-    gate [T, P]; ple [T, L, P], from `ple_embed`. Returns [T, P] in the dtype that both promote to.
+    gate [T, P]; ple [T, L, P], from `ple_embed`; layer in 0..L - 1. Returns [T, P] in the dtype
+    that both promote to; in fp16 a product past its largest number, 65504, is that number, with its
+    sign.
     """
     return _ple_gate(gate, ple, layer)

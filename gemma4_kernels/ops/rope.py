@@ -75,8 +75,8 @@ def qkv_norm_rope_cache(
 
     k_cache, v_cache [..., G, C], contiguous, written in place: pages [pages, page_size, G, C] or
     rows [B, S, G, C], whose leading dimensions count slots. slots [T] integers; a negative one
-    drops its token, and so does, in a kernel, one past the cache (the eager twin raises). Returns
-    q [T, H, C]. Has no backward.
+    drops its token, and so does, in a kernel, one past the cache (the eager twin raises
+    ValueError). Returns q [T, H, C]. Has no backward.
     """
     # Not in the backward: keys that went into the cache would lose their gradient without a word.
     if needs_grad(q, k, v, q_weight, k_weight):

@@ -70,7 +70,9 @@ class Cache:
         """Columns of the padded batch that the cache has seen."""
         return self.columns
 
-    def check(self, config: Gemma4TextConfig, batch_size: int, dtype: torch.dtype) -> None:
+    def check(
+        self, config: Gemma4TextConfig, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Raises ValueError if this is not a cache of this model and batch."""
         # The model that made the cache hands it back every step: its own config needs no look.
         if config is not self.config:
@@ -80,6 +82,9 @@ class Cache:
                 raise ValueError("cache belongs to a model with other rope_parameters")
         if self.kv_dtype != dtype:
             raise ValueError(f"cache holds {self.kv_dtype}, the model computes in {dtype}")
+        here = self.block_table.device
+        if here != device:
+            raise ValueError(f"cache lies on {here}, the model on {device}")
         if self.batch_size != batch_size:
             raise ValueError(f"cache holds {self.batch_size} rows, the input has {batch_size}")
 

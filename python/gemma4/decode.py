@@ -22,7 +22,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, cache: Cache, steps: int):
-        cache.check(model.config, cache.batch_size, model.compute_dtype)
+        cache.check(model.config, cache.batch_size, model.compute_dtype, model.device)
         cache.reserve(max(cache.lengths) + steps)
         self.model, self.cache = model, cache
         self.plan = DecodePlan(cache)

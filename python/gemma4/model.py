@@ -458,7 +458,7 @@ class Gemma4TextModel(nn.Module):
             raise ValueError("use_bidirectional_attention 'all' has no cache: every token sees all")
         device = self.device
         if cache is not None:
-            cache.check(self.config, shape[0], self.compute_dtype)
+            cache.check(self.config, shape[0], self.compute_dtype, device)
             pasts = (cache.lengths, cache.columns)
             layout = make_layout(shape, device, attention_mask, position_ids, *pasts)
         else:

@@ -180,7 +180,7 @@ def _cache_for(
     room = max(prompt.lengths) + steps
     if given is None or rows is None:
         return Cache(model.config, prompt.batch_size, model.compute_dtype, model.device, room)
-    given.check(model.config, prompt.batch_size, model.compute_dtype)
+    given.check(model.config, prompt.batch_size, model.compute_dtype, model.device)
     given.resume(rows)
     given.reserve(room)
     return given
