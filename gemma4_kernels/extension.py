@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .check import record
 
 _FOLDER = Path(__file__).parent
 # Tegra's chips run no code that was made for other cards of their major number, only PTX.
@@ -24,6 +26,7 @@ class Build:
     toolkit: str | None = None
     abi_target: str | None = None
     reason: str | None = None
+    sha256: str = field(default="", compare=False)  # of the library's file
 
 
 def load(folder: Path = _FOLDER) -> Build:
@@ -51,7 +54,7 @@ def load(folder: Path = _FOLDER) -> Build:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
         reason = f"the CUDA kernels, built with torch {built_with}, do not load: {why}"
         return replace(made, reason=reason)
-    return made
+    return replace(made, sha256=sha256)
 
 
 def _check_unchanged(library: Path, size: int, sha256: str) -> None:
@@ -104,6 +107,36 @@ def covers(device: torch.device) -> bool:
     return False
 
 
+def has_code(device: torch.device) -> bool:
+    """Whether the library holds code for this device, and not PTX alone."""
+    capability = torch.cuda.get_device_capability(device)
+    return any(_runs_on(arch, capability) for arch in BUILD.archs if arch.startswith("sm_"))
+
+
+def card(device: torch.device) -> record.Card:
+    """What a check of the kernels on this device holds for."""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return record.Card(name, f"{major}.{minor}", record.driver(), BUILD.sha256)
+
+
+@functools.cache
+def check_result(device: torch.device) -> dict[str, str] | None:
+    """The ops whose kernels `gemma4 check` found wrong on this card, each with what is wrong; None
+    if it was never run here."""
+    return record.read(card(device)) if covers(device) else None
+
+
+def check_summary(device: torch.device) -> str:
+    """The same for a reader."""
+    failed = check_result(device)
+    if failed is None:
+        return "never checked here: run gemma4 check"
+    if not failed:
+        return "checked on this card"
+    return f"checked on this card, where those for {', '.join(failed)} failed and are not used"
+
+
 def build_info() -> dict[str, Any]:
     """What this installation is made of.
 
@@ -111,9 +144,12 @@ def build_info() -> dict[str, Any]:
     loaded), `reason` (why they are not, or None), `archs` (what they are compiled for, as nvcc
     names it), `kernels` (the ops that have one; the others run their eager twins), `toolkit` (the
     CUDA version they are compiled with), `abi_target` (the oldest torch that they load under),
-    `device` (the GPU's name, or None).
+    `device` (the GPU's name, or None), `checked` (what `gemma4 check` said of the kernels on that
+    device, or None where it runs none).
     """
     from . import __version__, library
+
+    gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
     return {
         "version": __version__,
@@ -124,5 +160,6 @@ def build_info() -> dict[str, Any]:
         "kernels": ops_in(library.COMPILED),
         "toolkit": BUILD.toolkit,
         "abi_target": BUILD.abi_target,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name(gpu) if gpu else None,
+        "checked": check_summary(gpu) if gpu and covers(gpu) else None,
     }

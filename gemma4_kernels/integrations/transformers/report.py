@@ -22,13 +22,18 @@ NORMS = (
 
 def explain(model: nn.Module) -> str:
     """One line a layer: which attention, experts and norms it runs, on a kernel or why not, and
-    which of its modules are called because no op may stand in for them."""
+    which of its modules are called because no op may stand in for them; and where kernels run, one
+    that says whether they were checked on that card."""
     lines = []
     for text_model in (m for m in model.modules() if isinstance(m, gemma4.Gemma4TextModel)):
         cosines = modules.why_cosines(text_model)
         for layer in text_model.modules():
             if isinstance(layer, gemma4.Gemma4TextDecoderLayer):
                 lines.append(_line(layer, cosines))
+    devices = sorted({p.device for p in model.parameters()}, key=str)
+    lines += [
+        f"kernels on {d}: {extension.check_summary(d)}" for d in devices if extension.covers(d)
+    ]
     return "\n".join(lines)
 
 
@@ -95,5 +100,6 @@ def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Ten
         return f"{part}: eager twins ({extension.BUILD.reason})"
     if not extension.covers(weight.device):
         return f"{part}: eager twins (no kernels for {weight.device})"
-    reason = library.why_eager(op, args)
+    failed = extension.check_result(weight.device) or {}
+    reason = failed.get(op) or library.why_eager(op, args)
     return f"{part}: kernels" if reason is None else f"{part}: eager twins ({reason})"

@@ -1,0 +1,1 @@
+"""Whether the kernels of this installation are right on a card."""

@@ -1,0 +1,72 @@
+"""What a check found, kept in the user's cache folder for each card, driver and build."""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a check's result holds for: cards of one name and capability are alike."""
+
+    name: str
+    capability: str
+    driver: str
+    build: str  # the sha256 of the compiled library
+
+
+@functools.cache
+def driver() -> str:
+    """The version of NVIDIA's driver; "unknown" where its management library is not there."""
+    version = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(version, len(version)):
+            return "unknown"
+    except (OSError, AttributeError):
+        return "unknown"
+    return version.value.decode(errors="replace")
+
+
+def path(card: Card) -> Path:
+    """Raises RuntimeError where there is neither an XDG_CACHE_HOME nor a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()
+    digest = hashlib.sha256(json.dumps(asdict(card)).encode()).hexdigest()
+    return folder / "gemma4-kernels" / f"checked-{digest[:16]}.json"
+
+
+def read(card: Card) -> dict[str, str] | None:
+    """The ops whose kernels failed, each with the reason; None if no check of just this card,
+    driver and build can be read. Never raises."""
+    try:
+        found = json.loads(path(card).read_bytes())
+        if found["card"] != asdict(card):
+            return None
+        failed = found["failed"]
+        if all(isinstance(x, str) for item in failed.items() for x in item):
+            return dict(failed)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # damaged, or another program's
+    return None
+
+
+def write(card: Card, failed: dict[str, str]) -> None:
+    """Replaces what was kept for this card, at once and wholly. Raises OSError or RuntimeError."""
+    target = path(card)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"card": asdict(card), "failed": failed}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
