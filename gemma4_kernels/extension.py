@@ -7,11 +7,8 @@ import os
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-
-from .check import record
 
 _FOLDER = Path(__file__).parent
 # Tegra's chips run no code that was made for other cards of their major number, only PTX.
@@ -73,13 +70,6 @@ def _check_unchanged(library: Path, size: int, sha256: str) -> None:
 BUILD = load()
 
 
-def ops_in(namespace: str) -> list[str]:
-    """The ops of a torch.library namespace that the library implements."""
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    split = (name.partition("::") for name in registered)
-    return sorted(op for space, _, op in split if space == namespace)
-
-
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     kind, _, number = arch.partition("_")
     target = divmod(int(number.removesuffix("a")), 10)
@@ -111,55 +101,3 @@ def has_code(device: torch.device) -> bool:
     """Whether the library holds code for this device, and not PTX alone."""
     capability = torch.cuda.get_device_capability(device)
     return any(_runs_on(arch, capability) for arch in BUILD.archs if arch.startswith("sm_"))
-
-
-def card(device: torch.device) -> record.Card:
-    """What a check of the kernels on this device holds for."""
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return record.Card(name, f"{major}.{minor}", record.driver(), BUILD.sha256)
-
-
-@functools.cache
-def check_result(device: torch.device) -> dict[str, str] | None:
-    """The ops whose kernels `gemma4 check` found wrong on this card, each with what is wrong; None
-    if it was never run here."""
-    return record.read(card(device)) if covers(device) else None
-
-
-def check_summary(device: torch.device) -> str:
-    """The same for a reader."""
-    failed = check_result(device)
-    if failed is None:
-        return "never checked here: run gemma4 check"
-    if not failed:
-        return "checked on this card"
-    return f"checked on this card, where those for {', '.join(failed)} failed and are not used"
-
-
-def build_info() -> dict[str, Any]:
-    """What this installation is made of.
-
-    Returns a dict: `version`, `torch` (its version), `cuda` (True if the compiled kernels are
-    loaded), `reason` (why they are not, or None), `archs` (what they are compiled for, as nvcc
-    names it), `kernels` (the ops that have one; the others run their eager twins), `toolkit` (the
-    CUDA version they are compiled with), `abi_target` (the oldest torch that they load under),
-    `device` (the GPU's name, or None), `checked` (what `gemma4 check` said of the kernels on that
-    device, or None where it runs none).
-    """
-    from . import __version__, library
-
-    gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "cuda": BUILD.reason is None,
-        "reason": BUILD.reason,
-        "archs": list(BUILD.archs),
-        "kernels": ops_in(library.COMPILED),
-        "toolkit": BUILD.toolkit,
-        "abi_target": BUILD.abi_target,
-        "device": torch.cuda.get_device_name(gpu) if gpu else None,
-        "checked": check_summary(gpu) if gpu and covers(gpu) else None,
-    }

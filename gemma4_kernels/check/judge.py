@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, reference
+from ..opset import OPS
 from .cases import CASES, HOST, Arguments, Draw
 
 
@@ -19,9 +19,8 @@ def judged(
     Each call runs twice, once in memory that holds NaN where nothing was written. What it returns
     and what its arguments hold then must be near the twin's in float64, and have the same bits.
     """
-    dtypes, cases = CASES[op]
-    twin, names = getattr(reference, op), _names(op)
-    for dtype in dtypes:
+    twin, names, cases = OPS[op].twin, OPS[op].names, CASES[op]
+    for dtype in OPS[op].dtypes:
         draws = (Draw(device, dtype), Draw(device, dtype), Draw(HOST, dtype), Draw(HOST, dtype))
         for i, (first, second, host, exact) in enumerate(zip(*map(cases, draws), strict=True)):
             case = f"case {i}, {str(dtype).removeprefix('torch.')}"
@@ -88,11 +87,6 @@ def _run(function: Callable[..., Any], arguments: Arguments, poison: bool = Fals
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = (x.contiguous().flatten().view(torch.uint8) for x in (a, b))
     return torch.equal(a, b)
-
-
-def _names(op: str) -> list[str]:
-    schema = getattr(getattr(torch.ops, library.NAMESPACE), op).default._schema
-    return [argument.name for argument in schema.arguments]
 
 
 def _labels(names: list[str], arguments: Arguments, values: list[Tensor]) -> list[str]:

@@ -9,6 +9,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
+from .. import extension
+
 
 @dataclass(frozen=True)
 class Card:
@@ -70,3 +74,26 @@ def write(card: Card, failed: dict[str, str]) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def card(device: torch.device) -> Card:
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return Card(name, f"{major}.{minor}", driver(), extension.BUILD.sha256)
+
+
+@functools.cache
+def failed(device: torch.device) -> dict[str, str]:
+    """The ops whose kernels are not used on this device, each with the reason; read once."""
+    found = read(card(device)) or {}
+    return {op: f"it failed gemma4 check on this card, where it {why}" for op, why in found.items()}
+
+
+def summary(device: torch.device) -> str:
+    """What is known of the kernels on a device that they are compiled for."""
+    found = read(card(device))
+    if found is None:
+        return "never checked here: run gemma4 check"
+    if not found:
+        return "checked on this card"
+    return f"checked on this card; not used, for they failed: {', '.join(found)}"

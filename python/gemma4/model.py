@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gemma4_kernels import extension, ops
+from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .cache import Cache
@@ -354,7 +355,7 @@ class Gemma4TextModel(nn.Module):
             said = "fused" if reason is None else f"not all fused, {reason}"
             lines.append(f"layer {index} ({self.config.layer_types[index]}): {said}")
         if extension.covers(self.device):
-            lines.append(f"kernels on {self.device}: {extension.check_summary(self.device)}")
+            lines.append(f"kernels on {self.device}: {record.summary(self.device)}")
         return "\n".join(lines)
 
     def get_input_embeddings(self) -> nn.Module:

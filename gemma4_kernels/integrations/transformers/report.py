@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from ... import extension, library
+from ... import extension, opset
+from ...check import record
 from ...fusion import why_not_plain
 from . import base, modules
 from .experts import instead_of_op
@@ -22,18 +23,17 @@ NORMS = (
 
 def explain(model: nn.Module) -> str:
     """One line a layer: which attention, experts and norms it runs, on a kernel or why not, and
-    which of its modules are called because no op may stand in for them; and where kernels run, one
-    that says whether they were checked on that card."""
+    which of its modules are called because no op may stand in for them; and where kernels run,
+    whether they were checked on that card."""
     lines = []
     for text_model in (m for m in model.modules() if isinstance(m, gemma4.Gemma4TextModel)):
         cosines = modules.why_cosines(text_model)
         for layer in text_model.modules():
             if isinstance(layer, gemma4.Gemma4TextDecoderLayer):
                 lines.append(_line(layer, cosines))
-    devices = sorted({p.device for p in model.parameters()}, key=str)
-    lines += [
-        f"kernels on {d}: {extension.check_summary(d)}" for d in devices if extension.covers(d)
-    ]
+    for device in sorted({p.device for p in model.parameters()}, key=str):
+        if extension.covers(device):
+            lines.append(f"kernels on {device}: {record.summary(device)}")
     return "\n".join(lines)
 
 
@@ -47,7 +47,7 @@ def _line(layer: nn.Module, cosines: str | None) -> str:
         parts.append(_said_experts(layer, weight))
     swapped = isinstance(layer, modules.DecoderLayer) and base.takes_ops(weight)
     ours = base.NAME if swapped else "transformers"
-    parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight,), weight))
+    parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight, None), weight))
     called = list(_called(layer, cosines)) if swapped else []
     if called:
         parts.append("not fused: " + ", ".join(called))
@@ -100,6 +100,5 @@ def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Ten
         return f"{part}: eager twins ({extension.BUILD.reason})"
     if not extension.covers(weight.device):
         return f"{part}: eager twins (no kernels for {weight.device})"
-    failed = extension.check_result(weight.device) or {}
-    reason = failed.get(op) or library.why_eager(op, args)
+    reason = record.failed(weight.device).get(op) or opset.OPS[op].why_eager(args)
     return f"{part}: kernels" if reason is None else f"{part}: eager twins ({reason})"

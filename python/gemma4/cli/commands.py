@@ -132,7 +132,8 @@ def _check_card(card: record.Card, device: torch.device, quiet: bool) -> dict[st
         print(f"{card.name}, driver {card.driver}: {len(ops)} kernels", flush=True)
     kernels: dict[str, str | None] = {}
     width = max(map(len, ops))
-    with runner.Runner(device) as checking:
+    limit = runner.case_seconds(device)
+    with runner.Runner(device, case_seconds=limit) as checking:
         for op in ops:
             if on_terminal:
                 print(f"{op:{width}}  ...", end="\r", file=sys.stderr, flush=True)
