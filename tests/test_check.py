@@ -111,7 +111,7 @@ def test_how_far_is_too_far(dtype):
         found[1] = 0
         assert (judge.why_far(found, expected, exact, 1) is None) == near
     found = expected.clone()
-    found[1, 1] = last_place
+    found[1, 1] = 9 * last_place
     assert judge.why_far(found, expected, exact, 1).endswith("at [1, 1], 1 of 6 values are off")
 
 
