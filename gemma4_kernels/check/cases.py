@@ -2,9 +2,9 @@
 strided, paged, in a ring. What an op must not read (the gaps of a stride, free slots) is NaN.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -24,6 +24,16 @@ class Draw:
     device: torch.device
     dtype: torch.dtype
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def others(self) -> list[torch.dtype]:
+        """What x may meet: its own dtype, and fp32 as under autocast."""
+        return list(dict.fromkeys((self.dtype, torch.float32)))
+
+    @property
+    def pairs(self) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """The dtypes of a residual or a table, and of the weights, which are no narrower."""
+        return combinations_with_replacement(self.others, 2)
 
     def randn(
         self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
@@ -48,37 +58,30 @@ class Draw:
         return torch.randperm(n, generator=self.generator)
 
 
-# One, two and four pieces of 16 bytes a thread, rows that do not go in pieces, and too wide ones.
-WIDTHS = (77, 512, 3840, 5376, 8200)
+# Rows of one, two and four pieces of 16 bytes a thread, of none, and too wide for pieces of fp32.
+WIDTHS = (77, 512, 1536, 3840, 5376)
 
 
-def norms(function: Callable[[Draw, int, torch.dtype], Arguments]) -> Callable:
-    @functools.wraps(function)
-    def cases(draw: Draw) -> Iterator[Arguments]:
-        for width in WIDTHS:
-            for dtype in {draw.dtype: 0, torch.float32: 0}:
-                yield function(draw, width, dtype)
-
-    return cases
+def rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for dtype in draw.others:
+            yield draw.strided(3, width), draw.weight(width, dtype), EPS
+        yield draw.strided(1, width), None, EPS
 
 
-@norms
-def rms_norm(draw: Draw, width: int, other: torch.dtype) -> Arguments:
-    weight = None if width == 512 else draw.weight(width, other)
-    return draw.strided(3, width), weight, EPS
+def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for other, dtype in draw.pairs:
+            residual, scale = draw.randn(3, width, dtype=other), draw.randn(1, dtype=dtype)
+            weights = (draw.weight(width, dtype) for _ in range(2))
+            yield draw.strided(3, width), residual, *weights, scale, EPS
+        yield draw.strided(1, width), draw.strided(1, width), draw.weight(width), None, None, EPS
 
 
-@norms
-def add_rms_norm(draw: Draw, width: int, other: torch.dtype) -> Arguments:
-    residual = draw.randn(3, width, dtype=other)
-    weights = (draw.weight(width, other) for _ in range(2))
-    scale = None if width == 512 else draw.randn(1, dtype=other)
-    return draw.strided(3, width), residual, *weights, scale, EPS
-
-
-@norms
-def moe_norm(draw: Draw, width: int, other: torch.dtype) -> Arguments:
-    return draw.strided(3, width), draw.weight(width, other), draw.weight(width, other), EPS
+def moe_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for other, dtype in draw.pairs:
+            yield draw.strided(3, width), draw.weight(width, dtype), draw.weight(width, other), EPS
 
 
 def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
@@ -186,7 +189,7 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
 def moe_route(draw: Draw) -> Iterator[Arguments]:
     for experts, k in ((5, 5), (128, 8), (512, 32)):
         scale = draw.weight(experts, torch.float32)
-        # Distinct after rounding, but for equals, of which the first comes first.
+        # Some are equal: of those the first comes first.
         logits = torch.stack([draw.permutation(experts) for _ in range(3)]) / experts * 8
         logits[1, 1] = logits[1, 0]
         logits[2] = 0
@@ -198,7 +201,7 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
     for tokens, experts, k in ((1, 5, 2), (12, 16, 2), (20, 2, 1), (133, 2, 1)):
         width, hidden = 72, 40
         chosen = torch.stack([draw.permutation(experts + 1)[:k] for _ in range(tokens)])
-        for dtype in (draw.dtype, torch.float32):
+        for dtype in draw.others:
             yield (
                 draw.strided(tokens, width),
                 draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype),
@@ -209,9 +212,9 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
 
 
 def ple_embed(draw: Draw) -> Iterator[Arguments]:
-    for width in (77, 256, 512):
-        for dtype in {draw.dtype: 0, torch.float32: 0}:
-            table = draw.randn(5, 2 * width, dtype=dtype)
+    for width in (77, 128, 256, 512):
+        for other, dtype in draw.pairs:
+            table = draw.randn(5, 2 * width, dtype=other)
             table[2] = torch.nan  # nobody's
             if width == 256 and draw.device.type == "cuda":
                 table = table.cpu().pin_memory()
@@ -221,7 +224,7 @@ def ple_embed(draw: Draw) -> Iterator[Arguments]:
 
 def ple_gate(draw: Draw) -> Iterator[Arguments]:
     for width in (77, 256):
-        for dtype in {draw.dtype: 0, torch.float32: 0}:
+        for dtype in draw.others:
             ple = torch.full((3, 4, width), torch.nan, dtype=dtype).to(draw.device)
             ple[:, 2] = draw.randn(3, width, dtype=dtype)
             yield draw.strided(3, width), ple, 2
@@ -233,7 +236,7 @@ def softcap(draw: Draw) -> Iterator[Arguments]:
 
 
 def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
-    for width in (7, 97, 1031):
+    for width in (7, 96, 1031):
         logits = draw.strided(3, width).clamp_(-3, 3)
         logits[0, 5] = logits[0, 6] = 8
         logits[1, -1] = 8

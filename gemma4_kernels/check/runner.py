@@ -1,5 +1,6 @@
 """Runs kernels in a process that may die: one that traps or hangs takes its CUDA context along."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ END: Heard = None, None
 START_SECONDS = 120
 # For one case. The driver may have to compile PTX before the first.
 CASE_SECONDS, PTX_SECONDS = 15, 300
+# Asked for before any kernel runs, so that a card that others have filled is no kernel's fault.
+MEMORY_BYTES = 1 << 28
 
 
 def compiled() -> Kernels:
@@ -78,7 +81,8 @@ class Runner:
         Raises RuntimeError if the process does not even start.
         """
         process = self.process = self.process or _Process(self.device, self.kernels)
-        process.connection.send(op)
+        with contextlib.suppress(ConnectionError):  # what became of it is heard below
+            process.connection.send(op)
         at = "before its first case"
         while True:
             case, reason = heard = process.hear(self.case_seconds)
@@ -127,7 +131,7 @@ def _serve(connection: Connection, device: torch.device, kernels: Callable[[], K
     """The process: for each op that is asked for it says each case that it begins, and the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     serving = kernels()
-    torch.zeros(1, device=device)
+    torch.zeros(MEMORY_BYTES, dtype=torch.uint8, device=device)
     connection.send(END)
     with open(os.devnull, "w") as nowhere:  # for what a dying kernel prints
         os.dup2(nowhere.fileno(), 1)
@@ -140,4 +144,5 @@ def _serve(connection: Connection, device: torch.device, kernels: Callable[[], K
                 connection.send((case, reason))
             connection.send(END)
         except Exception as error:
-            connection.send((case, f"raises {type(error).__name__}: {str(error).splitlines()[0]}"))
+            reason = f"raises {type(error).__name__}: {error}".splitlines()[0]
+            connection.send((case, reason))
