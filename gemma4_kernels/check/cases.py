@@ -60,6 +60,9 @@ class Draw:
 
 # Rows of one, two and four pieces of 16 bytes a thread, of none, and too wide for pieces of fp32.
 WIDTHS = (77, 512, 1536, 3840, 5376)
+# More rows than any card runs at once.
+MANY = (1200, 2048)
+SMALL = EPS**0.5  # values beside which eps counts
 
 
 def rms_norm(draw: Draw) -> Iterator[Arguments]:
@@ -67,6 +70,7 @@ def rms_norm(draw: Draw) -> Iterator[Arguments]:
         for dtype in draw.others:
             yield draw.strided(3, width), draw.weight(width, dtype), EPS
         yield draw.strided(1, width), None, EPS
+    yield draw.strided(*MANY, std=SMALL), None, EPS
 
 
 def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
@@ -76,17 +80,22 @@ def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
             weights = (draw.weight(width, dtype) for _ in range(2))
             yield draw.strided(3, width), residual, *weights, scale, EPS
         yield draw.strided(1, width), draw.strided(1, width), draw.weight(width), None, None, EPS
+    x, residual = draw.strided(*MANY, std=SMALL), draw.strided(*MANY)
+    weights = (draw.weight(MANY[1]) for _ in range(2))
+    yield x, residual, *weights, draw.randn(1, mean=SMALL, std=0), EPS
 
 
 def moe_norm(draw: Draw) -> Iterator[Arguments]:
     for width in WIDTHS:
         for other, dtype in draw.pairs:
             yield draw.strided(3, width), draw.weight(width, dtype), draw.weight(width, other), EPS
+    yield draw.strided(*MANY, std=SMALL), draw.weight(MANY[1]), draw.weight(MANY[1]), EPS
 
 
 def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
     for head_dim in (24, 64, 128, 256, 512):
-        q, k, v = draw.strided(3, 8, head_dim).split([4, 2, 2], 1)
+        std = SMALL if head_dim == 128 else 1.0
+        q, k, v = draw.strided(3, 8, head_dim, std=std).split([4, 2, 2], 1)
         weights = draw.weight(head_dim), draw.weight(head_dim)
         pairs = head_dim // 2
         inv_freq = 1e4 ** -(torch.arange(pairs) / pairs)
@@ -218,8 +227,8 @@ def ple_embed(draw: Draw) -> Iterator[Arguments]:
             table[2] = torch.nan  # nobody's
             if width == 256 and draw.device.type == "cuda":
                 table = table.cpu().pin_memory()
-            ids, projected = draw.ints(4, 0, 5, -1, 3), draw.strided(5, 2 * width)
-            yield ids, table, projected, draw.weight(width, dtype), EPS
+            projected = draw.strided(5, 2 * width, std=SMALL if width == 128 else 1.0)
+            yield draw.ints(4, 0, 5, -1, 3), table, projected, draw.weight(width, dtype), EPS
 
 
 def ple_gate(draw: Draw) -> Iterator[Arguments]:
