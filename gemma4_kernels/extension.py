@@ -23,7 +23,7 @@ class Build:
     toolkit: str | None = None
     abi_target: str | None = None
     reason: str | None = None
-    sha256: str = field(default="", compare=False)  # of the library's file
+    fingerprint: str = field(default="", compare=False)  # of the library
 
 
 def load(folder: Path = _FOLDER) -> Build:
@@ -51,7 +51,7 @@ def load(folder: Path = _FOLDER) -> Build:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
         reason = f"the CUDA kernels, built with torch {built_with}, do not load: {why}"
         return replace(made, reason=reason)
-    return replace(made, sha256=sha256)
+    return replace(made, fingerprint=digest)
 
 
 def _check_unchanged(library: Path, bytes_built: int, digest_built: str) -> None:

@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """A process with CARD as its device, and a library with kernels for it."""
-    build = extension.Build(("sm_90a",), "13.0", "2.11", sha256=CARD.build)
+    build = extension.Build(("sm_90a",), "13.0", "2.11", fingerprint=CARD.build)
     monkeypatch.setattr(extension, "BUILD", build)
     monkeypatch.setattr("gemma4_kernels.info.BUILD", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

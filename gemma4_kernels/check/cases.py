@@ -79,7 +79,8 @@ def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
             residual, scale = draw.randn(3, width, dtype=other), draw.randn(1, dtype=dtype)
             weights = (draw.weight(width, dtype) for _ in range(2))
             yield draw.strided(3, width), residual, *weights, scale, EPS
-        yield draw.strided(1, width), draw.strided(1, width), draw.weight(width), None, None, EPS
+        unaligned = draw.randn(2, width + 1)[:, :width]
+        yield draw.strided(2, width), unaligned, draw.weight(width), None, None, EPS
     x, residual = draw.strided(*MANY, std=SMALL), draw.strided(*MANY)
     weights = (draw.weight(MANY[1]) for _ in range(2))
     yield x, residual, *weights, draw.randn(1, mean=SMALL, std=0), EPS
@@ -123,10 +124,10 @@ def heads(draw: Draw, *shape: int) -> Tensor:
     return draw.strided(*shape, std=0.3)
 
 
-# Lengths of queries and of keys: one of each; nothing; more than a tile; as many as there are keys.
-RAGGED = (1, 0, 19, 5, 70), (1, 3, 40, 5, 83)
-# causal, window, window_right, softcap
-MASKS = ((True, 0, -1, 0.0), (True, 9, -1, 0.0), (False, 0, -1, 0.0), (False, 9, 3, 20.0))
+# Queries and keys of a sequence: one, none, less than a tile, more queries than keys, many tiles.
+RAGGED = (1, 0, 19, 5, 70), (1, 3, 40, 3, 150)
+# causal, window (one wider than a tile, one narrower), window_right, softcap
+MASKS = ((True, 0, -1, 0.0), (True, 75, -1, 0.0), (False, 0, -1, 0.0), (False, 9, 3, 20.0))
 
 
 def starts(draw: Draw, lengths: tuple[int, ...]) -> Tensor:
@@ -197,12 +198,11 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
 
 def moe_route(draw: Draw) -> Iterator[Arguments]:
     for experts, k in ((5, 5), (128, 8), (512, 32)):
-        scale = draw.weight(experts, torch.float32)
-        # Some are equal: of those the first comes first.
-        logits = torch.stack([draw.permutation(experts) for _ in range(3)]) / experts * 8
-        logits[1, 1] = logits[1, 0]
-        logits[2] = 0
-        yield logits.to(draw.device, draw.dtype), scale, k
+        for dtype in draw.others:
+            logits = torch.stack([draw.permutation(experts) for _ in range(3)]) / experts * 8
+            logits[1, 1] = logits[1, 0]  # of equals the first comes first
+            logits[2] = 0
+            yield logits.to(draw.device, draw.dtype), draw.weight(experts, dtype), k
 
 
 def moe_experts(draw: Draw) -> Iterator[Arguments]:
@@ -251,6 +251,7 @@ def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
         logits[1, -1] = 8
         logits[2, 3] = logits[2, 4] = torch.nan
         yield logits, 30.0
+        yield -1.0 - draw.permutation(width).to(draw.device, draw.dtype)[None], 30.0
 
 
 CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {

@@ -21,7 +21,7 @@ class Card:
     name: str
     capability: str
     driver: str
-    build: str  # the sha256 of the compiled library
+    build: str  # the fingerprint of the compiled library
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def write(card: Card, failed: dict[str, str]) -> None:
 def card(device: torch.device) -> Card:
     major, minor = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
-    return Card(name, f"{major}.{minor}", driver(), extension.BUILD.sha256)
+    return Card(name, f"{major}.{minor}", driver(), extension.BUILD.fingerprint)
 
 
 @functools.cache
