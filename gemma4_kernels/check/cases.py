@@ -79,7 +79,7 @@ def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
             residual, scale = draw.randn(3, width, dtype=other), draw.randn(1, dtype=dtype)
             weights = (draw.weight(width, dtype) for _ in range(2))
             yield draw.strided(3, width), residual, *weights, scale, EPS
-        unaligned = draw.randn(2, width + 1)[:, :width]
+        unaligned = draw.randn(2, width + 16)[:, 1 : width + 1]
         yield draw.strided(2, width), unaligned, draw.weight(width), None, None, EPS
     x, residual = draw.strided(*MANY, std=SMALL), draw.strided(*MANY)
     weights = (draw.weight(MANY[1]) for _ in range(2))
