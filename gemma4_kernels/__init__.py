@@ -1,6 +1,7 @@
 """Ops of Google's Gemma 4 text models for PyTorch, usable alone from any program."""
 
 from . import extension, opset
+from .check import record
 from .flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .info import build_info
 from .ops import (
@@ -22,7 +23,7 @@ from .ops import (
 
 __version__ = "0.1.0"
 
-opset.kernels = opset.Kernels("gemma4_kernels_compiled", "CUDA", extension.covers)
+opset.kernels = opset.Kernels("gemma4_kernels_compiled", "CUDA", extension.covers, record.failed)
 
 __all__ = [
     "add_rms_norm",

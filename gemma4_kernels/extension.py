@@ -3,7 +3,7 @@
 import functools
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ class Build:
     toolkit: str | None = None
     abi_target: str | None = None
     reason: str | None = None
+    fingerprint: str = field(default="", compare=False)  # of the library
 
 
 def load(folder: Path = _FOLDER) -> Build:
@@ -50,7 +51,7 @@ def load(folder: Path = _FOLDER) -> Build:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
         reason = f"the CUDA kernels, built with torch {built_with}, do not load: {why}"
         return replace(made, reason=reason)
-    return made
+    return replace(made, fingerprint=digest)
 
 
 def _check_unchanged(library: Path, bytes_built: int, digest_built: str) -> None:
@@ -91,3 +92,9 @@ def covers(device: torch.device) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def has_code(device: torch.device) -> bool:
+    """Whether the library holds code for this device, and not PTX alone."""
+    capability = torch.cuda.get_device_capability(device)
+    return any(_runs_on(arch, capability) for arch in BUILD.archs if arch.startswith("sm_"))

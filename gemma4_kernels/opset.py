@@ -11,7 +11,7 @@ import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class Op:
         self.twin = unaffected(twin)
         self._judges = [_judge(a.name, str(a.type)) for a in arguments]
         self._demands, self._outputs = self._bound(check), self._bound(outputs)
-        self._unserved, self._dtypes = self._bound(unserved), dtypes
+        self._unserved, self.dtypes = self._bound(unserved), dtypes
         self.main = self.names.index(main) if main else 0
         self._beside = [self.names.index(name) for name in beside]
         # A twin that would be differentiated anyway is, on its way forward.
@@ -124,8 +124,8 @@ class Op:
         The arguments may end early, after those that matter here.
         """
         x = args[self.main]
-        if x.dtype not in self._dtypes:
-            return f"it is for {', '.join(map(str, self._dtypes))}, got {x.dtype}"
+        if x.dtype not in self.dtypes:
+            return f"it is for {', '.join(map(str, self.dtypes))}, got {x.dtype}"
         for i in self._beside:
             if args[i] is not None and args[i].dtype not in FLOATS:
                 return f"it is for {', '.join(map(str, FLOATS))}, got {args[i].dtype}"
@@ -203,11 +203,17 @@ class Op:
 
 
 class Kernels:
-    """The compiled implementations in a torch.library namespace, for the devices of `covers`."""
+    """The compiled implementations in a torch.library namespace, for the devices of `covers`; there
+    those that `failed` names are not used, for the reason that it gives."""
 
-    def __init__(self, namespace: str, key: str, covers: Callable[[torch.device], bool]) -> None:
-        self.covers = covers
-        self.failed: dict[tuple[str, torch.device], str] = {}  # why a kernel is not used
+    def __init__(
+        self,
+        namespace: str,
+        key: str,
+        covers: Callable[[torch.device], bool],
+        failed: Callable[[torch.device], Mapping[str, str]] = lambda device: {},
+    ) -> None:
+        self.covers, self.failed = covers, failed
         self._library = torch.library.Library(namespace, "DEF")
         for op in OPS.values():
             self._library.define(op.schema)
@@ -222,7 +228,7 @@ class Kernels:
         device = args[op.main].device
         if op.name not in self.names or not self.covers(device):
             return False
-        reason = self.failed.get((op.name, device)) or op.why_eager(args)
+        reason = self.failed(device).get(op.name) or op.why_eager(args)
         if reason is not None:
             op.check(args)  # what is no call of the op is refused, and nothing to warn of
             warn(f"{op.name} runs eager torch, without a kernel: {reason}")

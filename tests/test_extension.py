@@ -192,6 +192,7 @@ def test_build_info():
             "toolkit",
             "abi_target",
             "device",
+            "checked",
             "kernels",
         )
     }

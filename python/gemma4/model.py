@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gemma4_kernels import ops
+from gemma4_kernels import extension, ops
+from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .cache import Cache
@@ -101,7 +102,8 @@ class Gemma4ForCausalLM(nn.Module):
         )
 
     def explain(self) -> str:
-        """A line a layer: whether fused ops stand in for all its modules, and what keeps them."""
+        """A line a layer: whether fused ops stand in for all its modules, and what keeps them; and
+        on a GPU that has kernels, whether they were checked on that card."""
         return self.model.explain()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -345,12 +347,15 @@ class Gemma4TextModel(nn.Module):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
 
     def explain(self) -> str:
-        """A line a layer: whether fused ops stand in for all its modules, and what keeps them."""
+        """A line a layer: whether fused ops stand in for all its modules, and what keeps them; and
+        on a GPU that has kernels, whether they were checked on that card."""
         lines = []
         for index, layer in enumerate(self.layers):
             reason = why_not_fused(layer, DecoderLayer)
             said = "fused" if reason is None else f"not all fused, {reason}"
             lines.append(f"layer {index} ({self.config.layer_types[index]}): {said}")
+        if extension.covers(self.device):
+            lines.append(f"kernels on {self.device}: {record.summary(self.device)}")
         return "\n".join(lines)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import extension, opset
+from ...check import record
 from ...fusion import why_not_plain
 from . import base, modules
 from .experts import instead_of_op
@@ -22,13 +23,17 @@ NORMS = (
 
 def explain(model: nn.Module) -> str:
     """One line a layer: which attention, experts and norms it runs, on a kernel or why not, and
-    which of its modules are called because no op may stand in for them."""
+    which of its modules are called because no op may stand in for them; and where kernels run,
+    whether they were checked on that card."""
     lines = []
     for text_model in (m for m in model.modules() if isinstance(m, gemma4.Gemma4TextModel)):
         cosines = modules.why_cosines(text_model)
         for layer in text_model.modules():
             if isinstance(layer, gemma4.Gemma4TextDecoderLayer):
                 lines.append(_line(layer, cosines))
+    for device in sorted({p.device for p in model.parameters()}, key=str):
+        if extension.covers(device):
+            lines.append(f"kernels on {device}: {record.summary(device)}")
     return "\n".join(lines)
 
 
@@ -95,5 +100,5 @@ def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Ten
         return f"{part}: eager twins ({extension.BUILD.reason})"
     if not extension.covers(weight.device):
         return f"{part}: eager twins (no kernels for {weight.device})"
-    reason = opset.OPS[op].why_eager(args)
+    reason = record.failed(weight.device).get(op) or opset.OPS[op].why_eager(args)
     return f"{part}: kernels" if reason is None else f"{part}: eager twins ({reason})"

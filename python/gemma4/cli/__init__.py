@@ -1,7 +1,7 @@
-"""The command `gemma4`: generate, chat, info, bench.
+"""The command `gemma4`: generate, chat, info, check, bench.
 
-Answers go to stdout; thoughts, rates and errors go to stderr. Exit codes: 0, 2 for an error,
-130 for ctrl-c, 141 for a pipe that was closed at the other end.
+Answers go to stdout; thoughts, rates and errors go to stderr. Exit codes: 0, 1 for a kernel that
+failed its check, 2 for an error, 130 for ctrl-c, 141 for a pipe that was closed at the other end.
 
 Next to nothing is imported up here: `main` sees to ctrl-c first, and torch, which takes seconds,
 comes when the arguments are right.

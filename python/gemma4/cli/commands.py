@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 
 import gemma4_kernels
+from gemma4_kernels.check import record, runner
 
 from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo, measure
 from ..checkpoint import resolve
@@ -107,6 +109,46 @@ def info(args: argparse.Namespace) -> None:
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Every kernel against its eager twin and float64, on each kind of card; what fails is not used
+    from then on. Returns 1 if one fails, 2 if there is nothing to check."""
+    try:
+        cards = runner.cards()
+    except RuntimeError as nothing:
+        print(f"gemma4: {nothing}", file=sys.stderr)
+        return 2
+    results = [_check_card(card, device, args.json) for card, device in cards.items()]
+    if args.json:
+        print(json.dumps(results))
+    return 1 if any(reason for result in results for reason in result["kernels"].values()) else 0
+
+
+def _check_card(card: record.Card, device: torch.device, quiet: bool) -> dict[str, Any]:
+    """Checks one card and keeps the result; a line a kernel unless `quiet`."""
+    ops, on_terminal = gemma4_kernels.build_info()["kernels"], sys.stderr.isatty()
+    if not quiet:
+        print(f"{card.name}, driver {card.driver}: {len(ops)} kernels", flush=True)
+    kernels: dict[str, str | None] = {}
+    width = max(map(len, ops))
+    limit = runner.case_seconds(device)
+    with runner.Runner(device, case_seconds=limit) as checking:
+        for op in ops:
+            if on_terminal:
+                print(f"{op:{width}}  ...", end="\r", file=sys.stderr, flush=True)
+            kernels[op] = checking.check(op)
+            if not quiet:
+                print(f"{op:{width}}  {kernels[op] or 'right'}", flush=True)
+    failed = {op: reason for op, reason in kernels.items() if reason}
+    try:
+        record.write(card, failed)
+    except (OSError, RuntimeError) as error:
+        print(f"gemma4: the result is not kept: {error}", file=sys.stderr)
+    else:
+        if failed and not quiet:
+            print(f"not used on this card from now on: {', '.join(failed)}")
+    return asdict(card) | {"kernels": kernels}
 
 
 def bench(args: argparse.Namespace) -> None:

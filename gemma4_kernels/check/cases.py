@@ -1,0 +1,276 @@
+"""Small awkward calls of every op that has a kernel: one token, less than a tile, ragged, grouped,
+strided, paged, in a ring. What an op must not read (the gaps of a stride, free slots) is NaN.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+HOST = torch.device("cpu")
+EPS = 1e-6
+Arguments = tuple[Any, ...]  # in the order of the op's schema
+
+
+@dataclass
+class Draw:
+    """Random tensors in one dtype; the same ones on whatever device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def others(self) -> list[torch.dtype]:
+        """What x may meet: its own dtype, and fp32 as under autocast."""
+        return list(dict.fromkeys((self.dtype, torch.float32)))
+
+    @property
+    def pairs(self) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """The dtypes of a residual or a table, and of the weights, which are no narrower."""
+        return combinations_with_replacement(self.others, 2)
+
+    def randn(
+        self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        x = torch.randn(shape, generator=self.generator) * std + mean
+        return x.to(self.device, dtype or self.dtype)
+
+    def weight(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.randn(width, mean=1.0, std=0.3, dtype=dtype)
+
+    def strided(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Rows that do not lie side by side."""
+        width = shape[-1]
+        wide = torch.full((*shape[:-1], width + 16), torch.nan, dtype=self.dtype).to(self.device)
+        wide[..., :width] = self.randn(*shape, std=std)
+        return wide[..., :width]
+
+    def ints(self, *values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device)
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator)
+
+
+# Rows of one, two and four pieces of 16 bytes a thread, of none, and too wide for pieces of fp32.
+WIDTHS = (77, 512, 1536, 3840, 5376)
+# More rows than any card runs at once.
+MANY = (1200, 2048)
+SMALL = EPS**0.5  # values beside which eps counts
+
+
+def rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for dtype in draw.others:
+            yield draw.strided(3, width), draw.weight(width, dtype), EPS
+        yield draw.strided(1, width), None, EPS
+    yield draw.strided(*MANY, std=SMALL), None, EPS
+
+
+def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for other, dtype in draw.pairs:
+            residual, scale = draw.randn(3, width, dtype=other), draw.randn(1, dtype=dtype)
+            weights = (draw.weight(width, dtype) for _ in range(2))
+            yield draw.strided(3, width), residual, *weights, scale, EPS
+        unaligned = draw.randn(2, width + 16)[:, 1 : width + 1]
+        yield draw.strided(2, width), unaligned, draw.weight(width), None, None, EPS
+    x, residual = draw.strided(*MANY, std=SMALL), draw.strided(*MANY)
+    weights = (draw.weight(MANY[1]) for _ in range(2))
+    yield x, residual, *weights, draw.randn(1, mean=SMALL, std=0), EPS
+
+
+def moe_norm(draw: Draw) -> Iterator[Arguments]:
+    for width in WIDTHS:
+        for other, dtype in draw.pairs:
+            yield draw.strided(3, width), draw.weight(width, dtype), draw.weight(width, other), EPS
+    yield draw.strided(*MANY, std=SMALL), draw.weight(MANY[1]), draw.weight(MANY[1]), EPS
+
+
+def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
+    for head_dim in (24, 64, 128, 256, 512):
+        std = SMALL if head_dim == 128 else 1.0
+        q, k, v = draw.strided(3, 8, head_dim, std=std).split([4, 2, 2], 1)
+        weights = draw.weight(head_dim), draw.weight(head_dim)
+        pairs = head_dim // 2
+        inv_freq = 1e4 ** -(torch.arange(pairs) / pairs)
+        inv_freq[pairs // 4 * 3 :] = 0  # as full attention's, of which a part is left as it is
+        rest = draw.ints(0, 7, 5000), inv_freq.to(draw.device), EPS
+        yield q, k, v, *weights, *rest
+        yield q, k, None, *(w.float() for w in weights), *rest
+        yield q, None, None, weights[0], None, *rest
+
+
+def qkv_norm_rope_cache(draw: Draw) -> Iterator[Arguments]:
+    for q, k, *rest in qkv_norm_rope(draw):
+        if k is not None:
+            shape = (2, 4, *k.shape[1:])
+            caches = (torch.full(shape, torch.nan).to(k) for _ in range(2))
+            yield q, k, *rest, *caches, draw.ints(6, -1, 1)
+
+
+def geglu(draw: Draw) -> Iterator[Arguments]:
+    for width in (1, 77, 512):
+        yield (draw.strided(3, 2 * width),)
+
+
+def heads(draw: Draw, *shape: int) -> Tensor:
+    return draw.strided(*shape, std=0.3)
+
+
+# Queries and keys of a sequence: one, none, less than a tile, more queries than keys, many tiles.
+RAGGED = (1, 0, 19, 5, 70), (1, 3, 40, 3, 150)
+# causal, window (one wider than a tile, one narrower), window_right, softcap
+MASKS = ((True, 0, -1, 0.0), (True, 75, -1, 0.0), (False, 0, -1, 0.0), (False, 9, 3, 20.0))
+
+
+def starts(draw: Draw, lengths: tuple[int, ...]) -> Tensor:
+    return draw.ints(*torch.tensor((0, *lengths)).cumsum(0).tolist())
+
+
+def packed(draw: Draw, kv_heads: int, head_dim: int) -> Arguments:
+    lengths_q, lengths_k = RAGGED
+    q = heads(draw, sum(lengths_q), 2, head_dim)
+    k, v = (heads(draw, sum(lengths_k) + 2, kv_heads, head_dim) for _ in range(2))
+    k[-2:] = v[-2:] = torch.nan  # behind the last sequence
+    spans = starts(draw, lengths_q), starts(draw, lengths_k)
+    return q, k, v, *spans, max(lengths_q), max(lengths_k)
+
+
+def paged(draw: Draw, lengths: tuple[int, ...], page_size: int, *shape: int) -> Arguments:
+    """K and V in shuffled pages, and their block table; NaN where no key of a sequence is."""
+    most = -(-max(lengths) // page_size)
+    order = draw.permutation(len(lengths) * most).view(len(lengths), most)
+    pages = [heads(draw, order.numel(), page_size, *shape) for _ in range(2)]
+    for row, length in zip(order.tolist(), lengths, strict=True):
+        for i, page in enumerate(row):
+            for cache in pages:
+                cache[page, max(length - i * page_size, 0) :] = torch.nan
+    return *pages, order.int().to(draw.device)
+
+
+def attention_prefill(draw: Draw) -> Iterator[Arguments]:
+    for head_dim in (256, 512, 64, 128):
+        for causal, window, right, softcap in MASKS:
+            options = 1.0, causal, window, right, softcap, None, True
+            yield *packed(draw, 1 if causal else 2, head_dim), *options
+        lengths = (1, 20, 0)
+        k, v, table = paged(draw, lengths, 8, 1, head_dim)
+        q, spans = heads(draw, 8, 2, head_dim), (starts(draw, (1, 7, 0)), starts(draw, lengths))
+        yield q, k, v, *spans, 7, 20, 0.5, True, 9, -1, 0.0, table, False
+
+
+def attention_prefill_backward(draw: Draw) -> Iterator[Arguments]:
+    for head_dim in (256, 512, 64, 128):
+        for mask in MASKS:
+            arguments = packed(draw, 1 if mask[0] else 2, head_dim)
+            tensors = (x.to(HOST) for x in arguments[:5])
+            tensors = (x.float() if x.is_floating_point() else x for x in tensors)
+            forward = *tensors, *arguments[5:], 1.0, *mask, None, True
+            out, lse = (x.to(draw.device) for x in reference.attention_prefill(*forward))
+            out = out.to(draw.dtype)
+            grads = draw.randn(*out.shape), draw.randn(*lse.shape, dtype=torch.float32)
+            yield *grads, *arguments[:3], out, lse, *arguments[3:], 1.0, *mask
+
+
+def attention_decode(draw: Draw) -> Iterator[Arguments]:
+    lengths = 1, 0, 45, 270  # the last is divided among blocks
+    for head_dim in (256, 512, 64, 128):
+        for new, group in ((1, 4), (3, 8)):
+            seq_lens, q = draw.ints(*lengths), heads(draw, 4, new, 2 * group, head_dim)
+            rows = [heads(draw, 4, 272, 2, head_dim) for _ in range(2)]
+            for b, length in enumerate(lengths):
+                for cache in rows:
+                    cache[b, length:] = torch.nan
+            yield q, *rows, seq_lens, None, 1.0, 0, False, 0.0, True
+            yield q, *rows, seq_lens, None, 0.5, 33, False, 20.0, True
+            k, v, table = paged(draw, lengths, 16, 2, head_dim)
+            yield q, k, v, seq_lens, table, 1.0, 0, False, 0.0, False
+            ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
+            yield q, *ring, seq_lens, None, 1.0, 37, True, 0.0, True
+
+
+def moe_route(draw: Draw) -> Iterator[Arguments]:
+    for experts, k in ((5, 5), (128, 8), (512, 32)):
+        for dtype in draw.others:
+            logits = torch.stack([draw.permutation(experts) for _ in range(3)]) / experts * 8
+            logits[1, 1] = logits[1, 0]  # of equals the first comes first
+            logits[2] = 0
+            yield logits.to(draw.device, draw.dtype), draw.weight(experts, dtype), k
+
+
+def moe_experts(draw: Draw) -> Iterator[Arguments]:
+    # Weights streamed past up to 8 and up to 32 tokens, tiles of 64 and of 128 assignments.
+    for tokens, experts, k in ((1, 5, 2), (12, 16, 2), (20, 2, 1), (133, 2, 1)):
+        width, hidden = 72, 40
+        chosen = torch.stack([draw.permutation(experts + 1)[:k] for _ in range(tokens)])
+        for dtype in draw.others:
+            yield (
+                draw.strided(tokens, width),
+                draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype),
+                draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype),
+                chosen.to(draw.device),  # the last is one that lives elsewhere
+                draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
+            )
+
+
+def ple_embed(draw: Draw) -> Iterator[Arguments]:
+    for width in (77, 128, 256, 512):
+        for other, dtype in draw.pairs:
+            table = draw.randn(5, 2 * width, dtype=other)
+            table[2] = torch.nan  # nobody's
+            if width == 256 and draw.device.type == "cuda":
+                table = table.cpu().pin_memory()
+            projected = draw.strided(5, 2 * width, std=SMALL if width == 128 else 1.0)
+            yield draw.ints(4, 0, 5, -1, 3), table, projected, draw.weight(width, dtype), EPS
+
+
+def ple_gate(draw: Draw) -> Iterator[Arguments]:
+    for width in (77, 256):
+        for dtype in draw.others:
+            ple = torch.full((3, 4, width), torch.nan, dtype=dtype).to(draw.device)
+            ple[:, 2] = draw.randn(3, width, dtype=dtype)
+            yield draw.strided(3, width), ple, 2
+
+
+def softcap(draw: Draw) -> Iterator[Arguments]:
+    for width in (1, 97, 1024):
+        yield draw.strided(3, width, std=20.0), 30.0
+
+
+def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
+    for width in (7, 96, 1031):
+        logits = draw.strided(3, width).clamp_(-3, 3)
+        logits[0, 5] = logits[0, 6] = 8
+        logits[1, -1] = 8
+        logits[2, 3] = logits[2, 4] = torch.nan
+        yield logits, 30.0
+        yield -1.0 - draw.permutation(width).to(draw.device, draw.dtype)[None], 30.0
+
+
+CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
+    function.__name__: function
+    for function in (
+        rms_norm,
+        add_rms_norm,
+        moe_norm,
+        qkv_norm_rope,
+        qkv_norm_rope_cache,
+        geglu,
+        attention_prefill,
+        attention_prefill_backward,
+        attention_decode,
+        moe_route,
+        moe_experts,
+        ple_embed,
+        ple_gate,
+        softcap,
+        softcap_argmax,
+    )
+}
