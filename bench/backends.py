@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gemma4_kernels
+from gemma4_kernels import opset
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # KB of shared memory that a block may have, and whether there is wgmma: what kernels depend on.
@@ -60,6 +61,13 @@ def in_dtypes(arguments: dict[str, Any], **dtypes: torch.dtype) -> dict[str, Any
     return arguments | cast
 
 
-def function(ops: ModuleType, op: str) -> Callable[..., Any]:
+class Eager:
+    """No kernels: every op runs its eager twin."""
+
+    def serve(self, op: opset.Op, args: tuple[Any, ...]) -> bool:
+        return False
+
+
+def function(op: str) -> Callable[..., Any]:
     """The public function, or of an op that is a gradient the op itself."""
-    return getattr(ops, op, None) or getattr(ops._ops, op)
+    return getattr(gemma4_kernels, op, None) or opset.OPS[op].registered

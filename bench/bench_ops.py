@@ -22,14 +22,15 @@ import limits
 import op_cases
 import peers
 import torch
+from backends import function
 from ledger import LOST, Ledger, gpu_is_lost
 
 import gemma4_kernels
 from gemma4 import measure
 from gemma4.config import FULL
+from gemma4_kernels import opset
 
 ROOT = Path(__file__).parents[1]
-OPS = torch.ops.gemma4_kernels
 MOST_BYTES = 16e9  # of one case's inputs
 
 
@@ -43,10 +44,9 @@ def rotations(case: op_cases.Case, device: torch.device) -> int:
 
 def positional(op: str, inputs: dict[str, Any]) -> list[Any]:
     """The arguments of a public function as its op and its eager twin take them."""
-    schema = getattr(OPS, op).default._schema
     defaults = dict(eps=1e-6, scale=None if op == "add_rms_norm" else 1.0, causal=True, window=0)
     defaults |= dict(window_right=-1, softcap=0.0, block_table=None, return_lse=False, ring=False)
-    return [inputs[a.name] if a.name in inputs else defaults[a.name] for a in schema.arguments]
+    return [inputs[n] if n in inputs else defaults[n] for n in opset.OPS[op].names]
 
 
 def timing_row(timing: measure.Timing) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def measure_case(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     sets = [case.make(device) for _ in range(rotations(case, device))]
-    ours = getattr(gemma4_kernels, case.op, None) or getattr(OPS, case.op)
+    ours = function(case.op)
     expected = ours(**sets[0])
     timing = measure.time_calls(lambda i: ours(**sets[i]), device, len(sets))
     floor = max(case.bytes / copy, case.flop / gemm)
@@ -133,8 +133,9 @@ def overhead() -> Iterator[dict[str, Any]]:
     import emulated
 
     device, ops = torch.device("cpu"), emulated.ops()
-    ops.library.compiled = ops.library.compiled_once
-    direct = getattr(torch.ops, emulated.NAME)
+    kernels = emulated.kernels()
+    kernels.call = super(emulated.EmulatedKernels, kernels).call  # once, and not on each schedule
+    direct = kernels.ops
     empty = torch.empty(0, 2560, dtype=op_cases.DTYPE)
     add = measure.time_calls(lambda i: torch.add(empty, empty), device).median
     yield {"kind": "machine", **measure.machine(device), "add_us": round(add * 1e6, 2)}

@@ -96,6 +96,8 @@ def _sdpa_arguments(op: str, inputs: dict[str, Any]) -> tuple[list[Tensor], dict
 
 def sdpa_takes(op: str, inputs: dict[str, Any]) -> str:
     """The backend that scaled_dot_product_attention chooses where it is left the choice."""
+    if op == "attention_prefill_backward":
+        inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in "qkv"}
     qkv, options = _sdpa_arguments(op, inputs)
     return SDPBackend(torch._fused_sdp_choice(*qkv, **options)).name.lower()
 

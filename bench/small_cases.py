@@ -11,15 +11,15 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from backends import EAGER, function
+from backends import EAGER, Eager, function
 from ledger import LOST, Ledger, gpu_is_lost
 from small_inputs import Call, Inputs, launch_cases
 
 import gemma4_kernels
+from gemma4_kernels import opset
 
 FAR = 0.02  # of a result's largest value: several roundings to bf16
 
@@ -32,11 +32,12 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def differences(call: Call, ops: ModuleType, device: str) -> list[str]:
+def differences(call: Call, device: str) -> list[str]:
     """Which results on `device` are not those of the eager twin on the CPU."""
     op, arguments = call
-    made = function(ops, op)(**moved(arguments, device))
-    expected = function(gemma4_kernels.ops, op)(**moved(arguments, "cpu"))
+    made = function(op)(**moved(arguments, device))
+    with opset.using(Eager()):
+        expected = function(op)(**moved(arguments, "cpu"))
     found = []
     for ours, theirs in zip(as_tuple(made), as_tuple(expected), strict=True):
         if theirs is None or not theirs.numel():
@@ -58,12 +59,7 @@ def item(number: int, call: Call) -> str:
     return f"{number}: {op}, {next(shapes)}"
 
 
-def run(
-    calls: Iterable[Call],
-    ledger: Ledger,
-    ops: ModuleType = gemma4_kernels.ops,
-    device: str = "cuda",
-) -> None:
+def run(calls: Iterable[Call], ledger: Ledger, device: str = "cuda") -> None:
     """The calls that are not in the ledger, which gets them; stops where the GPU is lost."""
     done = ledger.done()
     for number, call in enumerate(calls):
@@ -73,7 +69,7 @@ def run(
         print(name, flush=True)  # what a sanitizer says next is of this case
         ledger.start(name)
         try:
-            found = differences(call, ops, device)
+            found = differences(call, device)
         except Exception as error:
             found = [f"{type(error).__name__}: {error}"]
         ledger.end(name, "failed" if found else "passed", why="; ".join(found))

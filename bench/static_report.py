@@ -46,7 +46,8 @@ def run(op: str, arguments: dict) -> object:
     control.reset_counts()
     try:
         with emulated.one_schedule():
-            function(emulated.ops(), op)(**arguments)
+            emulated.ops()
+            function(op)(**arguments)
         return control.counts()
     finally:
         control.settings.profile = False

@@ -1,8 +1,8 @@
 """Ops of Google's Gemma 4 text models for PyTorch, usable alone from any program."""
 
-from . import extension, library
-from .extension import build_info
+from . import extension, opset
 from .flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .info import build_info
 from .ops import (
     add_rms_norm,
     attention_decode,
@@ -22,7 +22,7 @@ from .ops import (
 
 __version__ = "0.1.0"
 
-library.use_compiled(extension.ops_in(library.COMPILED))
+opset.kernels = opset.Kernels("gemma4_kernels_compiled", "CUDA", extension.covers)
 
 __all__ = [
     "add_rms_norm",

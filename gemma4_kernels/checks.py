@@ -1,7 +1,7 @@
-"""What each op demands of its arguments; run by the eager twins and by the fakes alike.
+"""What each op demands of its tensors; run before the eager twins and by the fakes.
 
-A check reads shapes, dtypes and devices only, never a value, so that it costs no synchronisation
-and holds under `torch.compile`.
+A check takes arguments by their names in the op's schema. It reads shapes, dtypes and devices only,
+never a value, so that it costs no synchronisation and holds under `torch.compile`.
 """
 
 import torch
@@ -106,7 +106,19 @@ def qkv_norm_rope(
     _shape("inv_freq", inv_freq, (head_dim // 2,))
 
 
-def cache_write(k: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def qkv_norm_rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _like(name, cache, "q", k)
         if cache.ndim < 3 or cache.shape[-2:] != k.shape[1:]:

@@ -7,7 +7,6 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -70,13 +69,6 @@ def _check_unchanged(library: Path, size: int, sha256: str) -> None:
 BUILD = load()
 
 
-def ops_in(namespace: str) -> list[str]:
-    """The ops of a torch.library namespace that the library implements."""
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    split = (name.partition("::") for name in registered)
-    return sorted(op for space, _, op in split if space == namespace)
-
-
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     kind, _, number = arch.partition("_")
     target = divmod(int(number.removesuffix("a")), 10)
@@ -102,27 +94,3 @@ def covers(device: torch.device) -> bool:
         stacklevel=2,
     )
     return False
-
-
-def build_info() -> dict[str, Any]:
-    """What this installation is made of.
-
-    Returns a dict: `version`, `torch` (its version), `cuda` (True if the compiled kernels are
-    loaded), `reason` (why they are not, or None), `archs` (what they are compiled for, as nvcc
-    names it), `kernels` (the ops that have one; the others run their eager twins), `toolkit` (the
-    CUDA version they are compiled with), `abi_target` (the oldest torch that they load under),
-    `device` (the GPU's name, or None).
-    """
-    from . import __version__, library
-
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "cuda": BUILD.reason is None,
-        "reason": BUILD.reason,
-        "archs": list(BUILD.archs),
-        "kernels": ops_in(library.COMPILED),
-        "toolkit": BUILD.toolkit,
-        "abi_target": BUILD.abi_target,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

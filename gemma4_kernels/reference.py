@@ -17,9 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .autocast import unaffected
-
 # Attention scores held at once by `attention_prefill`, in elements: bounds its memory whatever the
 # prompt, and large enough for full-speed matrix products.
 SCORE_ELEMENTS = 1 << 22
@@ -35,13 +32,10 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
 
-@unaffected
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    checks.rms_norm(x, weight)
     return _rms_norm(x, weight, eps)
 
 
-@unaffected
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -50,7 +44,6 @@ def add_rms_norm(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    checks.add_rms_norm(x, residual, post_weight, next_weight, scale)
     residual = residual + _rms_norm(x, post_weight, eps)
     if scale is not None:
         # In place, in the reference: the dtype stays.
@@ -61,7 +54,6 @@ def add_rms_norm(
     return residual, _rms_norm(residual, next_weight, eps)
 
 
-@unaffected
 def qkv_norm_rope(
     q_THC: Tensor,
     k_TGC: Tensor | None,
@@ -72,7 +64,6 @@ def qkv_norm_rope(
     inv_freq: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq)
     dtype = q_THC.dtype
     inner = torch.promote_types(dtype, q_weight.dtype)
     if k_weight is not None:
@@ -98,7 +89,6 @@ def qkv_norm_rope(
     return q, norm_and_rotate(k_TGC, k_weight), v
 
 
-@unaffected
 def qkv_norm_rope_cache(
     q_THC: Tensor,
     k_TGC: Tensor,
@@ -113,7 +103,6 @@ def qkv_norm_rope_cache(
     slots_T: Tensor,
 ) -> Tensor:
     q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
-    checks.cache_write(k_TGC, k_cache, v_cache, slots_T)
     slots_T = slots_T.long()
     if (slots_T < 0).any():
         keep = slots_T >= 0
@@ -123,9 +112,7 @@ def qkv_norm_rope_cache(
     return q
 
 
-@unaffected
 def geglu(gate_up: Tensor) -> Tensor:
-    checks.geglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return (F.gelu(gate, approximate="tanh") * up).contiguous()
 
@@ -228,7 +215,6 @@ def _pages(cache: Tensor, pages: list[int], num_keys: int) -> Tensor:
     return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:num_keys]
 
 
-@unaffected
 def attention_prefill(
     q_THC: Tensor,
     k: Tensor,
@@ -245,9 +231,6 @@ def attention_prefill(
     block_table: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    checks.attention_prefill(
-        q_THC, k, v, cu_seqlens_q, cu_seqlens_k, window, window_right, causal, block_table
-    )
     acc = torch.promote_types(q_THC.dtype, torch.float32)
     kv_heads = k.shape[-2]
     fused = q_THC.is_cpu and not softcap and not return_lse
@@ -293,7 +276,6 @@ def attention_prefill(
     return out_THC, lse_HT
 
 
-@unaffected
 def attention_prefill_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -349,7 +331,6 @@ def attention_prefill_backward(
     return dq, dk.to(k_SGC.dtype), dv.to(v_SGC.dtype)
 
 
-@unaffected
 def attention_decode(
     q_BNHC: Tensor,
     k_cache: Tensor,
@@ -362,7 +343,6 @@ def attention_decode(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    checks.attention_decode(q_BNHC, k_cache, v_cache, seq_lens, block_table, window, ring)
     fused = q_BNHC.is_cpu and not softcap and not return_lse
     acc = torch.promote_types(q_BNHC.dtype, torch.float32)
     _, num_new, heads, _ = q_BNHC.shape
@@ -429,16 +409,12 @@ def _spans(slots: int, lo: int, hi: int) -> list[slice]:
     return [slice(begin, end)] if begin < end else [slice(begin, slots), slice(0, end)]
 
 
-@unaffected
 def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    checks.moe_norm(x, weight, scale)
     router_x = _rms_norm(x, None, eps) * scale * max(x.shape[-1], 1) ** -0.5
     return _rms_norm(x, weight, eps), router_x.contiguous()
 
 
-@unaffected
 def moe_route(logits_TE: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    checks.moe_route(logits_TE, per_expert_scale, k)
     acc = torch.promote_types(logits_TE.dtype, torch.float32)
     probabilities = logits_TE.softmax(-1, dtype=acc)
     # A stable sort and not topk, which leaves the order of equal values open.
@@ -460,11 +436,9 @@ def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple
     return order, runs
 
 
-@unaffected
 def moe_experts(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    checks.moe_experts(x_TD, gate_up_E2FD, down_EDF, experts_TK, weights_TK)
     order, runs = _by_expert(experts_TK, down_EDF.shape[0])
     tokens = order // experts_TK.shape[1]
     x_sorted, weights = x_TD[tokens], weights_TK.flatten()[order, None]
@@ -477,7 +451,6 @@ def moe_experts(
     return out_TD.to(x_TD.dtype)
 
 
-@unaffected
 def moe_experts_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -509,11 +482,9 @@ def moe_experts_backward(
     return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
 
 
-@unaffected
 def ple_embed(
     ids_T: Tensor, table: Tensor, projected: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    checks.ple_embed(ids_T, table, projected, weight)
     known = (ids_T >= 0) & (ids_T < table.shape[0])
     rows = F.embedding(torch.where(known, ids_T, 0).to(table.device), table)
     rows = rows.to(projected.device).masked_fill(~known[:, None], 0.0)
@@ -524,19 +495,13 @@ def ple_embed(
     return (context_TLP + tokens_TLP) * 2.0**-0.5
 
 
-@unaffected
 def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
-    checks.ple_gate(gate_TP, ple_TLP, layer)
     return (F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
 
 
-@unaffected
 def softcap(logits: Tensor, cap: float) -> Tensor:
-    checks.softcap(logits, cap)
     return (torch.tanh_(logits / cap) * cap).contiguous()
 
 
-@unaffected
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
-    checks.softcap_argmax(logits, cap)
     return softcap(logits, cap).argmax(-1)

@@ -14,6 +14,8 @@ from backends import in_dtypes as in_dtypes  # tests take it from here
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma4_kernels import opset
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the processors
 
@@ -90,6 +92,12 @@ def kernels(
     made = compiled.read_kernels(files)
     print("\n".join(map(str, made)))
     return made
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that puts other kernels under the ops leaves those that it found."""
+    monkeypatch.setattr(opset, "kernels", opset.kernels)
 
 
 @pytest.fixture(autouse=True)

@@ -1,28 +1,26 @@
 """The `emulated` backend: csrc compiled by g++ with the emulator, loaded beside the real ops.
 
 The library is built once and kept in build/; ninja compiles again what has changed, headers
-included. Its ops live in a torch.library namespace of their own, under copies of
-`gemma4_kernels.library` and `gemma4_kernels.ops`, so that one test body runs the public wrappers
-over the emulated kernels. Every call runs under several schedules, which must agree to the bit.
+included. Its ops live in a torch.library namespace of their own, which takes the compiled library's
+place under the public ops. Every call runs under several schedules, which must agree to the bit.
 """
 
 import contextlib
 import fcntl
 import functools
 import importlib.util
-import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 
-import gemma4_kernels.library
 import gemma4_kernels.ops
+from gemma4_kernels import opset
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -151,20 +149,9 @@ def build_checks(instrument: str = "hooks") -> Path:
 
 
 def ops_with_kernels() -> list[str]:
-    """The ops that bindings.cpp registers, in its order."""
-    return re.findall(r'm\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
-
-
-def _copy(module: ModuleType, lines: dict[str, str], **names: Any) -> ModuleType:
-    """The module's source run once more, with some lines of it replaced and some names given."""
-    source = Path(module.__file__).read_text()
-    for old, new in lines.items():
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    copy = ModuleType(f"{module.__name__}_of_{NAME}")
-    copy.__dict__.update(names, __package__=module.__package__, __file__=module.__file__)
-    exec(compile(source, module.__file__, "exec"), copy.__dict__)
-    return copy
+    """The ops that have a launcher, known without building it."""
+    launchers = {path.stem for path in CSRC.glob("*/*.cu")}
+    return [name for name in opset.OPS if name.removesuffix("_cache") in launchers]
 
 
 def _same_bits(a: Any, b: Any) -> bool:
@@ -182,19 +169,17 @@ def one_schedule() -> Iterator[None]:
     SCHEDULES.extend(others)
 
 
-def _scheduled(compiled: Callable[..., Any], control: ModuleType) -> Callable[..., Any]:
-    """Calls compiled ops under each schedule and demands the same bits of all."""
+class EmulatedKernels(opset.Kernels):
+    """Runs each call under every schedule and demands the same bits of all."""
 
-    def call(*args: Any) -> Any:
-        results = []
-        for control.settings.seed, policy in SCHEDULES:
-            control.settings.policy = getattr(control.Policy, policy)
-            results.append(compiled(*args))
+    def call(self, op: opset.Op, args: tuple[Any, ...]) -> Any:
+        settings, results = control().settings, []
+        for settings.seed, policy in SCHEDULES:
+            settings.policy = getattr(control().Policy, policy)
+            results.append(super().call(op, args))
         for other in results[1:]:
-            assert _same_bits(results[0], other), f"{args[0]}: the schedules disagree"
+            assert _same_bits(results[0], other), f"{op.name}: the schedules disagree"
         return results[0]
-
-    return call
 
 
 @functools.cache
@@ -216,24 +201,12 @@ def kernel_names() -> dict[int, str]:
 
 
 @functools.cache
+def kernels() -> EmulatedKernels:
+    control()  # registers them
+    return EmulatedKernels(NAME, "CPU", lambda device: True)
+
+
 def ops() -> ModuleType:
-    """`gemma4_kernels.ops` over the emulated kernels; what has none runs its eager twin."""
-    library = _copy(
-        gemma4_kernels.library,
-        {
-            'NAMESPACE = "gemma4_kernels"': f'NAMESPACE = "{NAME}_public"',
-            'COMPILED = "gemma4_kernels_compiled"': f'COMPILED = "{NAME}"',
-            "from . import checks, extension, reference": "from . import checks, reference",
-        },
-        extension=SimpleNamespace(covers=lambda device: True),
-    )
-    library.compiled_once = library.compiled
-    library.compiled = _scheduled(library.compiled, control())
-    library.use_compiled(ops_with_kernels(), "CPU")
-    module = _copy(
-        gemma4_kernels.ops,
-        {"from . import library, reference": "from . import reference"},
-        library=library,
-    )
-    module._on_cpu = lambda x: False
-    return module
+    """The public ops, with the emulated kernels under them until a test ends."""
+    opset.kernels = kernels()
+    return gemma4_kernels.ops

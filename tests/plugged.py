@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from gemma4_kernels import library, ops
+from gemma4_kernels import ops, opset
 from gemma4_kernels.integrations import transformers as plugin
 from gemma4_kernels.integrations.transformers import attention, base, experts, modules
 
@@ -46,7 +46,7 @@ def way(request, monkeypatch, recwarn):
         monkeypatch.setattr(base, "takes_ops", lambda x: True)
     else:
         use_ops(monkeypatch, None)
-    library.warn.cache_clear()
+    opset.warn.cache_clear()
     yield request.param
     assert not [w for w in recwarn if "without a kernel" in str(w.message)]
 

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_compiler
 
-import gemma4.layers
-import gemma4.model
-import gemma4.modules
-import gemma4.steps
+from gemma4_kernels import opset
 
 pytestmark = needs_compiler
 HEADS = dict(head_dim=256, global_head_dim=512)
@@ -22,18 +19,16 @@ def on_kernels(monkeypatch):
     """Puts the model on the emulated kernels; returns the names of the ops that ran in them."""
 
     def on_kernels():
-        module, names = emulated.ops(), set()
-        library = module.library
-        compiled = library.compiled
+        kernels, names = emulated.kernels(), set()
+        call = kernels.call
 
-        def counted(name, *args):
-            names.add(name)
+        def counted(op, args):
+            names.add(op.name)
             with emulated.one_schedule():
-                return compiled(name, *args)
+                return call(op, args)
 
-        monkeypatch.setattr(library, "compiled", counted)
-        for part in (gemma4.layers, gemma4.model, gemma4.modules, gemma4.steps):
-            monkeypatch.setattr(part, "ops", module)
+        monkeypatch.setattr(kernels, "call", counted)
+        monkeypatch.setattr(opset, "kernels", kernels)
         return names
 
     return on_kernels

@@ -245,7 +245,7 @@ def test_compiles_whole(name):
 @torch.no_grad()
 def test_on_the_kernels(name, monkeypatch):
     """Head sizes 256 and 512 in bf16, under emulation; padded prefill and steps of decoding."""
-    use_ops(monkeypatch, emulated.ops())
+    use_ops(monkeypatch, emulated.ops())  # not none, as on a CPU
     plugin.register()
     theirs = load(name, dtype=torch.bfloat16)
     ours = plugin.enable(load(name, plugin.NAME, dtype=torch.bfloat16))

@@ -14,6 +14,8 @@ import torch
 from conftest import BF16, CARDS, FP32, emulated_backend, in_dtypes
 from small_inputs import CASES, SMALL, WEIGHTS, moe_inputs
 
+from gemma4_kernels import opset
+
 
 @pytest.fixture
 def counted():
@@ -116,9 +118,8 @@ def test_prefill_backward_work(counted, on_card, case):
     cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
     rest = (tokens, keys, 0.1, False, 0, -1, 0.0)
     with emulated.one_schedule():
-        backend.ops.library.compiled(
-            *("attention_prefill_backward", grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *rest)
-        )
+        backward = opset.OPS["attention_prefill_backward"]
+        opset.kernels.call(backward, (grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *rest))
 
     counts, rows = counted.counts(), tokens * heads
     assert counts.launches == 3

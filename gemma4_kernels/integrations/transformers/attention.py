@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import library, ops, reference
+from ... import ops, opset, reference
 from . import base
 
 # attention_decode takes up to this many new tokens a sequence.
@@ -120,7 +120,7 @@ def _starts_of_padded(bounds: Tensor, queries: int) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.assume_constant_result  # so that a compiler calls it, while it traces
 def _warn(sentence: str) -> None:
-    library.warn(sentence)
+    opset.warn(sentence)
 
 
 def _masked(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from ... import extension, library
+from ... import extension, opset
 from ...fusion import why_not_plain
 from . import base, modules
 from .experts import instead_of_op
@@ -42,7 +42,7 @@ def _line(layer: nn.Module, cosines: str | None) -> str:
         parts.append(_said_experts(layer, weight))
     swapped = isinstance(layer, modules.DecoderLayer) and base.takes_ops(weight)
     ours = base.NAME if swapped else "transformers"
-    parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight,), weight))
+    parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight, None), weight))
     called = list(_called(layer, cosines)) if swapped else []
     if called:
         parts.append("not fused: " + ", ".join(called))
@@ -95,5 +95,5 @@ def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Ten
         return f"{part}: eager twins ({extension.BUILD.reason})"
     if not extension.covers(weight.device):
         return f"{part}: eager twins (no kernels for {weight.device})"
-    reason = library.why_eager(op, args)
+    reason = opset.OPS[op].why_eager(args)
     return f"{part}: kernels" if reason is None else f"{part}: eager twins ({reason})"

@@ -1,0 +1,177 @@
+"""Attention over packed sequences and over a cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..autocast import cast, product_dtype
+from ..opset import HALF, Gradient, NoGradient, Op, needs_grad, new
+
+HEAD_DIMS = (64, 128, 256, 512)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _head_dim_unserved(q: Tensor) -> str | None:
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"it is for head_dim {HEAD_DIMS}, got {q.shape[-1]}"
+    return None
+
+
+def _packed_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    tokens = q.shape[0] if return_lse else 0
+    return new(q, *q.shape), new(q, q.shape[1], tokens, dtype=_lse_dtype(q))
+
+
+_attention_prefill_backward = Op(
+    "attention_prefill_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v,"
+    " Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float scale, bool causal, int window, int window_right, float softcap)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.attention_prefill_backward,
+    outputs=lambda q, k, v: (new(q, *q.shape), new(k, *k.shape), new(v, *v.shape)),
+    dtypes=HALF,
+    unserved=_head_dim_unserved,
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _keep_packed(inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+    q, k, v, *rest = inputs
+    return q, k, v, *output, *rest
+
+
+def _backward(
+    kept: list[Any], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *rest, block_table, has_lse = kept
+    if block_table is not None:
+        raise RuntimeError("attention_prefill has no backward for K and V in pages (block_table)")
+    if not has_lse:
+        raise RuntimeError("attention_prefill needs return_lse=True to be differentiated")
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grads = _attention_prefill_backward.registered(grad_out, grad_lse, q, k, v, out, lse, *rest)
+    return (*grads, *[None] * 11)
+
+
+_attention_prefill = Op(
+    "attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, int window,"
+    " int window_right, float softcap, Tensor? block_table, bool return_lse) -> (Tensor, Tensor)",
+    reference.attention_prefill,
+    check=checks.attention_prefill,
+    outputs=_packed_out,
+    dtypes=HALF,
+    unserved=_head_dim_unserved,
+    gradient=Gradient(_keep_packed, _backward),
+)
+
+
+def attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    window: int = 0,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale q kᵀ) v over packed sequences of any lengths, memory linear in their length.
+
+    q [T, H, C]; k, v [S, G, C], or pages [pages, page_size, G, C] with block_table [B, pages]
+    int32; H a multiple of G. Sequence b owns queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1
+    and likewise its keys ([B + 1] int32, on the device); its queries are the tail of its keys.
+    A query at key position i sees key j if j <= i (causal) or j <= i + window_right (not causal,
+    -1: no bound), and i - window < j (window counts keys, the query's own included; 0: no bound).
+    softcap > 0 replaces a score s by softcap · tanh(s / softcap).
+
+    Returns out [T, H, C] and, with return_lse, the log-sum-exp of the scores [H, T] in fp32. A
+    query that sees no key gives 0 and -inf. q, k and v have one dtype, and under autocast are cast
+    to its dtype. Differentiable without a block_table.
+    """
+    dtype = product_dtype(q)
+    if dtype is not None:
+        q, k, v = cast(dtype, q, k, v)
+    # The registered gradient, which needs the lse, recomputes the scores block by block; plain
+    # autograd through the twin would keep all of them.
+    training = needs_grad(q, k, v)
+    out, lse = _attention_prefill(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        causal,
+        window,
+        window_right,
+        softcap,
+        block_table,
+        return_lse or training,
+    )
+    return out, lse if return_lse else None
+
+
+def _rows_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, num_new, heads, _ = q.shape
+    lse_shape = (batch, heads, num_new if return_lse else 0)
+    return new(q, *q.shape), new(q, *lse_shape, dtype=_lse_dtype(q))
+
+
+_attention_decode = Op(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,"
+    " Tensor? block_table, float scale, int window, bool ring, float softcap, bool return_lse)"
+    " -> (Tensor, Tensor)",
+    reference.attention_decode,
+    check=checks.attention_decode,
+    outputs=_rows_out,
+    dtypes=HALF,
+    unserved=_head_dim_unserved,
+    gradient=NoGradient("it reads a cache; use attention_prefill for training"),
+)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of the last few tokens of each sequence over its cache.
+
+    q [B, N, H, C]; k_cache, v_cache [B, S, G, C] (position p in slot p, or p mod S with ring), or
+    pages [pages, page_size, G, C] with block_table [B, pages]; seq_lens [B] int32 counts the keys
+    of each row, its N new ones included; 0 leaves a row out. window as in `attention_prefill`; a
+    ring needs one, and S >= window + N - 1. Slots outside the visible range are never used.
+
+    Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
+    Dtypes as in `attention_prefill`. Has no backward.
+    """
+    dtype = product_dtype(q)
+    if dtype is not None:
+        q, k_cache, v_cache = cast(dtype, q, k_cache, v_cache)
+    args = (q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse)
+    out, lse = _attention_decode(*args)
+    return out, lse if return_lse else None

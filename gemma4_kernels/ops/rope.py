@@ -1,0 +1,87 @@
+"""Norms of fresh projections and their rotation, kept or written into a cache."""
+
+from torch import Tensor
+
+from .. import checks, reference
+from ..opset import Op, needs_grad, new
+
+
+def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, ...]:
+    kv_shape = (0,) if k is None else k.shape
+    return new(q, *q.shape), new(q, *kv_shape), new(q, *kv_shape)
+
+
+_qkv_norm_rope = Op(
+    "qkv_norm_rope(Tensor q, Tensor? k, Tensor? v, Tensor q_weight, Tensor? k_weight,"
+    " Tensor positions, Tensor inv_freq, float eps) -> (Tensor, Tensor, Tensor)",
+    reference.qkv_norm_rope,
+    check=checks.qkv_norm_rope,
+    outputs=_qkv,
+    beside=("q_weight", "k_weight"),
+)
+
+
+def qkv_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per-head RMS norms and rotary embedding of fresh projections.
+
+    q = rope(rms_norm(q, q_weight)), k = rope(rms_norm(k, k_weight)), v = rms_norm(v); rope turns
+    the pairs (i, i + C/2) by positions · inv_freq[i], angles in fp32.
+
+    q [T, H, C]; k, v [T, G, C] of one floating dtype; weights [C] of any; positions [T] integers;
+    inv_freq [C/2] fp32 (zeros leave a pair as it is). Without v, V is made from the raw k
+    (attention_k_eq_v); without k too, only q is made (a layer that borrows keys). Inputs may be
+    strided views of one projection.
+    Returns contiguous (q, k, v) in the dtype of q, None for what is absent.
+    """
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps)
+    q, new_k, new_v = _qkv_norm_rope(*args)
+    return (q, None, None) if k is None else (q, new_k, new_v)
+
+
+_qkv_norm_rope_cache = Op(
+    "qkv_norm_rope_cache(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight,"
+    " Tensor positions, Tensor inv_freq, float eps, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor slots) -> Tensor",
+    reference.qkv_norm_rope_cache,
+    check=checks.qkv_norm_rope_cache,
+    outputs=lambda q: new(q, *q.shape),
+    beside=("q_weight", "k_weight"),
+)
+
+
+def qkv_norm_rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`qkv_norm_rope` that writes k and v of token t into slot slots[t] of a cache.
+
+    k_cache, v_cache [..., G, C], contiguous, written in place: pages [pages, page_size, G, C] or
+    rows [B, S, G, C], whose leading dimensions count slots. slots [T] integers; a negative one
+    drops its token, and so does, in a kernel, one past the cache (the eager twin raises). Returns
+    q [T, H, C]. Has no backward.
+    """
+    # Not in the backward: keys that went into the cache would lose their gradient without a word.
+    if needs_grad(q, k, v, q_weight, k_weight):
+        raise RuntimeError(
+            "qkv_norm_rope_cache has no backward; use qkv_norm_rope, or torch.no_grad()"
+        )
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps, k_cache, v_cache, slots)
+    return _qkv_norm_rope_cache(*args)

@@ -1,0 +1,319 @@
+"""One op, one row: what PyTorch's dispatcher, its compiler and a call need to know of each.
+
+Plain `Library.define`/`impl` and not the `custom_op` decorator, which costs three times as much a
+call. A compiled library implements the same schemas in a namespace of its own; `kernels` is the one
+in use, and each call runs its kernel if it has one that serves the call, else the eager twin.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autocast import unaffected
+
+NAMESPACE = "gemma4_kernels"
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF)
+# What a number may not fall below, in every op that takes an argument of this name.
+LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0}
+
+OPS: dict[str, "Op"] = {}
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What is kept of (inputs, output) for the backward, and the backward of (kept, *gradients).
+
+    `backward` returns one gradient an input, None where there is none.
+    """
+
+    keep: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+@dataclass(frozen=True)
+class NoGradient:
+    """The backward refuses, and says why."""
+
+    reason: str
+
+
+class Op:
+    """An op of the dispatcher, called by the shortest way that serves.
+
+    `check`, `outputs` and `unserved` name the arguments that they want as the schema does. `check`
+    raises for what the op does not take; `outputs` makes new tensors of the result's shapes, dtypes
+    and devices; `unserved` says why no kernel serves a call, or None. `main` names the argument
+    whose device and dtype are the op's, `dtypes` what its kernel computes in, and `beside` the
+    arguments with a dtype of their own. Without a `gradient` the twin is run again and
+    differentiated.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        twin: Callable[..., Any],
+        *,
+        outputs: Callable[..., Any],
+        check: Callable[..., None] | None = None,
+        main: str | None = None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        beside: tuple[str, ...] = (),
+        unserved: Callable[..., str | None] | None = None,
+        gradient: Gradient | NoGradient | None = None,
+    ) -> None:
+        arguments = torch._C.parse_schema(schema).arguments
+        self.schema, self.name = schema, schema.partition("(")[0]
+        self.names = [argument.name for argument in arguments]
+        self.twin = unaffected(twin)
+        self._judges = [_judge(a.name, str(a.type)) for a in arguments]
+        self._plain = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
+        self._demands, self._outputs = self._bound(check), self._bound(outputs)
+        self._unserved, self._dtypes = self._bound(unserved), dtypes
+        self.main = self.names.index(main) if main else 0
+        self._beside = [self.names.index(name) for name in beside]
+        # A twin that would be differentiated anyway is, on its way forward.
+        self._own_gradient = gradient is not None
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._kernel_or_twin, "CompositeExplicitAutograd")
+        self.registered = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        self.register_fake(NAMESPACE, _library)
+        self._register_gradient(gradient)
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the op past the dispatcher, which is for the compiler and for gradients.
+
+        Under the compiler the op is called, so that what depends on values (sequence lengths,
+        expert counts) stays out of the graph. With gradients it is called where the registered one
+        is better than what autograd would make of the twin, as it is where a kernel computes.
+        """
+        x = args[self.main]
+        if not isinstance(x, Tensor):
+            self.check(args)
+        if torch.compiler.is_compiling() or x.is_meta:
+            return self.registered(*args)
+        served = kernels.serve(self, args)
+        if (served or self._own_gradient) and needs_grad(*args):
+            return self.registered(*args)
+        return self._run(served, args)
+
+    def check(self, args: tuple[Any, ...]) -> None:
+        """Raises TypeError or ValueError for arguments that the op does not take."""
+        for judge, value in zip(self._judges, args, strict=True):
+            judge(value)
+        self._demands(args)
+
+    def why_eager(self, args: tuple[Any, ...]) -> str | None:
+        """What keeps the op's kernel, where there is one, from serving this call; None if nothing.
+
+        The arguments may end early, after those that matter here.
+        """
+        x = args[self.main]
+        if x.dtype not in self._dtypes:
+            return f"it is for {', '.join(map(str, self._dtypes))}, got {x.dtype}"
+        for i in self._beside:
+            if args[i] is not None and args[i].dtype not in FLOATS:
+                return f"it is for {', '.join(map(str, FLOATS))}, got {args[i].dtype}"
+        return self._unserved(args)
+
+    def register_fake(self, namespace: str, library: torch.library.Library) -> None:
+        def fake(*args: Any) -> Any:
+            self._demands(args)
+            return self._outputs(args)
+
+        torch.library.register_fake(f"{namespace}::{self.name}", fake, lib=library)
+
+    def _kernel_or_twin(self, *args: Any) -> Any:
+        return self._run(kernels.serve(self, args), args)
+
+    def _run(self, served: bool, args: tuple[Any, ...]) -> Any:
+        if served:
+            for i in self._plain:
+                self._judges[i](args[i])
+            return kernels.call(self, args)
+        self.check(args)
+        return self.twin(*args)
+
+    def _bound(self, function: Callable[..., Any] | None) -> Callable[[tuple[Any, ...]], Any]:
+        """The function, given of all the op's arguments those that it names."""
+        if function is None:
+            return lambda args: None
+        parameters = inspect.signature(function).parameters
+        wanted = [self.names.index(name) for name in parameters if name in self.names]
+        return lambda args: function(*[args[i] for i in wanted])
+
+    def _register_gradient(self, gradient: Gradient | NoGradient | None) -> None:
+        if "!" in self.schema:
+            return  # what writes into its arguments can have none
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _save(ctx, gradient.keep(inputs, output) if isinstance(gradient, Gradient) else inputs)
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if isinstance(gradient, Gradient):
+                return gradient.backward(_saved(ctx), *grads)
+            return self._differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
+
+        def refuse(ctx: Any, *grads: Any) -> Any:
+            assert isinstance(gradient, NoGradient)
+            raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
+
+        none = isinstance(gradient, NoGradient)
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{self.name}",
+            refuse if none else backward,
+            setup_context=None if none else save,
+            lib=_library,
+        )
+
+    @unaffected
+    def _differentiate_twin(
+        self, saved: list[Any], wanted: tuple[bool, ...], grads: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [
+                value.detach().requires_grad_(want) if isinstance(value, Tensor) else value
+                for value, want in zip(saved, wanted, strict=True)
+            ]
+            outputs = self.twin(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [value for value, want in zip(inputs, wanted, strict=True) if want],
+                [torch.zeros_like(o) if g is None else g for o, g in pairs],
+                allow_unused=True,
+            )
+        remaining = iter(found)
+        return tuple(next(remaining) if want else None for want in wanted)
+
+
+class Kernels:
+    """The compiled implementations in a torch.library namespace, for the devices of `covers`."""
+
+    def __init__(self, namespace: str, key: str, covers: Callable[[torch.device], bool]) -> None:
+        self.covers = covers
+        self.failed: dict[tuple[str, torch.device], str] = {}  # why a kernel is not used
+        self._library = torch.library.Library(namespace, "DEF")
+        for op in OPS.values():
+            self._library.define(op.schema)
+            op.register_fake(namespace, self._library)
+        self.ops = getattr(torch.ops, namespace)
+        registered = set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
+        self.names = [name for name in OPS if f"{namespace}::{name}" in registered]
+
+    def serve(self, op: Op, args: tuple[Any, ...]) -> bool:
+        """Whether a kernel serves this call of an op; where there is one that does not, a warning
+        says why, once."""
+        device = args[op.main].device
+        if op.name not in self.names or not self.covers(device):
+            return False
+        reason = self.failed.get((op.name, device)) or op.why_eager(args)
+        if reason is not None:
+            warn(f"{op.name} runs eager torch, without a kernel: {reason}")
+        return reason is None
+
+    def call(self, op: Op, args: tuple[Any, ...]) -> Any:
+        """The compiled op; what it refuses is refused in the words of the op's check."""
+        try:
+            return getattr(self.ops, op.name)(*args)
+        except RuntimeError as error:
+            refusal = error
+        op.check(args)
+        raise refusal
+
+
+class _NoKernels:
+    """Until a library is looked for."""
+
+    def serve(self, op: Op, args: tuple[Any, ...]) -> bool:
+        return False
+
+
+kernels: Any = _NoKernels()
+
+
+@contextlib.contextmanager
+def using(others: Kernels) -> Iterator[None]:
+    """Puts other kernels under the ops, for all threads."""
+    global kernels
+    before, kernels = kernels, others
+    try:
+        yield
+    finally:
+        kernels = before
+
+
+@functools.cache
+def warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=5)
+
+
+def needs_grad(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An unfilled tensor beside x."""
+    return x.new_empty(shape, dtype=dtype or x.dtype)
+
+
+def _judge(name: str, kind: str) -> Callable[[Any], None]:
+    """What raises unless a value is one of this kind, as a schema names it."""
+    least = LEAST.get(name, -math.inf)
+
+    def tensor(value: Any) -> None:
+        if not isinstance(value, Tensor) and (value is not None or kind == "Tensor"):
+            raise TypeError(f"{name} must be a tensor, got {_told(value)}")
+
+    def flag(value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {_told(value)}")
+
+    def number(value: Any) -> None:
+        if type(value) is not float and not _is(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {_told(value)}")
+        if not (math.isfinite(value) and value >= least):
+            sort = "finite" if least < 0 else "finite and at least 0"
+            raise ValueError(f"{name} must be {sort}, got {value}")
+
+    def integer(value: Any) -> None:
+        if type(value) is not int and not _is(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {_told(value)}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    return {"float": number, "int": integer, "bool": flag}.get(kind, tensor)
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _told(value: Any) -> str:
+    return "None" if value is None else f"{value!r:.40} of type {type(value).__name__}"
+
+
+def _save(ctx: Any, values: tuple[Any, ...]) -> None:
+    """Keeps tensors and plain values apart, as autograd wants, in their order."""
+    ctx.is_tensor = [isinstance(value, Tensor) for value in values]
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    pairs = zip(ctx.is_tensor, ctx.plain, strict=True)
+    return [next(tensors) if is_tensor else plain for is_tensor, plain in pairs]
