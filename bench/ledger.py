@@ -5,10 +5,9 @@ killed the file says what it was at.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 LOST = 75  # exit status: the items after this one need another process
 
@@ -28,6 +27,10 @@ class Ledger:
     def note(self, **row: Any) -> None:
         self._write(json.dumps(row) + "\n")
 
+    def begin(self) -> None:
+        """Before a new process: what an earlier one was at is not what this one dies of."""
+        self.note(outcome="begun")
+
     def start(self, item: str) -> None:
         self.note(item=item, outcome="started")
 
@@ -35,17 +38,23 @@ class Ledger:
         self.note(item=item, outcome=outcome, **row)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole lines but those of starts."""
-        return [row for row in self._lines() if row.get("outcome") != "started"]
+        """All whole lines but those of beginnings."""
+        return [row for row in self._lines() if row.get("outcome") not in ("begun", "started")]
 
     def done(self) -> set[str]:
         return {row["item"] for row in self.rows() if "item" in row}
 
     def started(self) -> list[str]:
-        """The items that were begun and are not done."""
-        begun = dict.fromkeys(r["item"] for r in self._lines() if r.get("outcome") == "started")
-        done = self.done()
-        return [item for item in begun if item not in done]
+        """The items that the last process has begun and not done."""
+        found: dict[str, None] = {}
+        for row in self._lines():
+            if row.get("outcome") == "begun":
+                found.clear()
+            elif row.get("outcome") == "started":
+                found[row["item"]] = None
+            else:
+                found.pop(row.get("item", ""), None)
+        return list(found)
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.file.is_file():
@@ -61,7 +70,8 @@ class Ledger:
 
 def gpu_is_lost() -> bool:
     """Whether a kernel's fault has taken this process's GPU with it: every later call fails too."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    torch = sys.modules.get("torch")  # which the tests of a process may not need
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()

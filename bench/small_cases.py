@@ -91,6 +91,7 @@ def main() -> int:
     if not (build["cuda"] and torch.cuda.is_available()):
         print(f"no kernels to run: {build['reason'] or 'torch finds no CUDA device'}")
         return 2
+    torch.zeros(1, device="cuda")  # a sanitizer takes a process without a GPU for a failure
     torch.manual_seed(0)
     # Inputs made on the CPU come by a copy, which initcheck sees; a kernel of torch's it would not.
     run(launch_cases(EAGER), ledger)
