@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +21,33 @@ Page = dict[str, Any]
 def read(folder: Path) -> Page:
     """What the results' folder says."""
     state = json.loads((folder / "state.json").read_text())
-    rows = {name: Ledger(folder / f"{name}.jsonl").rows() for name in STAGES}
+    found = {name: Ledger(folder / f"{name}.jsonl").rows() for name in (*STAGES, *BENCHES)}
+    items = {name: [row for row in rows if "outcome" in row] for name, rows in found.items()}
     failures = [
         {"stage": name, "item": row["item"], "why": row.get("why", "")}
-        for name in STAGES
-        for row in rows[name]
-        if row.get("outcome") == "failed"
+        for name, rows in items.items()
+        for row in rows
+        if row["outcome"] == "failed"
     ]
-    counts = {
-        name: {x: n for x in ("passed", "failed", "skipped") if (n := count(rows[name], x))}
-        for name in STAGES
-    }
     generate = folder / "generate.json"
     rates = generate.read_text().splitlines()[-1:] if generate.is_file() else []
     return {
         "facts": state["facts"],
         "build": state["build"],
         "stages": state["stages"],
-        "items": {name: found for name, found in counts.items() if found},
+        "items": {name: count(rows) for name, rows in items.items() if rows},
         "failures": failures,
         "check": checked(folder / "check.log"),
-        "ops": [row for name in BENCHES for row in rows[name]],
-        "counters": [row for row in rows["counters"] if row.get("kernels")],
-        "models": [row for row in rows["models"] if "vs_sdpa" in row],
+        "ops": [row for name in BENCHES for row in found[name]],
+        "counters": [row for row in items.get("counters", []) if row.get("kernels")],
+        "models": [row for row in items.get("models", []) if "vs_sdpa" in row],
         "generate": [json.loads(line) for line in rates],
     }
 
 
-def count(rows: list[dict], outcome: str) -> int:
-    return len({row["item"] for row in rows if row.get("outcome") == outcome})
+def count(rows: list[dict]) -> dict[str, int]:
+    """The items of each outcome; a test can end in several ways, of which the last counts."""
+    return dict(Counter({row["item"]: row["outcome"] for row in rows}.values()))
 
 
 def checked(log: Path) -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Stage:
     def arguments(self, name: str, out: Path) -> list[str]:
         parallel = f"-n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") else ""
         values = {"python": sys.executable, "ledger": out / f"{name}.jsonl", "name": name}
-        words = self.command.replace("{parallel}", parallel).split()
+        words = shlex.split(self.command.replace("{parallel}", parallel))
         return [word.format(out=out, **values) for word in words]
 
     @property
