@@ -102,7 +102,9 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, torc
         theirs._attn_implementation = "eager" if way == "eager" else "sdpa"
         with device:
             model = transformers.Gemma4ForCausalLM(theirs)
-        model.to(dtype).eval().load_state_dict(models["gemma4"].state_dict(), assign=True)
+        ours = models["gemma4"]
+        state = {"lm_head.weight": ours.lm_head.weight, **ours.state_dict()}  # a tied one twice
+        model.to(dtype).eval().load_state_dict(state, assign=True)
         models[way] = enable(model) if way == "enabled" else model
     return models
 
@@ -117,6 +119,7 @@ def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
     output = prefill(model, ids)
     middle = now(ids.device)
     logits = output.logits[:, -1]
+    cache = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     if isinstance(model, Gemma4ForCausalLM):
         decoder = Decoder(model, output.cache, DECODE_TOKENS + 1)
     for i in range(DECODE_TOKENS + 1):
@@ -126,7 +129,8 @@ def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
             logits = decoder(logits.argmax(-1))
         else:
             token = logits.argmax(-1, keepdim=True)
-            output = model(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
+            given = {cache: output[cache], "use_cache": True, "logits_to_keep": 1}
+            output = model(input_ids=token, **given)
             logits = output.logits[:, -1]
     return middle - start, now(ids.device) - second
 
