@@ -343,6 +343,7 @@ def parse_pytest(words):
     _prepareconfig(words)._ensure_unconfigure()
 
 
+@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils")  # pip's own
 @pytest.mark.parametrize("name", STAGES)
 def test_commands_are_understood(name, tmp_path):
     """By the programs' own parsers; what is misspelt is not."""
