@@ -9,20 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import bench_model
-import bench_ops
-import counters
 import gpu_check
 import gpu_page
-import gpu_stages
 import provenance
 import pytest
-import small_cases
 import torch
 from gpu_stages import STAGES, Stage
 from ledger import Ledger
-
-from gemma4.cli import arguments as cli
+from test_gpu_stages import COMPUTE_SANITIZER, parse_pip
 
 FACTS = {*gpu_check.KEY, "python", "commit"}
 BENCH = Path(gpu_check.__file__).parent
@@ -260,22 +254,6 @@ def test_a_build_that_does_not_load():
     assert made is None and why
 
 
-COMPUTE_SANITIZER = """
-import argparse, subprocess, sys
-parser = argparse.ArgumentParser(allow_abbrev=False)
-for name in ("--tool", "--error-exitcode", "--launch-timeout", "--report-api-errors"):
-    parser.add_argument(name, required=True)
-parser.add_argument("--kernel-name", required=True)
-parser.add_argument("command", nargs=argparse.REMAINDER)
-args = parser.parse_args()
-assert args.tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-print("========= COMPUTE-SANITIZER", flush=True)
-status = subprocess.run(args.command).returncode
-{said}
-sys.exit({status})
-"""
-
-
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_a_sanitizer(stages, programs, tmp_path, capsys, tool):
     made = stages(work="time.sleep(0.3)")
@@ -310,56 +288,6 @@ def test_a_sanitizer_without_a_gpu_to_watch(stages, programs, tmp_path, capsys):
     programs("compute-sanitizer", COMPUTE_SANITIZER.format(said=said, status="0"))
     assert gpu_check.main(["memcheck", "--out", str(tmp_path / "out")]) == 1
     assert "memcheck: failed: Target application terminated" in capsys.readouterr().out
-
-
-def parse(words):
-    """Has the program's own parser read a stage's command."""
-    first, *rest = words
-    if first == "compute-sanitizer":
-        start = rest.index(sys.executable)
-        text = COMPUTE_SANITIZER.partition("args =")[0]
-        scope = {}
-        exec(text, scope)
-        scope["parser"].parse_args(rest[:start])
-        return parse(rest[start:])
-    assert first == sys.executable
-    if rest[0] == "-m":
-        return {"pip": parse_pip, "pytest": parse_pytest, "gemma4": cli.parse}[rest[1]](rest[2:])
-    scripts = (bench_model, bench_ops, counters, small_cases)
-    (script,) = (module for module in scripts if Path(module.__file__) == gpu_check.ROOT / rest[0])
-    return script.arguments().parse_args(rest[1:])
-
-
-def parse_pip(words):
-    from pip._internal.commands import create_command
-
-    command, *options = words
-    return create_command(command).parse_args(options)
-
-
-def parse_pytest(words):
-    from _pytest.config import _prepareconfig
-
-    _prepareconfig(words)._ensure_unconfigure()
-
-
-@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils")  # pip's own
-@pytest.mark.parametrize("name", STAGES)
-def test_commands_are_understood(name, tmp_path):
-    """By the programs' own parsers; what is misspelt is not."""
-    words = STAGES[name].arguments(name, tmp_path)
-    parse(words)
-    option = next(i for i, word in reversed(list(enumerate(words))) if word.startswith("--"))
-    words[option] = words[option][:-1] + "x"
-    with pytest.raises((SystemExit, pytest.UsageError)):
-        parse(words)
-
-
-def test_bench_stages_name_ops():
-    ops = set()
-    for name in gpu_page.BENCHES:
-        ops |= set(parse(STAGES[name].arguments(name, Path())).only)
-    assert ops == {case.op for case in bench_ops.op_cases.cases(bench_ops.op_cases.BRIEF)}
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
@@ -438,9 +366,3 @@ def test_environment(tmp_path, monkeypatch):
     assert gpu_check.environment(STAGES["check"], tmp_path)["XDG_CACHE_HOME"] != str(
         tmp_path / "cache"
     )
-
-
-def test_missing_modules_make_a_stage_slower(monkeypatch):
-    monkeypatch.setattr(gpu_stages, "find_spec", lambda name: None)
-    assert STAGES["tests"].slower() == ["xdist"]
-    assert "-n" not in STAGES["tests"].arguments("tests", Path())
