@@ -6,6 +6,7 @@ from pathlib import Path
 import bench_model
 import bench_ops
 import counters
+import emulated
 import gpu_page
 import gpu_stages
 import pytest
@@ -85,3 +86,12 @@ def test_missing_modules_make_a_stage_slower(monkeypatch):
     monkeypatch.setattr(gpu_stages, "find_spec", lambda name: None)
     assert STAGES["tests"].slower() == ["xdist"]
     assert "-n" not in STAGES["tests"].arguments("tests", Path())
+
+
+def test_files_with_cases_for_a_gpu():
+    """And none that imports what a machine with a GPU may lack."""
+    command = STAGES["tests"].arguments("tests", Path())
+    chosen = {Path(word).stem for word in command if word.startswith("tests/")}
+    assert {f"test_{op}" for op in emulated.ops_with_kernels()} <= chosen
+    assert {"test_numerics", "test_attention_tiles", "test_flash_attn"} <= chosen
+    assert not any(name.startswith(("test_plugin", "test_tools")) for name in chosen)
