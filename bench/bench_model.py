@@ -1,23 +1,23 @@
 """Prefill and decode of the whole model beside transformers, same random weights, one process.
 
-    python bench/bench_model.py [--only NAME ...] [--device D] [--repeat N] [--out FILE]
+    python bench/bench_model.py --out FILE [--only NAME ...] [--device D] [--repeat N]
 
-Small models on the CPU, on a GPU released sizes of which two fit. Each decodes as its `generate`
-does: ours with its `Decoder`, whose first step captures it and is not timed. Runs alternate, so
-that a noisy machine disturbs both alike, and the numbers are medians. The ratio is transformers'
-time over ours: above 1 is faster. Before any timing the two models' logits are compared. The last
-column is transformers' own model after `gemma4_kernels.integrations.transformers.enable`, also set
-beside sdpa.
+Lines of JSON; a model that stands in FILE already is not measured again. Small models on the CPU,
+on a GPU released sizes of which two fit. Each decodes as its `generate` does: ours with its
+`Decoder`, whose first step captures it and is not timed. Runs alternate, so that a noisy machine
+disturbs both alike, and the numbers are medians. The ratio is transformers' time over ours: above 1
+is faster. Before any timing the two models' logits are compared. The last column is transformers'
+own model after `gemma4_kernels.integrations.transformers.enable`, also set beside sdpa.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from ledger import Ledger
 from torch import Tensor
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
@@ -102,7 +102,9 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, torc
         theirs._attn_implementation = "eager" if way == "eager" else "sdpa"
         with device:
             model = transformers.Gemma4ForCausalLM(theirs)
-        model.to(dtype).eval().load_state_dict(models["gemma4"].state_dict(), assign=True)
+        ours = models["gemma4"]
+        state = {"lm_head.weight": ours.lm_head.weight, **ours.state_dict()}  # a tied one twice
+        model.to(dtype).eval().load_state_dict(state, assign=True)
         models[way] = enable(model) if way == "enabled" else model
     return models
 
@@ -117,6 +119,7 @@ def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
     output = prefill(model, ids)
     middle = now(ids.device)
     logits = output.logits[:, -1]
+    cache = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     if isinstance(model, Gemma4ForCausalLM):
         decoder = Decoder(model, output.cache, DECODE_TOKENS + 1)
     for i in range(DECODE_TOKENS + 1):
@@ -126,7 +129,8 @@ def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
             logits = decoder(logits.argmax(-1))
         else:
             token = logits.argmax(-1, keepdim=True)
-            output = model(input_ids=token, cache=output.cache, use_cache=True, logits_to_keep=1)
+            given = {cache: output[cache], "use_cache": True, "logits_to_keep": 1}
+            output = model(input_ids=token, **given)
             logits = output.logits[:, -1]
     return middle - start, now(ids.device) - second
 
@@ -156,29 +160,35 @@ def compare(models: dict[str, torch.nn.Module], ids: Tensor) -> float:
     return float((logits[0] - logits[1]).abs().max())
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
     parser.add_argument("--only", nargs="*", choices=CONFIGS, help="default: those for the device")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON lines")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    device, ledger = torch.device(args.device), Ledger(args.out)
     small = [name for name in CONFIGS if name not in RELEASED]
-    rows = []
     print(f"{'model':<12} {'dtype':<9} {'prefill ms':>10} {'decode ms':>10}"
           f" {'vs eager':>14} {'vs sdpa':>14} {'enabled':>14}   (prefill, decode)")  # fmt: skip
     for name in args.only or (RELEASED if device.type == "cuda" else small):
         for dtype in (torch.bfloat16,) if name in RELEASED else (torch.float32, torch.bfloat16):
+            item = f"{name} {str(dtype).removeprefix('torch.')}"
+            if item in ledger.done():
+                continue
+            ledger.start(item)
             models = build(name, dtype, device)
             ids = torch.randint(3, CONFIGS[name]["vocab_size"], (1, PREFILL_TOKENS)).to(device)
             with torch.no_grad():
                 difference = compare(models, ids)
                 times = measure(models, ids, args.repeat)
-            rows.append(row(name, dtype, difference, times) | machine(device))
-            print(line(rows[-1]), flush=True)
-    if args.out:
-        args.out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+            found = row(name, dtype, difference, times) | machine(device)
+            ledger.end(item, "passed", **found)
+            print(line(found), flush=True)
 
 
 def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple]) -> dict:

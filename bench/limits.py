@@ -6,6 +6,7 @@ twice as long. A floor is
 what no kernel can beat: bytes read and written once, useful products at the GEMM rate.
 """
 
+import dataclasses
 import math
 import re
 
@@ -23,7 +24,10 @@ ASSUMPTIONS = (
     f"{GEMM / 1e12:.0f} TFLOP/s,\n{L2 / 1e12} TB/s from L2, {CLOCK / 1e9} GHz, mma.sync at "
     f"{MMA_SYNC:.0%} of wgmma's rate"
 )
-MODELS = {n: Gemma4TextConfig.preset(n) for n in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
+RELEASED = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+MODELS = {n: Gemma4TextConfig.preset(n) for n in RELEASED}
+FEW_EXPERTS = "26B-A4B of 16 experts"  # as many as a CPU can do
+MODELS[FEW_EXPERTS] = dataclasses.replace(MODELS["26B-A4B"], num_experts=16)
 BYTES = 2  # of a value: bf16
 
 

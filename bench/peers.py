@@ -25,6 +25,7 @@ BACKENDS = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
+SDPA_OPS = ("attention_prefill", "attention_prefill_backward", "attention_decode")
 
 
 def of(op: str, device: torch.device) -> Iterator[tuple[str, Prepare]]:
@@ -76,10 +77,10 @@ def _mask(new: int, keys: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < (window or keys + 1))
 
 
-def _sdpa(op: str, inputs: dict[str, Any], backend: SDPBackend) -> Call:
+def _sdpa_arguments(op: str, inputs: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
     """Full attention without a mask of its own; a window needs one, of [tokens, tokens]. A ring
     that holds its window alone needs none, and the lengths of a batch are alike."""
-    if op == "attention_prefill":
+    if op != "attention_decode":
         q, k, v = (inputs[name].transpose(0, 1)[None] for name in "qkv")
         window = inputs["window"]
         needs_mask = window and window < q.shape[2]
@@ -90,12 +91,23 @@ def _sdpa(op: str, inputs: dict[str, Any], backend: SDPBackend) -> Call:
         q = inputs["q"].transpose(1, 2)
         k, v = (inputs[name][:, :keys].transpose(1, 2) for name in ("k_cache", "v_cache"))
         mask, causal = None, False
+    return [q, k, v], dict(attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)
+
+
+def sdpa_takes(op: str, inputs: dict[str, Any]) -> str:
+    """The backend that scaled_dot_product_attention chooses where it is left the choice."""
+    if op == "attention_prefill_backward":
+        inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in "qkv"}
+    qkv, options = _sdpa_arguments(op, inputs)
+    return SDPBackend(torch._fused_sdp_choice(*qkv, **options)).name.lower()
+
+
+def _sdpa(op: str, inputs: dict[str, Any], backend: SDPBackend) -> Call:
+    qkv, options = _sdpa_arguments(op, inputs)
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True
-            )
+            out = F.scaled_dot_product_attention(*qkv, **options)
         return out.transpose(1, 2)
 
     return call

@@ -3,18 +3,21 @@
     python bench/report.py [--plots FOLDER]
 
 All is drawn from files in bench/results, nothing is measured here; tests/test_report.py holds the
-committed tables to them. With --plots, pictures of each op in ops_*.jsonl (see plots.py).
+committed tables to them. With --plots, pictures of each op in gpu_*.json, the pages of
+gpu_check.py, and in ops_*.jsonl, what bench_ops.py has measured (see plots.py).
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import compiled
 import limits
 import plots
+from ledger import Ledger
+from tables import machines, model_table, ops_summary, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -24,12 +27,15 @@ NO_GPU = "No result of a GPU is committed: no time below was measured on one."
 
 
 def read_lines(files: Iterable[Path]) -> list[dict]:
-    return [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
+    return [row for file in sorted(files) for row in Ledger(file).rows()]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+def op_runs() -> dict[str, list[dict]]:
+    """The rows of each committed measurement of the ops, by its file's name."""
+    found = {file.stem: read_lines([file]) for file in RESULTS.glob("ops_*.jsonl")}
+    for file in RESULTS.glob("gpu_*.json"):
+        found[file.stem] = json.loads(file.read_text())["ops"]
+    return dict(sorted(found.items()))
 
 
 def compiled_table(rows: list[dict], wanted: Callable[[dict], bool] = lambda row: True) -> str:
@@ -116,45 +122,22 @@ def estimate_words() -> str:
     )
 
 
-def model_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        ratios = (f"{ratio:.2f}" for key in ("vs_sdpa", "enabled_vs_sdpa") for ratio in row[key])
-        lines.append((row["model"], row["dtype"], *ratios))
-    head = ("model", "dtype", "prefill", "decode", "enabled: prefill", "enabled: decode")
-    return table(head, lines)
-
-
-def ops_table(rows: list[dict]) -> str:
-    """Each of our rows beside its floor and its fastest peer, in its own run; what is printed first
-    is what the floors are made of."""
-    lines = []
-    made = "".join(
-        f"{row['device']}, torch {row['torch']}, {row['version']} at {row['commit']}: copies move "
-        f"{row['copy_gb_s']} GB/s, GEMMs make {row['gemm_tflop_s']} TFLOP/s.\n"
-        for row in rows
-        if row["kind"] == "machine"
-    )
-    for row in rows:
-        if row["kind"] != "op":
-            continue
-        peers = {n: p["us"] for n, p in row["peers"].items() if "us" in p}
-        best = min(peers, key=peers.__getitem__, default=None)
-        peer = f"{peers[best] / row['us']:.2f} ({best})" if best else "-"
-        share = f"{row['floor_us'] / row['us']:.0%}"
-        lines.append((row["op"], row["case"], f"{row['us']:.1f}", share, peer))
-    head = ("op", "case", "µs", "floor / time", "fastest peer / ours")
-    return made + "\n" + table(head, lines)
+def on_gpu(name: str, rows: list[dict]) -> str:
+    """A line an op; the page, where there is one, has a line a case."""
+    page = f"Case by case, with their peers: `bench/results/{name}.md`.\n" * name.startswith("gpu_")
+    return machines(rows) + page + "\n" + ops_summary(rows)
 
 
 def numbers() -> str:
     """The README's block."""
     report = json.loads((RESULTS / "static.json").read_text())
-    rows = read_lines(RESULTS.glob("ops_*.jsonl"))
-    on_gpu = [row for row in rows if row["device"] != "cpu"]
-    overhead = [row for row in rows if row["kind"] == "overhead"]
+    runs = op_runs()
+    overhead = [row for rows in runs.values() for row in rows if row["kind"] == "overhead"]
     models = read_lines([RESULTS / "model_cpu.jsonl"])
-    parts = [NO_GPU if not on_gpu else ops_table(on_gpu)]
+    measured = {
+        name: rows for name, rows in runs.items() if any(row["kind"] == "op" for row in rows)
+    }
+    parts = [on_gpu(name, rows) for name, rows in measured.items()] or [NO_GPU]
     parts.append(
         "Kernels with tensor cores, in bf16 and without softcap: registers and blocks of "
         f"{', '.join(compiled.ARCHS[:2])},\n{', '.join(compiled.ARCHS[2:])} (one number stands "
@@ -172,7 +155,7 @@ def numbers() -> str:
             "a CPU.\n"
         )
     parts.append(
-        "`python bench/bench_model.py` on a CPU (Xeon with AMX, threads: "
+        "`bench/bench_model.py` on a CPU (Xeon with AMX, threads: "
         f"{models[0]['threads']}): transformers' time\nwith sdpa over ours, and over its "
         "own after `enable`.\n\n" + model_table(models)
     )
@@ -201,11 +184,10 @@ def main() -> None:
     README.write_text(with_numbers(README.read_text(encoding="utf-8")), encoding="utf-8")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(RESULTS.glob("ops_*.jsonl")):
-            rows = read_lines([file])
+        for name, rows in op_runs().items():
             if any(row["kind"] == "op" for row in rows):
-                (folder / file.stem).mkdir(exist_ok=True)
-                plots.draw(rows, folder / file.stem)
+                (folder / name).mkdir(exist_ok=True)
+                plots.draw(rows, folder / name)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
 """Every kernel on small shapes on the GPU, beside its eager twin on the CPU.
 
-    python bench/small_cases.py
+    python bench/small_cases.py --out FILE
 
 What gpu_check.py runs compute-sanitizer over: it takes seconds, and launches each instance that the
-card's planner can choose. Prints what is far from its twin; the tests say how near is right.
+card's planner can choose. A case that stands in FILE already is not run again. Says what is far
+from its twin; the tests say how near is right.
 """
 
+import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from types import ModuleType
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import static_report
 import torch
-from conftest import Backend
+from backends import EAGER, Eager, function
+from ledger import LOST, Ledger, gpu_is_lost
+from small_inputs import Call, Inputs, launch_cases
 
 import gemma4_kernels
-from gemma4_kernels import build_info
+from gemma4_kernels import opset
 
 FAR = 0.02  # of a result's largest value: several roundings to bf16
 
 
-def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+def moved(arguments: Inputs, device: str) -> Inputs:
     return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
 
 
@@ -29,32 +32,72 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def far(
-    calls: Iterable[static_report.Call], ops: ModuleType = gemma4_kernels.ops, device: str = "cuda"
-) -> Iterator[str]:
-    """Names the calls whose results on `device` are not those of the eager twins."""
-    for op, arguments in calls:
-        made = static_report.function(ops, op)(**moved(arguments, device))
-        expected = static_report.function(gemma4_kernels.ops, op)(**moved(arguments, "cpu"))
-        for ours, theirs in zip(as_tuple(made), as_tuple(expected), strict=True):
-            if theirs is None or not theirs.numel():
-                continue
-            error = (ours.cpu().double() - theirs.double()).abs().max()
-            most = FAR * theirs.double().abs().max() if theirs.is_floating_point() else 0
-            if not error <= most:
-                yield f"{op} {theirs.dtype} {list(theirs.shape)}: off by {error:.3g}"
+def differences(call: Call, device: str) -> list[str]:
+    """Which results on `device` are not those of the eager twin on the CPU."""
+    op, arguments = call
+    made = function(op)(**moved(arguments, device))
+    with opset.using(Eager()):
+        expected = function(op)(**moved(arguments, "cpu"))
+    found = []
+    for ours, theirs in zip(as_tuple(made), as_tuple(expected), strict=True):
+        if theirs is None or not theirs.numel():
+            continue
+        error = (ours.cpu().double() - theirs.double()).abs().max()
+        most = FAR * theirs.double().abs().max() if theirs.is_floating_point() else 0
+        if not error <= most:
+            found.append(f"{theirs.dtype} {list(theirs.shape)}: off by {error:.3g}")
+    return found
+
+
+def item(number: int, call: Call) -> str:
+    op, arguments = call
+    shapes = (
+        f"{name} {str(x.dtype)[6:]} {'x'.join(map(str, x.shape))}"
+        for name, x in arguments.items()
+        if isinstance(x, torch.Tensor)
+    )
+    return f"{number}: {op}, {next(shapes)}"
+
+
+def run(calls: Iterable[Call], ledger: Ledger, device: str = "cuda") -> None:
+    """The calls that are not in the ledger, which gets them; stops where the GPU is lost."""
+    done = ledger.done()
+    for number, call in enumerate(calls):
+        name = item(number, call)
+        if name in done:
+            continue
+        print(name, flush=True)  # what a sanitizer says next is of this case
+        ledger.start(name)
+        try:
+            found = differences(call, device)
+        except Exception as error:
+            found = [f"{type(error).__name__}: {error}"]
+        ledger.end(name, "failed" if found else "passed", why="; ".join(found))
+        if found:
+            print(f"FAILED: {'; '.join(found)}", flush=True)
+        if gpu_is_lost():
+            return
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines")
+    return parser
 
 
 def main() -> int:
-    build = build_info()
+    ledger = Ledger(arguments().parse_args().out)
+    build = gemma4_kernels.build_info()
     if not (build["cuda"] and torch.cuda.is_available()):
         print(f"no kernels to run: {build['reason'] or 'torch finds no CUDA device'}")
-        return 1
+        return 2
+    torch.zeros(1, device="cuda")  # a sanitizer takes a process without a GPU for a failure
     torch.manual_seed(0)
-    found = list(far(static_report.launch_cases(Backend("cuda", "cuda"))))
-    torch.cuda.synchronize()
-    print("\n".join(found) or "all near their eager twins")
-    return 1 if found else 0
+    # Inputs made on the CPU come by a copy, which initcheck sees; a kernel of torch's it would not.
+    run(launch_cases(EAGER), ledger)
+    if gpu_is_lost():
+        return LOST
+    return int(any(row["outcome"] == "failed" for row in ledger.rows()))
 
 
 if __name__ == "__main__":

@@ -14,125 +14,29 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import compiled
 import limits
 import torch
+from backends import CARDS, Backend, function
+from small_inputs import (
+    CASES,
+    SMALL,
+    Call,
+    backward_inputs,
+    decode_inputs,
+    launch_cases,
+    moe_inputs,
+    prefill_inputs,
+)
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import emulated  # noqa: E402
-import test_traffic as traffic  # noqa: E402
-from conftest import CARDS, FP32, Backend, in_dtypes  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "static.json"
-Call = tuple[str, dict]  # an op and its arguments
-
-
-def launch_cases(b: Backend) -> Iterator[Call]:
-    """Calls that together launch every instance of every kernel."""
-    half = (torch.bfloat16, torch.float16)
-    for dtype in (*half, torch.float32):
-        for width in (512, 1536, 3840, 5376, 77):
-            yield "rms_norm", traffic.norm_inputs(b, width, dtype)
-            yield "add_rms_norm", traffic.add_norm_inputs(b, width, dtype)
-            yield "moe_norm", traffic.moe_norm_inputs(b, width, dtype)
-        for head_dim in (64, 128, 256, 512, 24):
-            yield "qkv_norm_rope", traffic.qkv_inputs(b, 2, 1, head_dim, dtype)
-        for width in (128, 256, 512, 77):
-            table, projected = (b.randn(4, 2 * width, dtype=dtype) for _ in range(2))
-            weight, ids = b.weight(width, dtype=dtype), torch.arange(4)
-            yield "ple_embed", dict(ids=ids, table=table, projected=projected, weight=weight)
-            gate, ple = b.randn(4, width, dtype=dtype), b.randn(4, 2, width, dtype=dtype)
-            yield "ple_gate", dict(gate=gate, ple=ple, layer=1)
-            yield "geglu", dict(gate_up=b.randn(4, 2 * width, dtype=dtype))
-            for op in ("softcap", "softcap_argmax"):
-                yield op, dict(logits=b.randn(4, width, dtype=dtype), cap=30.0)
-        for experts in (128, 512):
-            logits, scale = b.randn(4, experts, dtype=dtype), torch.rand(experts)
-            yield "moe_route", dict(logits=logits, per_expert_scale=scale, k=8)
-    for dtype in half:
-        yield from mixed_cases(b, dtype)
-        for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
-            inputs = moe_inputs(b, tokens, experts, k, 64, 64, dtype)
-            yield "moe_experts", inputs
-            yield "moe_experts", in_dtypes(inputs, gate_up=FP32, down=FP32)
-        for head_dim in (64, 128, 256, 512):
-            for softcap in (0.0, 30.0):
-                for tokens in (1, 17, 65):
-                    yield (
-                        "attention_prefill",
-                        dict(prefill_inputs(b, tokens, 17, 1, head_dim, dtype), softcap=softcap),
-                    )
-            yield "attention_decode", decode_inputs(b, 300, 1, head_dim, dtype)
-            yield "attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype)
-
-
-def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
-    """`dtype` beside fp32 weights alone, and beside fp32 residuals and tables too."""
-    for width in (512, 1536, 3840, 5376, 77):
-        yield "rms_norm", in_dtypes(traffic.norm_inputs(b, width, FP32), x=dtype)
-        inputs = traffic.add_norm_inputs(b, width, FP32)
-        yield "add_rms_norm", in_dtypes(inputs, x=dtype, residual=dtype)
-        yield "add_rms_norm", in_dtypes(inputs, x=dtype)
-        inputs = traffic.moe_norm_inputs(b, width, FP32)
-        yield "moe_norm", in_dtypes(inputs, x=dtype, scale=dtype)
-        yield "moe_norm", in_dtypes(inputs, x=dtype)
-    for head_dim in (64, 128, 256, 512, 24):
-        inputs = traffic.qkv_inputs(b, 2, 1, head_dim, FP32)
-        yield "qkv_norm_rope", in_dtypes(inputs, q=dtype, k=dtype, v=dtype)
-    for width in (128, 256, 512, 77):
-        table, projected, weight = b.randn(4, width), b.randn(4, width), b.weight(width)
-        inputs = dict(ids=torch.arange(4), table=table, projected=projected, weight=weight)
-        yield "ple_embed", in_dtypes(inputs, projected=dtype, table=dtype)
-        yield "ple_embed", in_dtypes(inputs, projected=dtype)
-        inputs = dict(gate=b.randn(4, width), ple=b.randn(4, 2, width), layer=1)
-        yield "ple_gate", in_dtypes(inputs, gate=dtype)
-
-
-def prefill_inputs(
-    b: Backend, tokens: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype
-) -> dict:
-    q, k, v = (
-        b.randn(n, h, head_dim, dtype=dtype, std=0.3)
-        for n, h in ((tokens, heads), (keys, 1), (keys, 1))
-    )
-    cu_q, cu_k = b.int32(0, tokens), b.int32(0, keys)
-    return dict(
-        q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=tokens, max_seqlen_k=keys
-    )
-
-
-def backward_inputs(
-    b: Backend, tokens: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype
-) -> dict:
-    inputs = prefill_inputs(b, tokens, keys, heads, head_dim, dtype)
-    out, lse = b.ops.attention_prefill(**inputs, return_lse=True)
-    grads = {"grad_out": b.randn(*out.shape, dtype=dtype), "grad_lse": torch.zeros_like(lse)}
-    options = dict(scale=1.0, causal=True, window=0, window_right=-1, softcap=0.0)
-    return inputs | grads | options | {"out": out, "lse": lse}
-
-
-def decode_inputs(b: Backend, keys: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict:
-    k, v = (b.randn(1, keys, 1, head_dim, dtype=dtype, std=0.3) for _ in "kv")
-    q = b.randn(1, 1, heads, head_dim, dtype=dtype, std=0.3)
-    return dict(q=q, k_cache=k, v_cache=v, seq_lens=b.int32(keys), return_lse=False)
-
-
-def moe_inputs(
-    b: Backend, tokens: int, experts: int, k: int, width: int, hidden: int, dtype: torch.dtype
-) -> dict:
-    made = traffic.moe_inputs(b, tokens, experts, k, width, hidden)
-    return {n: x.to(dtype) if x.dtype == torch.bfloat16 else x for n, x in made.items()}
-
-
-def function(ops: ModuleType, op: str) -> Callable:
-    """The public function, or of an op that is a gradient the op itself."""
-    return getattr(ops, op, None) or getattr(ops._ops, op)
 
 
 def run(op: str, arguments: dict) -> object:
@@ -142,7 +46,8 @@ def run(op: str, arguments: dict) -> object:
     control.reset_counts()
     try:
         with emulated.one_schedule():
-            function(emulated.ops(), op)(**arguments)
+            emulated.ops()
+            function(op)(**arguments)
         return control.counts()
     finally:
         control.settings.profile = False
@@ -172,7 +77,7 @@ def compiled_rows(kernels: list[compiled.Kernel], sizes: dict[str, tuple[int, in
     """Raises RuntimeError naming the kernels that no case of `launch_cases` launches."""
     missing = sorted({k.name for k in kernels} - set(sizes))
     if missing:
-        raise RuntimeError(f"launch_cases in bench/static_report.py launch no {', '.join(missing)}")
+        raise RuntimeError(f"launch_cases in bench/small_inputs.py launch no {', '.join(missing)}")
     return [
         {
             "kernel": k.name,
@@ -224,12 +129,12 @@ def counted_rows() -> list[dict]:
     torch.manual_seed(0)
     b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
     rows = []
-    for label, (op, make) in traffic.CASES.items():
+    for label, (op, make) in CASES.items():
         arguments = make(b, dtype)
         # What is written beside the op's own shape of inputs; caches are as large as they are.
         made = {"y", "q_out", "k_out", "v_out", "new_residual"}
         needed = {n for n, x in arguments.items() if isinstance(x, torch.Tensor)}
-        needed = needed - traffic.SMALL - {"ple", "k_cache", "v_cache"} | made
+        needed = needed - SMALL - {"ple", "k_cache", "v_cache"} | made
         counts = run(op, arguments)
         floor = sum(
             x.bytes

@@ -2,62 +2,28 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import compiled
 import emulated
 import pytest
 import torch
+from backends import BF16, CARDS, EAGER, FP16, FP32, FP64, Backend
+from backends import in_dtypes as in_dtypes  # tests take it from here
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gemma4_kernels
 from gemma4_kernels import opset
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the processors
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = [FP32, BF16, FP16, FP64]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-@dataclass(frozen=True)
-class Backend:
-    """Where a test runs: the device of its tensors and the module whose functions it calls."""
-
-    name: str
-    device: str
-    ops: ModuleType = gemma4_kernels
-
-    def to(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
-
-    def randn(
-        self,
-        *shape: int,
-        dtype: torch.dtype = torch.float32,
-        mean: float = 0.0,
-        std: float = 1.0,
-    ) -> Tensor:
-        return self.to((torch.randn(shape, dtype=torch.float64) * std + mean).to(dtype))
-
-    def weight(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A norm weight; far enough from 1 that a dropped or shifted one shows."""
-        return self.randn(*shape, dtype=dtype, mean=1.0, std=0.3)
-
-    def nan(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.to(torch.full(shape, float("nan"), dtype=dtype))
-
-    def int32(self, *values: int) -> Tensor:
-        return self.to(torch.tensor(values, dtype=torch.int32))
-
-
 BACKENDS = ("eager", "emulated", "cuda")
-EAGER = Backend("eager", "cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,12 +115,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def in_dtypes(arguments: dict[str, Any], **dtypes: torch.dtype) -> dict[str, Any]:
-    """The arguments with some of them, where they are given, in a dtype of their own."""
-    cast = {n: arguments[n].to(d) for n, d in dtypes.items() if arguments[n] is not None}
-    return arguments | cast
-
-
 def assert_close_to_float64(
     actual: Tensor,
     expected: Tensor,
@@ -231,15 +191,6 @@ class NoHostReads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "_to_copy", "copy_"), name
         return func(*args, **(kwargs or {}))
-
-
-# KB of shared memory that a block may have, and whether there is wgmma: what kernels depend on.
-CARDS = {
-    "99 KB": (99, False),
-    "163 KB": (163, False),
-    "227 KB": (227, False),
-    "Hopper": (227, True),
-}
 
 
 @pytest.fixture

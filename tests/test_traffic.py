@@ -12,102 +12,9 @@ import emulated
 import pytest
 import torch
 from conftest import BF16, CARDS, FP32, emulated_backend, in_dtypes
+from small_inputs import CASES, SMALL, WEIGHTS, moe_inputs
 
 from gemma4_kernels import opset
-
-T = 64
-WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
-SMALL = WEIGHTS | {"positions", "slots", "ids"}
-
-
-def norm_inputs(backend, width, dtype):
-    return {
-        "x": backend.randn(T, width, dtype=dtype),
-        "weight": backend.weight(width, dtype=dtype),
-    }
-
-
-def add_norm_inputs(backend, width, dtype):
-    return {
-        "x": backend.randn(T, width, dtype=dtype),
-        "residual": backend.randn(T, width, dtype=dtype),
-        "post_weight": backend.weight(width, dtype=dtype),
-        "next_weight": backend.weight(width, dtype=dtype),
-        "scale": backend.weight(1, dtype=dtype),
-    }
-
-
-def moe_norm_inputs(backend, width, dtype):
-    return norm_inputs(backend, width, dtype) | {"scale": backend.weight(width, dtype=dtype)}
-
-
-def qkv_inputs(backend, heads, kv_heads, head_dim, dtype, with_v=True):
-    # Apart and not views of one projection, whose memory would be counted for all three.
-    return {
-        "q": backend.randn(T, heads, head_dim, dtype=dtype),
-        "k": backend.randn(T, kv_heads, head_dim, dtype=dtype),
-        "v": backend.randn(T, kv_heads, head_dim, dtype=dtype) if with_v else None,
-        "q_weight": backend.weight(head_dim, dtype=dtype),
-        "k_weight": backend.weight(head_dim, dtype=dtype),
-        "positions": torch.arange(T),
-        "inv_freq": torch.rand(head_dim // 2),
-    }
-
-
-def qkv_cache_inputs(backend, dtype):
-    caches = {name: backend.nan(2 * T, 2, 256, dtype=dtype) for name in ("k_cache", "v_cache")}
-    slots = torch.randperm(2 * T)[:T]
-    return qkv_inputs(backend, 8, 2, 256, dtype) | caches | {"slots": slots}
-
-
-def ple_embed_inputs(backend, dtype):
-    return {
-        "ids": torch.randperm(T),
-        "table": backend.randn(T, 5 * 256, dtype=dtype),
-        "projected": backend.randn(T, 5 * 256, dtype=dtype),
-        "weight": backend.weight(256, dtype=dtype),
-    }
-
-
-def ple_gate_inputs(backend, dtype):
-    ple = backend.randn(T, 5, 256, dtype=dtype)
-    return {"gate": backend.randn(T, 256, dtype=dtype), "ple": ple, "layer": 2}
-
-
-CASES = {  # op, its arguments
-    "rms_norm, E2B": ("rms_norm", lambda b, d: norm_inputs(b, 1536, d)),
-    "rms_norm, 12B": ("rms_norm", lambda b, d: norm_inputs(b, 3840, d)),
-    "add_rms_norm, E4B": ("add_rms_norm", lambda b, d: add_norm_inputs(b, 2560, d)),
-    "add_rms_norm, 26B": ("add_rms_norm", lambda b, d: add_norm_inputs(b, 2816, d)),
-    "moe_norm, 26B": ("moe_norm", lambda b, d: moe_norm_inputs(b, 2816, d)),
-    "qkv_norm_rope, sliding": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 8, 2, 256, d)),
-    "qkv_norm_rope, full": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 8, 2, 512, d)),
-    "qkv_norm_rope, V from K": ("qkv_norm_rope", lambda b, d: qkv_inputs(b, 4, 4, 512, d, False)),
-    "qkv_norm_rope_cache": ("qkv_norm_rope_cache", qkv_cache_inputs),
-    "geglu": ("geglu", lambda b, d: {"gate_up": b.randn(T, 2 * 2048, dtype=d)}),
-    "ple_embed": ("ple_embed", ple_embed_inputs),
-    "ple_gate": ("ple_gate", ple_gate_inputs),
-    # Under autocast: fp32 beside what is in 16 bits, here in fp32 where the dtype is.
-    "rms_norm, fp32 weight": ("rms_norm", lambda b, d: in_dtypes(norm_inputs(b, 2816, FP32), x=d)),
-    "add_rms_norm, fp32 residual": (
-        "add_rms_norm",
-        lambda b, d: in_dtypes(add_norm_inputs(b, 2560, FP32), x=d),
-    ),
-    "qkv_norm_rope, fp32 weights": (
-        "qkv_norm_rope",
-        lambda b, d: in_dtypes(qkv_inputs(b, 8, 2, 256, FP32), q=d, k=d, v=d),
-    ),
-    "ple_embed, fp32 table": (
-        "ple_embed",
-        lambda b, d: in_dtypes(ple_embed_inputs(b, FP32), projected=d),
-    ),
-    "ple_gate, fp32 ple": ("ple_gate", lambda b, d: in_dtypes(ple_gate_inputs(b, FP32), gate=d)),
-    "softcap": ("softcap", lambda b, d: {"logits": b.randn(T, 4096, dtype=d), "cap": 30.0}),
-    "softcap_argmax": (
-        "softcap_argmax",
-        lambda b, d: {"logits": b.randn(T, 8192, dtype=d), "cap": 30.0},
-    ),
-}
 
 
 @pytest.fixture
@@ -250,18 +157,6 @@ def test_decode_work(counted, layout, head_dim):
     asked = {b.name: b.read_bytes for b in counts.buffers[: len(counts.buffers) // 2]}
     assert asked["k"] == asked["v"] == visible
     check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
-
-
-def moe_inputs(backend, tokens, num_experts, k, width, hidden):
-    chosen = torch.rand(tokens, num_experts).argsort(-1)[:, :k].int()
-    dtype = torch.bfloat16
-    return {
-        "x": backend.randn(tokens, width, dtype=dtype),
-        "gate_up": backend.randn(num_experts, 2 * hidden, width, dtype=dtype),
-        "down": backend.randn(num_experts, width, hidden, dtype=dtype),
-        "experts": chosen,
-        "weights": torch.rand(tokens, k),
-    }
 
 
 # The counts that find a block its tile, and the few values that say where results belong.

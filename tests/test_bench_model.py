@@ -1,0 +1,28 @@
+"""The model benchmark runs every way of a model on the same weights; no test depends on speed."""
+
+import bench_model
+import pytest
+import tiny
+from ledger import Ledger
+
+from gemma4 import Gemma4TextConfig
+
+TINY = bench_model.options(Gemma4TextConfig(**tiny.E_SERIES))
+
+
+def test_a_run(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(bench_model, "CONFIGS", {"tiny": TINY})
+    monkeypatch.setattr(bench_model, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(bench_model, "DECODE_TOKENS", 2)
+    argv = ["bench_model", "--out", str(out), "--only", "tiny", "--device", "cpu", "--repeat", "2"]
+    monkeypatch.setattr("sys.argv", argv)
+    bench_model.main()
+    rows = Ledger(out).rows()
+    assert [row["item"] for row in rows] == ["tiny float32", "tiny bfloat16"]
+    assert rows[0]["max_logit_difference"] < 1e-4
+    assert all(ratio > 0 for ratio in rows[0]["vs_sdpa"] + rows[0]["enabled_vs_sdpa"])
+    before = out.read_text()
+    monkeypatch.setattr(bench_model, "build", pytest.fail)
+    bench_model.main()  # nothing is left
+    assert out.read_text() == before
