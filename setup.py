@@ -255,7 +255,8 @@ def extension_arguments(plan: Plan) -> dict[str, Any]:
         f"{PACKAGE}._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),
         extra_compile_args={
-            "cxx": [*compile_flags(), "-fvisibility=hidden"],
+            # Python's own flags ask for debug symbols, which are megabytes.
+            "cxx": [*compile_flags(), "-g0", "-fvisibility=hidden"],
             "nvcc": [*nvcc_flags(plan.archs), *threads],
         },
         py_limited_api=True,

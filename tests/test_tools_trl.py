@@ -11,8 +11,8 @@ from pairs import close, pair
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
+trl = pytest.importorskip("trl", minversion="1.16")  # which needs Python 3.11
 pytestmark = pytest.mark.slow
 RECIPES = {
     "padded": {},
@@ -27,7 +27,7 @@ def losses(model: nn.Module, folder: Path, **options: Any) -> Tensor:
         tokenizer_object=Tokenizer(words), pad_token="t0", eos_token="t1"
     )
     rows = [dict(input_ids=tiny.ids(1, 6 + i % 4, seed=i)[0].tolist()) for i in range(12)]
-    config = SFTConfig(
+    config = trl.SFTConfig(
         str(folder),
         max_steps=3,
         per_device_train_batch_size=2,
@@ -40,7 +40,7 @@ def losses(model: nn.Module, folder: Path, **options: Any) -> Tensor:
         disable_tqdm=True,
         **{"bf16": False, "activation_checkpointing": False, **options},
     )
-    run = SFTTrainer(
+    run = trl.SFTTrainer(
         model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     run.train()
