@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import compiled
 import limits
@@ -28,6 +29,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import emulated  # noqa: E402
 import test_traffic as traffic  # noqa: E402
 from conftest import CARDS, FP32, Backend, in_dtypes  # noqa: E402
+
+from gemma4_kernels import opset  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "static.json"
 Call = tuple[str, dict]  # an op and its arguments
@@ -131,8 +134,13 @@ def moe_inputs(
 
 
 def function(ops: ModuleType, op: str) -> Callable:
-    """The public function, or of an op that is a gradient the op itself."""
-    return getattr(ops, op, None) or getattr(ops._ops, op)
+    """The public function, or of an op that is a gradient the op's kernel."""
+
+    def kernel(**arguments: Any) -> Any:
+        row = opset.OPS[op]
+        return opset.kernels.call(row, tuple(arguments[name] for name in row.names))
+
+    return getattr(ops, op, kernel)
 
 
 def run(op: str, arguments: dict) -> object:
