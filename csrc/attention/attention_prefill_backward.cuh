@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto out_at = [&](int row) {
     return (token_of(row) * f.q_heads + head_of(row)) * int64_t{kHeadDim};
   };
-  const auto k_at = [&](int key) { return slot_of(f, s, b, key).offset(f.k_strides, g); };
-  const auto v_at = [&](int key) { return slot_of(f, s, b, key).offset(f.v_strides, g); };
+  // Keys are packed here, neither in pages nor in a ring.
+  const auto k_at = [&](int key) { return KeySlot{0, s.k_begin + key}.offset(f.k_strides, g); };
+  const auto v_at = [&](int key) { return KeySlot{0, s.k_begin + key}.offset(f.v_strides, g); };
   const auto lse_at = [&](int row) { return head_of(row) * f.tokens + token_of(row); };
   // As a multiple of ln 2; where a row sees no key, p is 0 and not exp(-inf + inf).
   const auto log2_sum = [&](int row) {
