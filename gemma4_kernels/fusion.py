@@ -5,9 +5,13 @@ A fused op reads the parameters of several modules and calls none of them. Whate
 without a word, so an op takes the place of plain modules alone; others are called, one by one.
 """
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks_of_all
+
+M = TypeVar("M", bound=nn.Module)
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -59,7 +63,7 @@ def why_not_plain(
     return None
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module], device: torch.device | None = None) -> bool:
+def is_plain(module: nn.Module, cls: type[M], device: torch.device | None = None) -> TypeGuard[M]:
     """Whether `why_not_plain` finds nothing."""
     return why_not_plain(module, cls, device) is None
 
