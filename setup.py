@@ -6,10 +6,10 @@ setup.py and not pyproject.toml names the packages because two import packages f
 
 import ast
 import ctypes
-import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,6 +36,8 @@ ALL = [*CODE.values(), PTX]
 USUAL_PREFIX = Path("/usr/local/cuda")
 # The oldest torch whose stable ABI the library uses: it loads under that one and all later ones.
 TARGET = "2.11"
+# Of the package's modules the one that imports no torch, which may be absent here.
+fingerprint = runpy.run_path(str(ROOT / PACKAGE / "fingerprint.py"))["fingerprint"]
 
 
 class UnavailableError(Exception):
@@ -268,17 +270,17 @@ def extension_arguments(plan: Plan) -> dict[str, Any]:
 def write_facts(plan: Plan, folder: Path) -> None:
     """Puts the plan beside the modules, for build_info(): pip does not show what setup.py says.
 
-    The library's size and digest go along, for one that is damaged would kill whoever opens it.
+    The library's fingerprint goes along, for one that is damaged would kill whoever opens it.
     """
     facts: dict[str, Any] = {"archs": plan.archs, "reason": plan.reason}
     if plan.archs:
-        library = (folder / "_C.abi3.so").read_bytes()
+        size, digest = fingerprint(folder / "_C.abi3.so")
         facts |= {
             "toolkit": plan.toolkit_version,
             "built_with": plan.torch,
             "abi_target": TARGET,
-            "bytes": len(library),
-            "sha256": hashlib.sha256(library).hexdigest(),
+            "bytes": size,
+            "fingerprint": digest,
         }
     (folder / "_build.json").write_text(json.dumps(facts) + "\n")
 

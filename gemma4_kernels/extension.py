@@ -1,14 +1,14 @@
 """Finds the compiled CUDA library and says which build it is, or why there is none."""
 
 import functools
-import hashlib
 import json
-import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from .fingerprint import fingerprint
 
 _FOLDER = Path(__file__).parent
 # Tegra's chips run no code that was made for other cards of their major number, only PTX.
@@ -38,13 +38,13 @@ def load(folder: Path = _FOLDER) -> Build:
         if not noted["archs"]:
             return Build(reason=f"installed without CUDA kernels, because {noted['reason']}")
         made = Build(tuple(noted["archs"]), noted["toolkit"], noted["abi_target"])
-        built_with, size, sha256 = noted["built_with"], noted["bytes"], noted["sha256"]
+        built_with, size, digest = noted["built_with"], noted["bytes"], noted["fingerprint"]
     except FileNotFoundError:
         return Build(reason="this is a source tree that was never installed: run pip install")
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Build(reason=f"{facts} is not what a build writes ({error!r}): run pip install")
     try:
-        _check_unchanged(library, size, sha256)
+        _check_unchanged(library, size, digest)
         torch.ops.load_library(library)
     except OSError as error:
         why = error.__cause__ or error  # since torch 2.13 an OSError that names only the path
@@ -53,16 +53,13 @@ def load(folder: Path = _FOLDER) -> Build:
     return made
 
 
-def _check_unchanged(library: Path, size: int, sha256: str) -> None:
+def _check_unchanged(library: Path, bytes_built: int, digest_built: str) -> None:
     """Raises OSError unless the file is what was built: the loader dies of one that is damaged."""
-    with library.open("rb") as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise OSError(f"{library} has {found} bytes and was built with {size}: run pip install")
-        digest = hashlib.sha256()
-        while block := file.read(1 << 18):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
+    size, digest = fingerprint(library)
+    if size != bytes_built:
+        sizes = f"{size} bytes and was built with {bytes_built}"
+        raise OSError(f"{library} has {sizes}: run pip install")
+    if digest != digest_built:
         raise OSError(f"{library} has changed since it was built: run pip install")
 
 

@@ -172,7 +172,7 @@ def assert_close_to_float64(
     Unavoidable is, where the op rounds between its steps, the largest error in a row of `rounded`,
     the same formula in float64 rounded at those points; else `roundings` times the unit roundoff.
     An inner result of `terms` summed values of size `magnitude` (the largest in a row unless
-    given) costs 4 eps √terms of that size.
+    given) costs eps √terms of that size.
     """
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
@@ -195,7 +195,7 @@ def assert_close_to_float64(
         magnitude = magnitude.detach().double().cpu()
     inner_eps = torch.finfo(inner or torch.promote_types(dtype, torch.float32)).eps
     subnormal = info.smallest_normal * info.eps
-    bound = 2 * (unavoidable + subnormal) + 4 * inner_eps * terms**0.5 * magnitude
+    bound = 2 * (unavoidable + subnormal) + inner_eps * terms**0.5 * magnitude
     excess = (actual - expected).abs() / bound
     worst = excess.argmax()
     assert excess.max() <= 1, (

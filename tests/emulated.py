@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -61,6 +62,10 @@ def has_compiler() -> bool:
     return shutil.which("c++") is not None
 
 
+def _compiler() -> str:
+    return "ccache c++" if shutil.which("ccache") else "c++"
+
+
 def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Path:
     """Compiles each source with its flags, links them, and returns the target; does what is out of
     date and no more.
@@ -69,10 +74,9 @@ def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Pa
     """
     import ninja
 
-    compiler = "ccache c++" if shutil.which("ccache") else "c++"
     lines = [
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+        f"  command = {_compiler()} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -99,20 +103,13 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
     import pybind11
 
     torch_root = Path(torch.__file__).parent
-    include = " ".join(
-        f"-isystem {path}"
-        for path in (
-            torch_root / "include",
-            sysconfig.get_path("include"),
-            pybind11.get_include(),
-        )
-    )
     kernels, host, link = _flags(instrument)
-    sources = [csrc / "bindings.cpp", *csrc.glob("emulation/*.cpp"), *csrc.glob("*/*.cu")]
-    flags = {
-        source: kernels if source.suffix == ".cu" else f"{host} {TORCH_TARGET} {include}"
-        for source in sorted(sources)
-    }
+    flags = dict.fromkeys(sorted(csrc.glob("*/*.cu")), kernels)
+    flags |= dict.fromkeys(sorted(csrc.glob("emulation/*.cpp")), host)
+    flags[csrc / "bindings.cpp"] = f"{host} {TORCH_TARGET} -isystem {torch_root / 'include'}"
+    # Not torch's own pybind11, which is no part of the stable ABI.
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    flags[csrc / "emulation" / "module.cpp"] += f" {python}"
     link = f"{link} -shared -L{torch_root / 'lib'} -ltorch_cpu"
     return _ninja(folder, f"{NAME}.so", link, flags)
 
@@ -123,12 +120,15 @@ def rebuild(op: str, csrc: Path, folder: Path) -> Path:
     names = [op.removesuffix("_cache")]
     if op in ("attention_prefill", "attention_decode"):
         names.append("attention")
+    # Relative paths and no folder in the key: ccache knows a fault again in another copy.
+    environment = {**os.environ, "CCACHE_DEPEND": "1", "CCACHE_NOHASHDIR": "1"}
     replaced = {}
     for name in names:
         (source,) = csrc.glob(f"*/{name}.cu")
         target = folder / f"{source.parent.name}_{name}.o"
-        command = f"c++ {_flags('hooks')[0]} -O1 -w -c {source} -o {target}"
-        subprocess.run(command.split(), check=True)
+        flags = f"{_flags('hooks')[0]} -O1 -w -MMD"
+        command = f"{_compiler()} {flags} -c {source.name} -o {target}"
+        subprocess.run(command.split(), check=True, cwd=source.parent, env=environment)
         replaced[target.name] = target
     kept = [path for path in library.parent.glob("*.o") if path.name not in replaced]
     torch_lib = Path(torch.__file__).parent / "lib"

@@ -46,7 +46,9 @@ def assert_close(backend, arguments, longest, options, dtype, with_lse, grad_out
         size = e.abs().max() + 1 if e.numel() else None
         rounded = e + torch.finfo(dtype).eps / 2 * size if e.numel() else None
         terms = 4 * arguments["q"].shape[-1]
-        assert_close_to_float64(a, e, dtype, rounded=rounded, terms=terms, magnitude=size)
+        # What cancels in do · v - rowsum(do out) is several times the largest gradient.
+        magnitude = None if size is None else 4 * size
+        assert_close_to_float64(a, e, dtype, rounded=rounded, terms=terms, magnitude=magnitude)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,9 @@ def test_pages_have_no_gradient(backend):
     arguments |= {name: backend.randn(10, 5, 1, 64) for name in "kv"}
     arguments["q"].requires_grad_()
     table = backend.to(torch.zeros(4, 9, dtype=torch.int32))
+    out, _ = backend.ops.attention_prefill(**arguments, block_table=table)
     with pytest.raises(RuntimeError, match="no backward for K and V in pages"):
-        backend.ops.attention_prefill(**arguments, block_table=table)
+        out.sum().backward()
 
 
 OPTIONS = {

@@ -5,19 +5,25 @@ Longer than 400 lines because each kind of machine that an install meets is a ca
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import compiled
 import pytest
+import setuptools
 import torch
+from conftest import needs_compiler
 from setuptools import Command, Distribution
 from setuptools.command.build_py import build_py
 
@@ -338,20 +344,82 @@ ISOLATED = (
 )
 
 
+@pytest.fixture
+def ask(tmp_path) -> Callable[..., tuple[object, list[str]]]:
+    """A front end's call of the build backend on a machine without torch: its answer, and what the
+    project said."""
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for path in Path(setuptools.__file__).parents[1].glob("setuptools*"):
+        (isolated / path.name).symlink_to(path)
+
+    def ask(hook, folder, **env):
+        code = (
+            f"{ISOLATED}sys.path.append({str(isolated)!r})\n"
+            "sysconfig.get_path = lambda name: '/nowhere'\n"
+            f"answer = setuptools.build_meta.{hook}\n"
+            "print()\nprint(repr(answer))"
+        )
+        env = {**os.environ, **{name: str(value) for name, value in env.items()}}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=env
+        )
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("gemma4-kernels: ")]
+        return ast.literal_eval(done.stdout.splitlines()[-1]), said
+
+    return ask
+
+
 @pytest.mark.parametrize("hook", ["wheel", "editable"])
-def test_what_a_front_end_is_told(tmp_path, hook):
-    code = (
-        f"{ISOLATED}sysconfig.get_path = lambda name: '/nowhere'\n"
-        f"print(setuptools.build_meta.get_requires_for_build_{hook}())\n"
+def test_what_a_front_end_is_told(ask, tmp_path, hook):
+    machine = {"CUDA_HOME": make_toolkit(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    wanted, said = ask(f"get_requires_for_build_{hook}()", ROOT, **machine)
+    assert "torch>=2.11" in wanted
+    (line,) = said
+    assert line.startswith("gemma4-kernels: asking for torch")
+
+
+@needs_compiler
+def test_an_sdist_on_a_machine_with_a_gpu(ask, tmp_path):
+    """The driver and the toolkit are stand-ins; all that the build needs is in the sdist."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "gemma4_kernels", "python"):
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    driver = (
+        'extern "C" int cuInit(unsigned) { return 0; }\n'
+        'extern "C" int cuDeviceGetCount(int* count) { *count = 1; return 0; }\n'
     )
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(command, input=driver, text=True, check=True)
     home = make_toolkit(tmp_path / "cuda")
-    env = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    assert "torch>=2.11" in ast.literal_eval(done.stdout)
-    assert done.stderr.count("gemma4-kernels: asking for torch") == 1
+    machine = {"CUDA_HOME": home, "LD_LIBRARY_PATH": tmp_path, "TORCH_CUDA_ARCH_LIST": ""}
+
+    sdist, said = ask(f"build_sdist({str(tmp_path)!r})", source, **machine)
+    assert said == []
+    with tarfile.open(tmp_path / sdist) as archive:
+        archive.extractall(tmp_path)
+    unpacked = tmp_path / sdist.removesuffix(".tar.gz")
+    kernels = {path.relative_to(source) for path in source.glob("csrc/**/*.*")}
+    assert kernels == {path.relative_to(unpacked) for path in unpacked.glob("csrc/**/*.*")}
+
+    wanted, said = ask("get_requires_for_build_wheel()", unpacked, **machine)
+    assert "torch>=2.11" in wanted
+    assert said == [
+        "gemma4-kernels: asking for torch to compile against, which is not installed, because "
+        f"there is a GPU and CUDA 13.0 in {home}"
+    ]
+
+    build = f"build_wheel({str(tmp_path)!r})"
+    wheel, said = ask(build, unpacked, **machine)  # where a front end does not listen
+    (line,) = said
+    assert line.startswith("gemma4-kernels: CPU only, because torch cannot be imported while build")
+    with zipfile.ZipFile(tmp_path / wheel) as archive:
+        assert "cannot be imported" in archive.read("gemma4_kernels/_build.json").decode()
 
 
 @pytest.mark.skipif(not (PACKAGES / "torch").is_dir(), reason="torch is installed elsewhere")
@@ -444,8 +512,7 @@ def test_facts_of_a_library(tmp_path, monkeypatch, place):
         "built_with": "2.14.1",
         "abi_target": "2.11",
         "bytes": 3,
-        # The example of FIPS 180-2.
-        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "fingerprint": hashlib.sha256(b"abc" + b"abc").hexdigest(),  # its beginning and its end
     }
 
 

@@ -1,5 +1,6 @@
 """What the installed package says of its compiled library, and which it does not open."""
 
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 import gemma4_kernels
 from gemma4_kernels import extension
+from gemma4_kernels.fingerprint import fingerprint
 
 setup_py = compiled.setup_py
 
@@ -82,10 +84,30 @@ def test_a_library_that_has_changed_is_not_opened(tmp_path, unopened, zeros):
     assert why_not_loaded(tmp_path) == reason
 
 
-def test_no_library_or_a_folder_in_its_place(tmp_path, unopened):
+def test_no_hole_of_64_kb_escapes(tmp_path):
+    """What an interrupted copy or a lost extent leaves, in a file of a real library's order."""
+    content = random.Random(0).randbytes(3 * 10**6)
+    path = tmp_path / "library"
+    path.write_bytes(content)
+    whole = fingerprint(path)
+    with path.open("r+b") as file:
+        for start in [*range(0, len(content) - 2**16, 12345), len(content) - 2**16]:
+            file.seek(start)
+            file.write(bytes(2**16))
+            file.flush()
+            assert fingerprint(path) != whole, start
+            file.seek(start)
+            file.write(content[start : start + 2**16])
+    assert fingerprint(path) == whole
+
+
+def test_no_library_a_folder_or_a_link_to_nowhere_in_its_place(tmp_path, unopened):
     library = install(tmp_path)
     library.unlink()
     assert why_not_loaded(tmp_path) == f"[Errno 2] No such file or directory: '{library}'"
+    library.symlink_to(tmp_path / "nowhere")
+    assert why_not_loaded(tmp_path) == f"[Errno 2] No such file or directory: '{library}'"
+    library.unlink()
     library.mkdir()
     assert why_not_loaded(tmp_path) == f"[Errno 21] Is a directory: '{library}'"
 
@@ -120,7 +142,7 @@ def test_a_library_for_another_torch(tmp_path):
     "facts",
     [
         *("", "{", "[]", "{}", "5", "null", '"archs"', '{"archs": 5}', '{"archs": []}'),
-        # What versions wrote that noted no digest.
+        # What versions wrote that noted no fingerprint.
         '{"archs": ["sm_80"], "toolkit": "13.0", "built_with": "2.14.1", "abi_target": "2.11"}',
     ],
 )

@@ -111,10 +111,13 @@ import resource, sys
 sys.path.insert(0, sys.argv[2])
 from tiny import E_SERIES, tiny
 model = tiny(E_SERIES)
-for limit in (0, 100, 5_000, 200_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+for limit in (None, 0, 100, 5_000, 200_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, resource.RLIM_INFINITY))
     try:
-        model.save_pretrained(sys.argv[1], max_shard_size="250KB")
+        if limit is None:
+            model.generation_config.save_pretrained(sys.argv[1])
+        else:
+            model.save_pretrained(sys.argv[1], max_shard_size="250KB")
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)
@@ -129,9 +132,10 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     command = [sys.executable, "-c", LIMITED, tmp_path, Path(__file__).parent]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 4
+    assert len(said) == 5
     assert all("File too large" in line for line in said)
-    assert str(tmp_path / "config.json") in said[0] and ".safetensors" in said[3]
+    assert str(tmp_path / "generation_config.json") in said[0]
+    assert str(tmp_path / "config.json") in said[1] and ".safetensors" in said[4]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

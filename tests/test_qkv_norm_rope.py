@@ -103,6 +103,28 @@ def test_int32_positions(backend):
     check(backend, inputs(backend, "generic 128", torch.float32, positions), torch.float32)
 
 
+@pytest.mark.parametrize("frequency", [1.0, 0.37, 1e-3])
+def test_cos_and_sin_to_the_last_bits(backend, frequency):
+    """Of the head (1, 0), whose norm is (√2, 0), the rotation is √2 (cos, sin): nothing else is
+    rounded, so the bound is three ulps of √2, in all quadrants and up to 2^20 radians."""
+    positions = torch.cat([torch.arange(3000), torch.randint(0, 2**20, (3000,))])
+    head = backend.to(torch.tensor([1.0, 0.0]))
+    inv_freq = torch.tensor([frequency])
+    q, _, _ = backend.ops.qkv_norm_rope(
+        head.expand(len(positions), 1, 2),
+        None,
+        None,
+        torch.ones_like(head),
+        None,
+        backend.to(positions),
+        backend.to(inv_freq),
+        eps=0.0,
+    )
+    angle = (positions * inv_freq).double()
+    exact = 2**0.5 * torch.stack([angle.cos(), angle.sin()], -1)
+    assert (q[:, 0].cpu().double() - exact).abs().max() <= 3 * 2**-23
+
+
 def test_eps(backend):
     arguments = inputs(backend, "sliding", torch.float32)
     for name in ("q", "k", "v"):

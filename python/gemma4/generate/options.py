@@ -1,6 +1,5 @@
 """What `generate` can be told, and what it refuses by name."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..files import Json, read_json
+from ..files import Json, read_json, replacing, write_json
 
 DEFAULT_NEW_TOKENS = 256
 # Below it, one fp32 rounding of a logit of 10 already decides, and dividing by it may overflow.
@@ -135,9 +134,10 @@ class GenerationConfig:
             raise ValueError(f"{file}: {error}") from None
 
     def save_pretrained(self, path: str | Path) -> None:
+        """Writes generation_config.json into a folder, made if need be."""
         data = {name: value for name, value in asdict(self).items() if value is not None}
-        text = json.dumps(data, indent=2) + "\n"
-        (Path(path) / "generation_config.json").write_text(text, encoding="utf-8")
+        with replacing(Path(path)) as (staging, _):
+            write_json(staging / "generation_config.json", data)
 
 
 class Configured(Protocol):
