@@ -38,6 +38,22 @@ def why_called(module: nn.Module) -> str | None:
     return None
 
 
+def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """What else could see the keyword arguments of a call of `module`, a `cls`; None if nothing."""
+    if type(module) is not cls:
+        return f"is a {type(module).__name__}"
+    own = module.__dict__
+    if "forward" in own or "_compiled_call_impl" in own:
+        return "has a forward of its own"
+    if (
+        own["_forward_hooks_with_kwargs"]
+        or own["_forward_pre_hooks_with_kwargs"]
+        or _hooks_of_all._global_forward_hooks_with_kwargs
+    ):
+        return "has hooks that see keyword arguments"
+    return None
+
+
 def why_not_plain(
     module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
 ) -> str | None:

@@ -13,12 +13,11 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks_of_all
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import ops
-from ...fusion import is_plain, why_not_plain
+from ...fusion import is_plain, why_not_plain, why_seen
 from . import base
 
 Positions = tuple[Tensor, Tensor]
@@ -103,22 +102,6 @@ def _cosines(position_embeddings: Positions, x: Tensor) -> Positions:
     angles = positions.float() * inv_freq
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
-    """What else could see the keyword arguments of a call of `module`, a `cls`; None if nothing."""
-    if type(module) is not cls:
-        return f"is a {type(module).__name__}"
-    own = module.__dict__
-    if "forward" in own or "_compiled_call_impl" in own:
-        return "has a forward of its own"
-    if (
-        own["_forward_hooks_with_kwargs"]
-        or own["_forward_pre_hooks_with_kwargs"]
-        or _hooks_of_all._global_forward_hooks_with_kwargs
-    ):
-        return "has hooks that see keyword arguments"
-    return None
 
 
 def why_cosines(model: gemma4.Gemma4TextModel) -> str | None:

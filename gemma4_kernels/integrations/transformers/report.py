@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import extension, opset
-from ...fusion import why_not_plain
+from ...fusion import why_not_plain, why_seen
 from . import base, modules
 from .experts import instead_of_op
 
@@ -53,7 +53,7 @@ def _line(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> str:
 def _called(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> Iterator[str]:
     """The modules whose parameters no op may read, each with the reason."""
     attn, mlp = layer.self_attn, layer.mlp
-    seen = modules.why_seen(attn, modules.Attention)
+    seen = why_seen(attn, modules.Attention)
     if seen:
         seen = f"self_attn {seen}"
     elif isinstance(attn, modules.Attention):
