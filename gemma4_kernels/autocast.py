@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+R = TypeVar("R")
 
 
 def product_dtype(x: Tensor) -> torch.dtype | None:
@@ -27,11 +29,11 @@ def _is_cast(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
-def unaffected(function: Callable[..., Any]) -> Callable[..., Any]:
+def unaffected(function: Callable[..., R]) -> Callable[..., R]:
     """Runs `function` as if autocast were off, so that it computes what it says."""
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> R:
         if not torch._C._is_any_autocast_enabled():
             return function(*args)
         with torch._C._DisableAutocast():

@@ -5,9 +5,13 @@ A fused op reads the parameters of several modules and calls none of them. Whate
 without a word, so an op takes the place of plain modules alone; others are called, one by one.
 """
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks_of_all
+
+M = TypeVar("M", bound=nn.Module)
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -31,6 +35,22 @@ def why_called(module: nn.Module) -> str | None:
         return "is under hooks of all modules"
     if "forward" in own or "_compiled_call_impl" in own:
         return "has a forward of its own"
+    return None
+
+
+def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """What else could see the keyword arguments of a call of `module`, a `cls`; None if nothing."""
+    if type(module) is not cls:
+        return f"is a {type(module).__name__}"
+    own = module.__dict__
+    if "forward" in own or "_compiled_call_impl" in own:
+        return "has a forward of its own"
+    if (
+        own["_forward_hooks_with_kwargs"]
+        or own["_forward_pre_hooks_with_kwargs"]
+        or _hooks_of_all._global_forward_hooks_with_kwargs
+    ):
+        return "has hooks that see keyword arguments"
     return None
 
 
@@ -59,7 +79,7 @@ def why_not_plain(
     return None
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module], device: torch.device | None = None) -> bool:
+def is_plain(module: nn.Module, cls: type[M], device: torch.device | None = None) -> TypeGuard[M]:
     """Whether `why_not_plain` finds nothing."""
     return why_not_plain(module, cls, device) is None
 

@@ -13,7 +13,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,12 @@ FLOATS = (torch.float32, *HALF)
 LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0, "window_right": -1}
 MOST = torch.iinfo(torch.int64).max
 
-OPS: dict[str, "Op"] = {}
+# An op's arguments, each of the kind that its schema names, and its result.
+Args = tuple[Any, ...]
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...], covariant=True)
+T = TypeVar("T")
+
+OPS: dict[str, "Op[Tensor | tuple[Tensor, ...]]"] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -38,7 +43,7 @@ class Gradient:
     `backward` returns one gradient an input, None where there is none.
     """
 
-    keep: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+    keep: Callable[[Args, Any], Args]
     backward: Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -49,7 +54,7 @@ class NoGradient:
     reason: str
 
 
-class Op:
+class Op(Generic[Result]):
     """An op of the dispatcher, called by the shortest way that serves.
 
     `check`, `outputs` and `unserved` name the arguments that they want as the schema does. `check`
@@ -63,9 +68,9 @@ class Op:
     def __init__(
         self,
         schema: str,
-        twin: Callable[..., Any],
+        twin: Callable[..., Result],
         *,
-        outputs: Callable[..., Any],
+        outputs: Callable[..., Result],
         check: Callable[..., None] | None = None,
         main: str | None = None,
         dtypes: tuple[torch.dtype, ...] = FLOATS,
@@ -78,8 +83,9 @@ class Op:
         self.names = [argument.name for argument in arguments]
         self.twin = unaffected(twin)
         self._judges = [_judge(a.name, str(a.type)) for a in arguments]
-        self._demands, self._outputs = self._bound(check), self._bound(outputs)
-        self._unserved, self.dtypes = self._bound(unserved), dtypes
+        self._demands = self._bound(check) if check else _nothing
+        self._unserved = self._bound(unserved) if unserved else _nothing
+        self._outputs, self.dtypes = self._bound(outputs), dtypes
         self.main = self.names.index(main) if main else 0
         self._beside = [self.names.index(name) for name in beside]
         # A twin that would be differentiated anyway is, on its way forward.
@@ -92,7 +98,7 @@ class Op:
         self._register_gradient(gradient)
         OPS[self.name] = self
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Result:
         """Runs the op past the dispatcher, which is for the compiler and for gradients.
 
         Under the compiler the op is called, so that what depends on values (sequence lengths,
@@ -109,16 +115,16 @@ class Op:
             return self.registered(*args)
         return self._run(served, args)
 
-    def check(self, args: tuple[Any, ...]) -> None:
+    def check(self, args: Args) -> None:
         """Raises TypeError or ValueError for arguments that the op does not take."""
         self._judge(args)
         self._demands(args)
 
-    def _judge(self, args: tuple[Any, ...]) -> None:
+    def _judge(self, args: Args) -> None:
         for judge, value in zip(self._judges, args, strict=True):
             judge(value)
 
-    def why_eager(self, args: tuple[Any, ...]) -> str | None:
+    def why_eager(self, args: Args) -> str | None:
         """What keeps the op's kernel, where there is one, from serving this call; None if nothing.
 
         The arguments may end early, after those that matter here.
@@ -132,26 +138,24 @@ class Op:
         return self._unserved(args)
 
     def register_fake(self, namespace: str, library: torch.library.Library) -> None:
-        def fake(*args: Any) -> Any:
+        def fake(*args: object) -> Result:
             self._demands(args)
             return self._outputs(args)
 
         torch.library.register_fake(f"{namespace}::{self.name}", fake, lib=library)
 
-    def _kernel_or_twin(self, *args: Any) -> Any:
+    def _kernel_or_twin(self, *args: object) -> Result:
         self._judge(args)
         return self._run(kernels.serve(self, args), args)
 
-    def _run(self, served: bool, args: tuple[Any, ...]) -> Any:
+    def _run(self, served: bool, args: Args) -> Result:
         if served:
             return kernels.call(self, args)
         self._demands(args)
         return self.twin(*args)
 
-    def _bound(self, function: Callable[..., Any] | None) -> Callable[[tuple[Any, ...]], Any]:
+    def _bound(self, function: Callable[..., T]) -> Callable[[Args], T]:
         """The function, given of all the op's arguments those that it names."""
-        if function is None:
-            return lambda args: None
         parameters = inspect.signature(function).parameters
         wanted = [self.names.index(name) for name in parameters if name in self.names]
         return lambda args: function(*[args[i] for i in wanted])
@@ -160,15 +164,15 @@ class Op:
         if "!" in self.schema:
             return  # what writes into its arguments can have none
 
-        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        def save(ctx: _Context, inputs: Args, output: object) -> None:
             _save(ctx, gradient.keep(inputs, output) if isinstance(gradient, Gradient) else inputs)
 
-        def backward(ctx: Any, *grads: Any) -> Any:
+        def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             if isinstance(gradient, Gradient):
                 return gradient.backward(_saved(ctx), *grads)
             return self._differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
 
-        def refuse(ctx: Any, *grads: Any) -> Any:
+        def refuse(ctx: _Context, *grads: Tensor | None) -> NoReturn:
             assert isinstance(gradient, NoGradient)
             raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
 
@@ -182,15 +186,15 @@ class Op:
 
     @unaffected
     def _differentiate_twin(
-        self, saved: list[Any], wanted: tuple[bool, ...], grads: tuple[Any, ...]
+        self, saved: Args, wanted: tuple[bool, ...], grads: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             inputs = [
                 value.detach().requires_grad_(want) if isinstance(value, Tensor) else value
                 for value, want in zip(saved, wanted, strict=True)
             ]
-            outputs = self.twin(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            result = self.twin(*inputs)
+            outputs: tuple[Tensor, ...] = result if isinstance(result, tuple) else (result,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
@@ -222,7 +226,7 @@ class Kernels:
         registered = set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
         self.names = [name for name in OPS if f"{namespace}::{name}" in registered]
 
-    def serve(self, op: Op, args: tuple[Any, ...]) -> bool:
+    def serve(self, op: Op[Result], args: Args) -> bool:
         """Whether a kernel serves this call of an op; where there is one that does not, a warning
         says why, once."""
         device = args[op.main].device
@@ -234,24 +238,25 @@ class Kernels:
             warn(f"{op.name} runs eager torch, without a kernel: {reason}")
         return reason is None
 
-    def call(self, op: Op, args: tuple[Any, ...]) -> Any:
+    def call(self, op: Op[Result], args: Args) -> Result:
         """The compiled op; what it refuses is refused in the words of the op's check."""
         try:
-            return getattr(self.ops, op.name)(*args)
+            result: Result = getattr(self.ops, op.name)(*args)
+            return result
         except RuntimeError as error:
             refusal = error
         op.check(args)
         raise refusal
 
 
-class _NoKernels:
+class _NoKernels(Kernels):
     """Until a library is looked for."""
 
-    def serve(self, op: Op, args: tuple[Any, ...]) -> bool:
-        return False
+    def __init__(self) -> None:
+        self.names = []
 
 
-kernels: Any = _NoKernels()
+kernels: Kernels = _NoKernels()
 
 
 @contextlib.contextmanager
@@ -270,7 +275,7 @@ def warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=5)
 
 
-def needs_grad(*args: Any) -> bool:
+def needs_grad(*args: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
@@ -279,27 +284,36 @@ def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(shape, dtype=dtype or x.dtype)
 
 
-def _judge(name: str, kind: str) -> Callable[[Any], None]:
+def _nothing(args: Args) -> None:
+    """What an op without a check demands, and what is unserved where a kernel serves all."""
+
+
+def _judge(name: str, kind: str) -> Callable[[object], None]:
     """What raises unless a value is one of this kind, as a schema names it."""
     least = LEAST.get(name, -math.inf)
 
-    def tensor(value: Any) -> None:
+    def tensor(value: object) -> None:
         if not isinstance(value, Tensor) and (value is not None or kind == "Tensor"):
             raise TypeError(f"{name} must be a tensor, got {_told(value)}")
 
-    def flag(value: Any) -> None:
+    def flag(value: object) -> None:
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {_told(value)}")
 
-    def number(value: Any) -> None:
-        if type(value) is not float and not _is(value, numbers.Real):
+    def number(value: object) -> None:
+        # The exact type first: an abstract one takes ten times as long.
+        if type(value) is not float and not (
+            isinstance(value, numbers.Real) and not isinstance(value, bool)
+        ):
             raise TypeError(f"{name} must be a number, got {_told(value)}")
-        if not (math.isfinite(value) and value >= least):
+        if not math.isfinite(value) or value < least:
             sort = "finite" if least < 0 else "finite and at least 0"
             raise ValueError(f"{name} must be {sort}, got {value}")
 
-    def integer(value: Any) -> None:
-        if type(value) is not int and not _is(value, numbers.Integral):
+    def integer(value: object) -> None:
+        if type(value) is not int and not (
+            isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        ):
             raise TypeError(f"{name} must be an integer, got {_told(value)}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -309,22 +323,31 @@ def _judge(name: str, kind: str) -> Callable[[Any], None]:
     return {"float": number, "int": integer, "bool": flag}.get(kind, tensor)
 
 
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     return "None" if value is None else f"{value!r:.40} of type {type(value).__name__}"
 
 
-def _save(ctx: Any, values: tuple[Any, ...]) -> None:
+class _Context(Protocol):
+    """autograd's, of one call."""
+
+    is_tensor: list[bool]
+    plain: list[object]
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def _save(ctx: _Context, values: Args) -> None:
     """Keeps tensors and plain values apart, as autograd wants, in their order."""
     ctx.is_tensor = [isinstance(value, Tensor) for value in values]
     ctx.plain = [None if isinstance(value, Tensor) else value for value in values]
     ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
 
 
-def _saved(ctx: Any) -> list[Any]:
+def _saved(ctx: _Context) -> Args:
     tensors = iter(ctx.saved_tensors)
     pairs = zip(ctx.is_tensor, ctx.plain, strict=True)
-    return [next(tensors) if is_tensor else plain for is_tensor, plain in pairs]
+    return tuple(next(tensors) if is_tensor else plain for is_tensor, plain in pairs)

@@ -14,6 +14,9 @@ from pairs import NAMES, close, close_gradients, left_padded, pair
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+
+from gemma4.modules import RMSNorm
 
 each = pytest.mark.parametrize("name", NAMES)
 WIDTH, PADDING = 11, 3
@@ -318,6 +321,26 @@ def test_modules_of_another_class(name: str) -> None:
             first.experts.act_fn = nn.ReLU()
         if name == "e_series":
             last.act_fn = nn.SiLU()
+    for run in RUNS.values():
+        close(run(ours), run(theirs))
+    close_gradients(ours, theirs)
+
+
+def scaled(cls: type[nn.Module], width: int) -> nn.Module:
+    norm = cls(width, eps=1e-6)
+    nn.init.uniform_(norm.weight, 0.5, 2.0, torch.Generator().manual_seed(3))
+    return norm
+
+
+@each
+def test_norms_with_a_scale_where_there_was_none(name: str) -> None:
+    """No fused op reads a weight there, so the norm has to be called."""
+    theirs, ours = pair(name)
+    for model, cls in ((theirs, Gemma4RMSNorm), (ours, RMSNorm)):
+        layer = model.model.layers[0]
+        layer.self_attn.v_norm = scaled(cls, layer.self_attn.head_dim)
+        if name == "moe":
+            layer.router.norm = scaled(cls, model.config.hidden_size)
     for run in RUNS.values():
         close(run(ours), run(theirs))
     close_gradients(ours, theirs)

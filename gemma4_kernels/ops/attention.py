@@ -1,13 +1,11 @@
 """Attention over packed sequences and over a cache."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import checks, reference
 from ..autocast import cast, product_dtype
-from ..opset import HALF, Gradient, NoGradient, Op, needs_grad, new
+from ..opset import HALF, Args, Gradient, NoGradient, Op, needs_grad, new
 
 HEAD_DIMS = (64, 128, 256, 512)
 
@@ -40,13 +38,13 @@ _attention_prefill_backward = Op(
 )
 
 
-def _keep_packed(inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+def _keep_packed(inputs: Args, output: tuple[Tensor, Tensor]) -> Args:
     q, k, v, *rest = inputs
     return q, k, v, *output, *rest
 
 
 def _backward(
-    kept: list[Any], grad_out: Tensor | None, grad_lse: Tensor | None
+    kept: Args, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *rest, block_table, has_lse = kept
     if block_table is not None:

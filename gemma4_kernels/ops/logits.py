@@ -1,15 +1,13 @@
 """The cap on the logits, and the choice of the next token."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import checks, reference
-from ..opset import Gradient, NoGradient, Op, new
+from ..opset import Args, Gradient, NoGradient, Op, new
 
 
-def _softcap_backward(kept: list[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _softcap_backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
     output, cap = kept
     return grad * (1 - (output / cap) ** 2), None
 

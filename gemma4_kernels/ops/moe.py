@@ -1,13 +1,11 @@
 """What routes tokens to experts, and the experts."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import checks, reference
 from ..autocast import cast, product_dtype
-from ..opset import HALF, Gradient, NoGradient, Op, new
+from ..opset import HALF, Args, Gradient, NoGradient, Op, new
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +80,11 @@ def _experts_unserved(gate_up: Tensor, down: Tensor) -> str | None:
     return None
 
 
-def _like_each(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(new(t, *t.shape) for t in (x, gate_up, down, weights))
+def _like_each(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, d_gate_up = new(x, *x.shape), new(gate_up, *gate_up.shape)
+    return dx, d_gate_up, new(down, *down.shape), new(weights, *weights.shape)
 
 
 _moe_experts_backward = Op(
@@ -95,7 +96,7 @@ _moe_experts_backward = Op(
 )
 
 
-def _backward(kept: list[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx, d_gate_up, d_down, d_weights = _moe_experts_backward.registered(grad, *kept)
     return dx, d_gate_up, d_down, None, d_weights
 

@@ -24,7 +24,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     return _rms_norm(x, weight, eps)
 
 
-def _residual_and_y(x: Tensor, residual: Tensor, next_weight: Tensor | None) -> tuple[Tensor, ...]:
+def _residual_and_y(
+    x: Tensor, residual: Tensor, next_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, residual.dtype)
     y_shape = (0,) if next_weight is None else x.shape
     return new(x, *x.shape, dtype=dtype), new(x, *y_shape, dtype=dtype)

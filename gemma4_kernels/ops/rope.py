@@ -6,7 +6,7 @@ from .. import checks, reference
 from ..opset import Op, needs_grad, new
 
 
-def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, ...]:
+def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     kv_shape = (0,) if k is None else k.shape
     return new(q, *q.shape), new(q, *kv_shape), new(q, *kv_shape)
 

@@ -93,7 +93,7 @@ class Cache:
 
         Raises ValueError if a row holds fewer, or if a ring no longer holds the window before them.
         """
-        counts = count if isinstance(count, (list, tuple)) else [count] * self.batch_size
+        counts = count if isinstance(count, Sequence) else [count] * self.batch_size
         if len(counts) != self.batch_size:
             raise ValueError(f"cannot trim {len(counts)} rows, the cache holds {self.batch_size}")
         for row, (some, length) in enumerate(zip(counts, self.lengths, strict=True)):
@@ -106,7 +106,7 @@ class Cache:
                     "beyond the window (rollback)"
                 )
         self.lengths = [length - some for length, some in zip(self.lengths, counts, strict=True)]
-        self.columns = self.columns - count if counts is not count else max(self.lengths)
+        self.columns = self.columns - count if isinstance(count, int) else max(self.lengths)
         self.ids = [ids[:length] for ids, length in zip(self.ids, self.lengths, strict=True)]
         pairs = zip(self._written, self.lengths, strict=True)
         self._written = [written if length else 0 for written, length in pairs]

@@ -6,16 +6,16 @@ The checks and the table of released sizes take this file past 400 lines.
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .config_file import FULL, SLIDING, read_fields
-from .files import finish, read_json, replacing, short, write_json
+from .files import Json, finish, read_json, replacing, short, write_json
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Beyond any model, and small enough that a module tree of such sizes is made in no time on meta.
 MOST_LAYERS, MOST_EXPERTS, MOST_SIZE, MOST_TOKENS = 1024, 2**16, 2**24, 2**31 - 1
 
-_DEFAULT_ROPE = {
+_DEFAULT_ROPE: dict[str, Json] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
@@ -43,10 +43,10 @@ class Gemma4TextConfig:
     head_dim: int = 256
     global_head_dim: int = 512
     num_global_key_value_heads: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]  # filled by __post_init__
     sliding_window: int = 512
     max_position_embeddings: int = 131_072
-    rope_parameters: dict[str, dict[str, Any]] | None = None
+    rope_parameters: dict[str, Json] = None  # type: ignore[assignment]  # likewise
     rms_norm_eps: float = 1e-6
     hidden_activation: str = "gelu_pytorch_tanh"
     attention_bias: bool = False
@@ -180,10 +180,10 @@ class Gemma4TextConfig:
             for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
                 most = MOST_SIZE if name == "moe_intermediate_size" else MOST_EXPERTS
                 _check_integer(f"enable_moe_block: {name}", getattr(self, name), 1, most)
-            if self.top_k_experts > self.num_experts:
+            experts, chosen, _ = self.expert_sizes
+            if chosen > experts:
                 raise ValueError(
-                    f"top_k_experts ({self.top_k_experts}) must not exceed num_experts "
-                    f"({self.num_experts})"
+                    f"top_k_experts ({chosen}) must not exceed num_experts ({experts})"
                 )
         self._check_sharing()
 
@@ -225,6 +225,13 @@ class Gemma4TextConfig:
         doubled = self.use_double_wide_mlp and self.kv_owner(layer) != layer
         return self.intermediate_size * (2 if doubled else 1)
 
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        """num_experts, top_k_experts and moe_intermediate_size of a model that has experts."""
+        experts, chosen, width = self.num_experts, self.top_k_experts, self.moe_intermediate_size
+        assert experts is not None and chosen is not None and width is not None
+        return experts, chosen, width
+
     def get_text_config(self) -> "Gemma4TextConfig":
         """Itself: what programs ask a config for that may be a multimodal model's."""
         return self
@@ -244,7 +251,7 @@ class Gemma4TextConfig:
         return self.sliding_window, -1
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Gemma4TextConfig":
+    def from_dict(cls, data: Json) -> "Gemma4TextConfig":
         """From the contents of a config.json, multimodal (`text_config`) or not."""
         return cls(**read_fields(data, {field.name for field in fields(cls)}))
 
@@ -261,7 +268,7 @@ class Gemma4TextConfig:
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The flat spelling, ready for config.json."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"architectures": ["Gemma4ForCausalLM"], "model_type": self.model_type, **data}
@@ -283,18 +290,18 @@ class Gemma4TextConfig:
         return cls(**_PRESETS[name])
 
 
-def _check_integer(name: str, value: Any, least: int, most: int = MOST_SIZE) -> None:
+def _check_integer(name: str, value: object, least: int, most: int = MOST_SIZE) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} must be an integer of {least} to {most}, got {short(value)}")
 
 
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
+def _check_number(name: str, value: object, least: float, most: float) -> None:
     # An integer beyond the floats fails the comparison, as NaN does.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{name} must be a number of {least:g} to {most:g}, got {short(value)}")
 
 
-def _checked_rope(rope: Any, kinds: set[str]) -> dict[str, dict[str, Any]]:
+def _checked_rope(rope: object, kinds: set[str]) -> dict[str, Json]:
     """Each kind's rope parameters. What transformers would ignore without a word is refused."""
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must map layer kinds to objects, got {short(rope)}")
@@ -310,7 +317,7 @@ def _checked_rope(rope: Any, kinds: set[str]) -> dict[str, dict[str, Any]]:
     return {**_DEFAULT_ROPE, **checked}
 
 
-def _checked_rope_entry(kind: str, entry: Any) -> dict[str, Any]:
+def _checked_rope_entry(kind: str, entry: object) -> Json:
     name = f"rope_parameters.{kind}"
     if not isinstance(entry, dict):
         raise ValueError(f"{name} must be an object, got {short(entry)}")
@@ -356,7 +363,7 @@ _LARGE = dict(
     max_position_embeddings=262_144,
     use_bidirectional_attention="vision",
 )
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, Json] = {
     "E2B": dict(
         **_E,
         hidden_size=1536,

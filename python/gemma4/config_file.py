@@ -5,9 +5,7 @@ Published files name the full-attention layers' sizes in flat keys (`global_head
 overrides per layer. Multimodal files hold all of it under `text_config`.
 """
 
-from typing import Any
-
-from .files import short
+from .files import Json, short
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -23,7 +21,7 @@ _FOREIGN = (
 )
 
 
-def read_fields(data: dict[str, Any], names: set[str]) -> dict[str, Any]:
+def read_fields(data: Json, names: set[str]) -> Json:
     """The fields `names` of a Gemma4TextConfig, from a config.json's content.
 
     Raises ValueError, naming the key, for a model that is not Gemma 4's, a quantised one, and
@@ -67,13 +65,13 @@ def read_fields(data: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return known | _per_layer(text)
 
 
-def _check_model_type(part: dict[str, Any], known: tuple[str, ...], where: str = "") -> None:
+def _check_model_type(part: Json, known: tuple[str, ...], where: str = "") -> None:
     kind = part.get("model_type")
     if kind is not None and kind not in known:
         raise ValueError(f"{where}model_type must be one of {', '.join(known)}, got {short(kind)}")
 
 
-def _per_layer(text: dict[str, Any]) -> dict[str, Any]:
+def _per_layer(text: Json) -> Json:
     """`per_layer_config` as the flat keys; its layers must all be the full ones, and agree."""
     table = text.get("per_layer_config")
     if "per_layer_config" not in text:

@@ -1,7 +1,7 @@
 """Decoding step by step over one cache: fixed memory, nothing read on the host, a CUDA graph."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from gemma4_kernels.fusion import why_called
 
 from .cache import Cache
 from .steps import DecodePlan
+
+if TYPE_CHECKING:
+    from .model import Gemma4ForCausalLM
 
 
 class Decoder:
@@ -21,15 +24,15 @@ class Decoder:
     logits of the one before. Between two calls nothing else may write to the cache.
     """
 
-    def __init__(self, model: Any, cache: Cache, steps: int):
+    def __init__(self, model: "Gemma4ForCausalLM", cache: Cache, steps: int):
         cache.check(model.config, cache.batch_size, model.compute_dtype, model.device)
         cache.reserve(max(cache.lengths) + steps)
         self.model, self.cache = model, cache
         self.plan = DecodePlan(cache)
         self.ids = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
         self.first = True
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor | None = None
+        # The step's graph, and the logits that it writes.
+        self.captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, ids_B: Tensor) -> Tensor:
@@ -45,12 +48,12 @@ class Decoder:
         if self.first and self.cache.device.type == "cuda":
             self._capture(ids_B)
         self.first = False
-        if self.graph is None:
+        if self.captured is None:
             logits = self.forward(ids_B)
         else:
             self.ids.copy_(ids_B)
-            self.graph.replay()
-            logits = self.logits
+            graph, logits = self.captured
+            graph.replay()
         self.cache.count_one()
         return logits
 
@@ -84,9 +87,10 @@ class Decoder:
             torch.cuda.set_sync_debug_mode(before)
             torch.cuda.current_stream(device).wait_stream(side)
         self.plan.rewind()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward(self.ids)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.forward(self.ids)
+        self.captured = graph, logits
 
 
 def _watched(model: nn.Module) -> str | None:

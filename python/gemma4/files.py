@@ -7,11 +7,13 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+# An object of JSON, of whatever values.
+Json = dict[str, Any]
 # Every JSON file of a released model is far smaller, the table of a file of tensors included.
 MAX_JSON_BYTES = 32 * 2**20
 
@@ -20,14 +22,14 @@ COMMITTED, MANIFEST = ".gemma4-saved", "manifest.json"
 _STAGED = f".gemma4-saving-{platform.node()}"
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """The object in a JSON file; ValueError, naming the file, if it holds none."""
     with file.open("rb") as stream:
         data = stream.read(MAX_JSON_BYTES + 1)
     return parse_json(data, str(file))
 
 
-def write_json(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: Mapping[str, object]) -> None:
     """Writes an object as JSON; OSError names the file."""
     with naming(file):
         file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -43,7 +45,7 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
-def parse_json(data: bytes, source: str) -> dict[str, Any]:
+def parse_json(data: bytes, source: str) -> Json:
     """The object that `data` spells; ValueError, naming `source`, where it spells none, spells a
     key twice, or is larger or deeper than any such file."""
     if len(data) > MAX_JSON_BYTES:
@@ -66,7 +68,7 @@ def check_no_pointer(file: Path | str, begin: bytes) -> None:
         raise ValueError(f"{file} is a git-lfs pointer, not the file: `git lfs pull` fetches it")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> Json:
     made = dict(pairs)
     if len(made) < len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -75,12 +77,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def is_file_name(name: Any) -> bool:
+def is_file_name(name: object) -> TypeGuard[str]:
     """Whether `name` names a file of the folder that it is read in, and none elsewhere."""
     return isinstance(name, str) and Path(name).name == name and bool(name.strip("."))
 
 
-def short(value: Any, most: int = 80) -> str:
+def short(value: object, most: int = 80) -> str:
     """`value` as an error shows it: however large it is, a few words of it."""
     try:
         text = repr(value)

@@ -24,7 +24,7 @@ from gemma4_kernels.fusion import is_plain
 
 from .config import FULL, Gemma4TextConfig
 from .layout import Layout
-from .modules import GELUTanh, RMSNorm, cosines_and_sines, linear, rotated
+from .modules import GELUTanh, RMSNorm, UnscaledRMSNorm, cosines_and_sines, linear, rotated
 from .steps import Keys, PackedPlan
 
 # The layout of the last columns, and which of the packed tokens these are.
@@ -36,7 +36,8 @@ class Attention(nn.Module):
 
     PARTS: ClassVar = {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), nn.Linear),
-        **dict.fromkeys(("q_norm", "k_norm", "v_norm"), RMSNorm),
+        **dict.fromkeys(("q_norm", "k_norm"), RMSNorm),
+        "v_norm": UnscaledRMSNorm,
     }
 
     def __init__(self, config: Gemma4TextConfig, index: int):
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         if self.owner == index:
             k_eq_v = config.attention_k_eq_v and kind == FULL
             self.k_norm = RMSNorm(self.head_dim, self.eps)
-            self.v_norm = RMSNorm(self.head_dim, self.eps, with_scale=False)
+            self.v_norm = UnscaledRMSNorm(self.eps)
             self.k_proj = linear(width, kv_rows, config, bias)
             self.v_proj = None if k_eq_v else linear(width, kv_rows, config, bias)
         self.o_proj = linear(rows, width, config, bias)
@@ -107,7 +108,7 @@ class Attention(nn.Module):
     def _norms_are_plain(self, plan: PackedPlan) -> bool:
         return plan.plain(self.q_norm, RMSNorm) and (
             self.owner != self.layer_idx
-            or (plan.plain(self.k_norm, RMSNorm) and plan.plain(self.v_norm, RMSNorm))
+            or (plan.plain(self.k_norm, RMSNorm) and plan.plain(self.v_norm, UnscaledRMSNorm))
         )
 
     def _norm_and_rotate(
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         q = rotated(plan.call(self.q_norm, RMSNorm, q), cos, sin).to(made)
         if k is None:
             return q, plan.keys[self.owner]
-        v = plan.call(self.v_norm, RMSNorm, k if v is None else v)
+        v = plan.call(self.v_norm, UnscaledRMSNorm, k if v is None else v)
         k = rotated(plan.call(self.k_norm, RMSNorm, k), cos, sin).to(made)
         return q, plan.store(self.layer_idx, k, v)
 
@@ -179,15 +180,15 @@ def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
 class Router(nn.Module):
     """Chooses each token's experts by its raw residual."""
 
-    PARTS: ClassVar = {"norm": RMSNorm, "proj": nn.Linear}
+    PARTS: ClassVar = {"norm": UnscaledRMSNorm, "proj": nn.Linear}
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
-        self.top_k = config.top_k_experts
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
-        self.proj = linear(config.hidden_size, config.num_experts, config)
+        num, self.top_k, _ = config.expert_sizes
+        self.norm = UnscaledRMSNorm(config.rms_norm_eps)
+        self.proj = linear(config.hidden_size, num, config)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
-        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.per_expert_scale = nn.Parameter(torch.ones(num))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All experts' probabilities [T, E]; the chosen ones' weights and numbers [T, K]."""
@@ -208,12 +209,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
-        num, width, expert_width = (
-            config.num_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-        )
-        self.num_experts = num
+        num, _, expert_width = config.expert_sizes
+        self.num_experts, width = num, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(num, width, expert_width))
         for weight in (self.gate_up_proj, self.down_proj):
@@ -236,6 +233,7 @@ class Experts(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, feed-forward (with experts beside it), PLE gate and layer scalar."""
 
+    layer_scalar: Tensor
     PARTS: ClassVar = {
         "self_attn": Attention,
         "mlp": MLP,
@@ -351,8 +349,9 @@ class DecoderLayer(nn.Module):
         if not plan.plain(post_norm, RMSNorm):
             x_TD = x_TD + plan.call(post_norm, RMSNorm, branch_TD)
             return (x_TD if scale is None else x_TD * scale), None
-        opens = next_norm is not None and plan.plain(next_norm, RMSNorm, x_TD.device)
-        next_weight = next_norm.weight if opens else None
+        next_weight = None
+        if next_norm is not None and plan.plain(next_norm, RMSNorm, x_TD.device):
+            next_weight = next_norm.weight
         return ops.add_rms_norm(
             branch_TD, x_TD, post_norm.weight, next_weight, scale, post_norm.eps
         )
@@ -379,7 +378,8 @@ class DecoderLayer(nn.Module):
         both_TD, _ = self._close(routed_TD, dense_TD, self.post_feedforward_layernorm_2, plan)
         return both_TD
 
-    def _gated(self, gate_TP: Tensor, ple: tuple[Tensor, int], plan: PackedPlan) -> Tensor:
+    def _gated(self, gate_TP: Tensor, ple: tuple[Tensor, int] | None, plan: PackedPlan) -> Tensor:
+        assert ple is not None  # every layer of a model with PLE is given its inputs
         ple_TLP, index = ple
         if plan.plain(self.act_fn, GELUTanh):
             return ops.ple_gate(gate_TP, ple_TLP, index)

@@ -5,7 +5,7 @@ Rows, or the segments packed into a row, are sequences: a length and a number of
 each. Left and right padding are the same thing here, and no S x S mask exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -31,9 +31,10 @@ class Layout:
     cu_seqlens_k: Tensor
 
     @classmethod
-    def whole(cls, shape: tuple[int, int], device: torch.device) -> "Layout":
+    def whole(cls, shape: Sequence[int], device: torch.device) -> "Layout":
         """Rows without padding, one sequence each."""
-        return make_layout(tuple(shape), device)
+        batch, width = shape
+        return make_layout((batch, width), device)
 
     @property
     def max_seqlen_q(self) -> int:
@@ -122,7 +123,7 @@ def make_layout(
     """
     batch, width = shape
     cached = past_lengths is not None
-    pasts = past_lengths if cached else [0] * batch
+    pasts = [0] * batch if past_lengths is None else past_lengths
     if batch < 1 or width < 1:
         raise ValueError(f"the input must hold at least one token per row, got {list(shape)}")
     rows, columns, lengths = list(range(batch)), [0] * batch, [width] * batch

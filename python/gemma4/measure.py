@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import gemma4_kernels
+
+if TYPE_CHECKING:
+    from .model import Gemma4ForCausalLM
 
 REPLAY_SECONDS = 2e-4  # at least, so that the events' own cost does not count
 LEAST_SAMPLES = 5
@@ -29,7 +32,7 @@ class Timing:
 
 
 def time_calls(
-    call: Callable[[int], Any], device: torch.device, rotations: int = 1, seconds: float = 0.3
+    call: Callable[[int], object], device: torch.device, rotations: int = 1, seconds: float = 0.3
 ) -> Timing:
     """Times call(i), i = 0..rotations - 1 by turns: one set of inputs each, together more than the
     caches hold.
@@ -50,14 +53,15 @@ def time_calls(
             # Outputs are kept for a turn, so that they rotate too.
             _ = [call(i) for i in range(rotations)]
 
-    replay: Callable[[], Any] = run
+    replay: Callable[[], object] = run
     if taken == "graph":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         replay = graph.replay
     _events(replay)
-    samples, end = [], time.perf_counter() + seconds
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
     while len(samples) < LEAST_SAMPLES or time.perf_counter() < end:
         samples.append(_events(replay) / (turns * rotations))
     return _timing(samples, taken)
@@ -68,8 +72,9 @@ def _timing(samples: list[float], taken: str) -> Timing:
     return Timing(statistics.median(samples), p20, p80, taken)
 
 
-def _host_samples(call: Callable[[int], Any], rotations: int, seconds: float) -> list[float]:
-    samples, end = [], time.perf_counter() + seconds
+def _host_samples(call: Callable[[int], object], rotations: int, seconds: float) -> list[float]:
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
     while len(samples) < LEAST_SAMPLES or time.perf_counter() < end:
         start = time.perf_counter()
         call(len(samples) % rotations)
@@ -77,7 +82,7 @@ def _host_samples(call: Callable[[int], Any], rotations: int, seconds: float) ->
     return samples
 
 
-def _events(run: Callable[[], Any]) -> float:
+def _events(run: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -86,7 +91,7 @@ def _events(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _can_be_captured(call: Callable[[int], Any]) -> bool:
+def _can_be_captured(call: Callable[[int], object]) -> bool:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -114,9 +119,9 @@ def gemm_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> floa
     return 2 * n**3 / time_calls(lambda i: a @ b, device).median
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, object]:
     """What a result must say of where it was made."""
-    facts = {
+    facts: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -143,15 +148,19 @@ def _said(*command: str) -> str | None:
     return done.stdout.strip().split("\n")[0] if done.returncode == 0 else None
 
 
-def decode_bytes(model: torch.nn.Module) -> int:
+def decode_bytes(model: "Gemma4ForCausalLM") -> int:
     """The weights that one token's decoding must read: all but the tables it takes one row of, and
     of the experts those that are chosen."""
     config = model.config
     tables = {"model.embed_tokens_per_layer.weight"}
     if not config.tie_word_embeddings:
         tables.add("model.embed_tokens.weight")
+    share = 1.0
+    if config.enable_moe_block:
+        experts, chosen, _ = config.expert_sizes
+        share = chosen / experts
     total = 0.0
     for name, weight in model.named_parameters():
-        part = config.top_k_experts / config.num_experts if ".experts." in name else 1
+        part = share if ".experts." in name else 1
         total += 0 if name in tables else weight.numel() * weight.element_size() * part
     return int(total)

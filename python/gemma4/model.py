@@ -9,7 +9,8 @@ heads, G KV heads, C head channels, P PLE width, L layers, V vocabulary.
 
 import copy
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,20 @@ from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
 
 from .cache import Cache
-from .checkpoint import load_pretrained, save_pretrained
+from .checkpoint import Pretrained, save_pretrained
 from .config import Gemma4TextConfig
 from .generate import GenerationConfig, generate
 from .layers import DecoderLayer, Tail
 from .layout import Layout, make_layout
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
-from .steps import CachePlan, DecodePlan, PackedPlan
+from .steps import CachePlan, DecodePlan, Keys, PackedPlan
 
 # Tokens whose loss is computed at once: the fp32 copy of their logits is all that exists of it.
 LOSS_TOKENS = 1024
 
 
-class Gemma4ForCausalLM(nn.Module):
+class Gemma4ForCausalLM(Pretrained):
     """A Gemma 4 text model with its language-model head.
 
     Drop-in for transformers' class of this name: same modules, state-dict names and numbers.
@@ -59,7 +60,6 @@ class Gemma4ForCausalLM(nn.Module):
         self.register_load_state_dict_pre_hook(_with_tied_head)
         self.register_load_state_dict_post_hook(_keep_tied)
 
-    from_pretrained = classmethod(load_pretrained)
     save_pretrained = save_pretrained
     generate = generate
 
@@ -67,6 +67,10 @@ class Gemma4ForCausalLM(nn.Module):
         """Makes the head's weight the embedding's, if the config says so; nothing else does."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _loaded(self, folder: Path) -> None:
+        self.tie_weights()
+        self.generation_config = self.generation_config.updated_from(folder)
 
     @property
     def device(self) -> torch.device:
@@ -106,16 +110,16 @@ class Gemma4ForCausalLM(nn.Module):
         on a GPU that has kernels, whether they were checked on that card."""
         return self.model.explain()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     @property
@@ -124,7 +128,7 @@ class Gemma4ForCausalLM(nn.Module):
 
     def activation_checkpointing_enable(
         self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        activation_checkpointing_kwargs: dict[str, object] | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
@@ -148,13 +152,15 @@ class Gemma4ForCausalLM(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+        self,
+        gradient_checkpointing_kwargs: dict[str, object] | None = None,
+        every_n_layers: int = 1,
     ) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Gives the token table, the PLE table and the head `new_num_tokens` rows (as many as now
         if None), rounded up to a multiple of `pad_to_multiple_of`.
 
@@ -172,8 +178,8 @@ class Gemma4ForCausalLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **others: Any,
-    ) -> dict[str, Any]:
+        **others: object,
+    ) -> dict[str, object]:
         """The arguments of the next forward: of `input_ids`, what the cache does not hold."""
         if past_key_values is not None:
             input_ids = input_ids[:, past_key_values.get_seq_length() :]
@@ -193,8 +199,8 @@ class Gemma4ForCausalLM(nn.Module):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
-        **others: Any,
-    ) -> CausalLMOutput | tuple[Any, ...]:
+        **others: object,
+    ) -> CausalLMOutput | tuple[object, ...]:
         """Logits of a batch; arguments as in `Gemma4TextModel.forward`, and:
 
         labels [B, S]: the loss is the cross-entropy, in fp32, of each real token's logits against
@@ -259,27 +265,33 @@ class Gemma4ForCausalLM(nn.Module):
 
 
 # Functions and not methods, so that a copied or pickled model does not drag along the first one.
-def _is_tied(model: nn.Module) -> bool:
+def _is_tied(model: Gemma4ForCausalLM) -> bool:
     head = getattr(model.lm_head, "weight", None)
     return head is not None and head is getattr(model.model.embed_tokens, "weight", None)
 
 
-def _without_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _without_tied_head(
+    model: Gemma4ForCausalLM, state: dict[str, Tensor], prefix: str, _: object
+) -> None:
     if _is_tied(model):
         state.pop(f"{prefix}lm_head.weight", None)
 
 
-def _with_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _with_tied_head(
+    model: Gemma4ForCausalLM, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
     head, table = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if model.config.tie_word_embeddings and head not in state and table in state:
         state[head] = state[table]
 
 
-def _keep_tied(model: nn.Module, _: Any) -> None:
+def _keep_tied(model: Gemma4ForCausalLM, _: object) -> None:
     """load_state_dict(assign=True) makes two parameters of one tensor."""
     parents = model.lm_head, model.model.embed_tokens
     head, table = (parent._parameters.get("weight") for parent in parents)
-    plain = type(head) is type(table) is nn.Parameter and not head.is_meta
+    if head is None or table is None or head.is_meta:
+        return
+    plain = type(head) is type(table) is nn.Parameter
     if plain and head.data_ptr() == table.data_ptr():
         model.lm_head.weight = table
 
@@ -289,7 +301,7 @@ def _summed_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
 
 
-def _resized(weight: nn.Parameter, rows: int) -> nn.Parameter:
+def _resized(weight: Tensor, rows: int) -> nn.Parameter:
     new = weight.new_empty(rows, weight.shape[1])
     kept = min(rows, weight.shape[0])
     new[:kept] = weight.detach()[:kept]
@@ -297,9 +309,10 @@ def _resized(weight: nn.Parameter, rows: int) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=weight.requires_grad)
 
 
-class Gemma4TextModel(nn.Module):
+class Gemma4TextModel(Pretrained):
     """The stack without a head."""
 
+    embed_tokens: nn.Embedding
     _no_split_modules = ("DecoderLayer",)
 
     def __init__(self, config: Gemma4TextConfig):
@@ -324,7 +337,6 @@ class Gemma4TextModel(nn.Module):
             self.per_layer_model_projection = linear(width, packed, config)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, config.rms_norm_eps)
 
-    from_pretrained = classmethod(load_pretrained)
     save_pretrained = save_pretrained
 
     @property
@@ -358,15 +370,15 @@ class Gemma4TextModel(nn.Module):
             lines.append(f"kernels on {self.device}: {record.summary(self.device)}")
         return "\n".join(lines)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """As in `Gemma4ForCausalLM`, without the head."""
         rows = self.embed_tokens.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
@@ -400,7 +412,7 @@ class Gemma4TextModel(nn.Module):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[object, ...]:
         """Hidden states of a batch.
 
         input_ids [B, S], or inputs_embeds [B, S, D] already scaled by √D, in which case a model
@@ -421,6 +433,7 @@ class Gemma4TextModel(nn.Module):
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be 0 (all) or a count, got {logits_to_keep}")
         cache = cache if cache is not None else past_key_values
+        plan: PackedPlan
         if isinstance(cache, DecodePlan):
             plan, cache = cache, cache.cache
             plan.keys = {}
@@ -443,12 +456,11 @@ class Gemma4TextModel(nn.Module):
         hidden = plan.layout.unpack(y_TD)
         if stale and torch.is_grad_enabled():
             hidden = _NoGradient.apply(hidden, torch.empty(0, requires_grad=True))
-        layout = plan.layout
-        if logits_to_keep and layout.shape[1] > logits_to_keep:
-            hidden, layout = hidden[:, -logits_to_keep:], None
+        shortened = 0 < logits_to_keep < plan.layout.shape[1]
+        if shortened:
+            hidden = hidden[:, -logits_to_keep:]
         result = ModelOutput(last_hidden_state=hidden, cache=cache, hidden_states=states)
-        # For the head, which has nothing to do for padding.
-        result.layout = layout
+        result.layout = None if shortened else plan.layout
         return result.to_tuple() if return_dict is False else result
 
     def _plan(
@@ -502,14 +514,16 @@ class Gemma4TextModel(nn.Module):
                 if low < 0 or high >= config.vocab_size:
                     bad = int(low if low < 0 else high)
                     raise ValueError(f"input_ids must lie in 0..{config.vocab_size - 1}, got {bad}")
-            return tuple(input_ids.shape)
+            batch, width = input_ids.shape
+            return batch, width
+        assert embeds is not None
         if embeds.ndim != 3 or embeds.shape[-1] != config.hidden_size:
             raise ValueError(
                 f"inputs_embeds must be [B, S, {config.hidden_size}], got {list(embeds.shape)}"
             )
-        shape = tuple(embeds.shape[:2])
+        batch, width, _ = embeds.shape
         if self.ple_width:
-            want = [*shape, config.num_hidden_layers, self.ple_width]
+            want = [batch, width, config.num_hidden_layers, self.ple_width]
             got = None if per_layer_inputs is None else list(per_layer_inputs.shape)
             if got != want:
                 raise ValueError(
@@ -517,7 +531,7 @@ class Gemma4TextModel(nn.Module):
                 )
         elif per_layer_inputs is not None:
             raise ValueError("per_layer_inputs given, but this model has no PLE")
-        return shape
+        return batch, width
 
     def _stack(
         self,
@@ -534,6 +548,7 @@ class Gemma4TextModel(nn.Module):
             ids_T = layout.pack(input_ids).to(layout.positions.device)
             x_TD = plan.call(self.embed_tokens, ScaledEmbedding, ids_T)
         else:
+            assert inputs_embeds is not None
             ids_T, x_TD = None, layout.pack(inputs_embeds)
         ple_TLP = None
         if self.ple_width:
@@ -549,10 +564,9 @@ class Gemma4TextModel(nn.Module):
             y_TD = plan.call(layers[0].input_layernorm, RMSNorm, x_TD)
         for index, layer in enumerate(layers):
             last = index + 1 == len(layers)
-            following = self.norm if last else layers[index + 1]
-            if not last:
-                plain = plan.plain(following, DecoderLayer)
-                following = following.input_layernorm if plain else None
+            following: nn.Module | None = self.norm if last else None
+            if not last and plan.plain(after := layers[index + 1], DecoderLayer):
+                following = after.input_layernorm
             cut = tail if index == last_owner else None
             inside = cut is not None and plan.whole(layer, DecoderLayer)
             x_TD, y_TD = self._layer(
@@ -594,14 +608,14 @@ class Gemma4TextModel(nn.Module):
                 ple = None if ple_TLP is None else (ple_TLP, index)
                 return layer.packed(x_TD, y_TD, ple, plan, next_norm, tail)
             layout = plan.layout
-            ple = None if ple_TLP is None else layout.unpack(ple_TLP[:, index])
-            return layout.pack(layer(layout.unpack(x_TD), ple, plan=plan)), None
+            inputs = None if ple_TLP is None else layout.unpack(ple_TLP[:, index])
+            return layout.pack(layer(layout.unpack(x_TD), inputs, plan=plan)), None
 
-        chosen = self.checkpointing is not None and index % self.checkpoint_every == 0
-        if not chosen or not torch.is_grad_enabled():
+        options = self.checkpointing
+        if options is None or index % self.checkpoint_every or not torch.is_grad_enabled():
             return run(x_TD, y_TD, ple_TLP, plan)
         # Shared keys go in and out as tensors, for a reentrant checkpoint finds no others.
-        owner, made = self.config.kv_owner(index), []
+        owner, made = self.config.kv_owner(index), list[Keys | None]()
         borrowed = () if owner == index else (plan.keys[owner].k, plan.keys[owner].v)
 
         def recomputed(
@@ -614,11 +628,9 @@ class Gemma4TextModel(nn.Module):
             made.append(lent)
             return (x_TD, y_TD) if lent is None else (x_TD, y_TD, lent.k, lent.v)
 
-        x_TD, y_TD, *kv = checkpoint(
-            recomputed, x_TD, y_TD, ple_TLP, *borrowed, **self.checkpointing
-        )
-        if kv:
-            plan.keys[index] = replace(made[0], k=kv[0], v=kv[1])
+        x_TD, y_TD, *kv = checkpoint(recomputed, x_TD, y_TD, ple_TLP, *borrowed, **options)
+        if (lent := made[0]) is not None:
+            plan.keys[index] = replace(lent, k=kv[0], v=kv[1])
         return x_TD, y_TD
 
     def _ple(
@@ -629,6 +641,7 @@ class Gemma4TextModel(nn.Module):
         projected = projected * self.config.hidden_size**-0.5
         table, norm = self.embed_tokens_per_layer, self.per_layer_projection_norm
         if token_part is None:
+            assert ids_T is not None
             if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
                 return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
             # The table may have stayed in host memory, or come only when it is called.
@@ -650,8 +663,9 @@ class Gemma4TextModel(nn.Module):
         layout = plan.layout
         x, positions = layout.unpack(x_TD), layout.unpack(layout.positions)
         plan.rotation = {
-            kind: tuple(layout.pack(part) for part in rotary(x, positions, kind))
+            kind: (layout.pack(cos), layout.pack(sin))
             for kind in dict.fromkeys(self.config.layer_types)
+            for cos, sin in [rotary(x, positions, kind)]
         }
 
 
@@ -659,11 +673,11 @@ class _NoGradient(torch.autograd.Function):
     """Passes a tensor on and refuses its gradient by name."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor, _: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: object, grad: Tensor) -> NoReturn:
         raise RuntimeError(
             "a forward over a cache that holds tokens has no gradient: give the whole sequence at "
             "once, with an empty cache or none"

@@ -1,4 +1,6 @@
-"""Building blocks of the model: norm, embedding, activation, rotary embedding, joined linears."""
+"""Building blocks of the model: norms, embedding, activation, rotary embedding, joined linears."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,24 @@ CPU_JOIN_BYTES = 4 << 20
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight, or without one."""
-
-    def __init__(self, width: int, eps: float, with_scale: bool = True):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if with_scale else None
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+class UnscaledRMSNorm(nn.Module):
+    """Without a weight: of values, and of what the router reads."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, None, self.eps)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -73,7 +84,7 @@ class RotaryEmbedding(nn.Module):
         turning = 1.0 / rope["rope_theta"] ** exponent / rope.get("factor", 1.0)
         return F.pad(turning, (0, size // 2 - pairs))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         # A cast or a move of the model: follow the device, never the dtype.
         self._fill(fn(torch.empty(0, device=self.tables[FULL].device)).device)
         return self
@@ -115,17 +126,17 @@ def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
         or not all(is_plain(linear, nn.Linear) for linear in linears)
     ):
         return None
-    weights = [linear._parameters["weight"] for linear in linears]
+    weights = [linear.weight for linear in linears]
     if torch.is_autocast_enabled(weights[0].device.type):
         return None
     weight = _as_one(weights)
-    if weight is None or linears[0]._parameters["bias"] is None:
+    if weight is None or linears[0].bias is None:
         return None if weight is None else (weight, None)
-    bias = _as_one([linear._parameters["bias"] for linear in linears])
+    bias = _as_one([linear.bias for linear in linears])
     return None if bias is None else (weight, bias)
 
 
-def _as_one(parts: list[Tensor]) -> Tensor | None:
+def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
     """The tensors joined along dimension 0: a view of their memory, laid out anew if need be."""
     first, rows = parts[0], 0
     size, end = first.element_size(), first.data_ptr()
@@ -142,7 +153,7 @@ def _as_one(parts: list[Tensor]) -> Tensor | None:
     return first.as_strided(whole, first.stride())
 
 
-def _lay_side_by_side(parts: list[Tensor]) -> Tensor | None:
+def _lay_side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     first, total = parts[0], sum(part.nbytes for part in parts)
     if first.is_meta or (first.is_cpu and total > CPU_JOIN_BYTES):
         return None

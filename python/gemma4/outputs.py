@@ -1,12 +1,15 @@
 """What the models return: a dictionary of what was computed, whose entries are attributes too."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .cache import Cache
+from .layout import Layout
+
+T = TypeVar("T")
 
 
 class Output(dict[str, Any]):
@@ -18,8 +21,12 @@ class Output(dict[str, Any]):
     """
 
     past_key_values: Cache | None
+    # No entry: of a model's output, what the head needs to have nothing to do for padding.
+    layout: Layout | None = None
 
-    def __init__(self, entries: Mapping | Iterable[tuple[str, Any]] = (), /, **named: Any):
+    def __init__(
+        self, entries: Mapping[str, object] | Iterable[tuple[str, object]] = (), /, **named: object
+    ):
         names, given = type(self).__annotations__, dict(entries, **named)
         for name in given:
             if name not in names:
@@ -43,22 +50,22 @@ class Output(dict[str, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self.values())
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(_name(key)) if isinstance(key, str) else self.to_tuple()[key]
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         return super().get(_name(key), default)
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(_name(key))
 
 
-def _name(key: Any) -> Any:
+def _name(key: T) -> T | str:
     return "cache" if key == "past_key_values" else key
 
 
 def _entry(name: str) -> property:
-    def write(output: Output, value: Any) -> None:
+    def write(output: Output, value: object) -> None:
         output.pop(name, None)
         if value is not None:
             output[name] = value

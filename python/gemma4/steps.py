@@ -6,40 +6,40 @@ hands q, k and v to `write` (or normed and rotated k and v to `store`) and atten
 come back.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
-from gemma4_kernels.fusion import is_plain, why_not_fused
+from gemma4_kernels.fusion import M, is_plain, why_not_fused
 
 from .cache import DECODE_TOKENS, PAGE_SIZE, Cache
 from .layout import Layout, cumulative
 from .modules import joined
 
 
-class Keys(Protocol):
+@dataclass(frozen=True)
+class Keys(ABC):
     """The keys and values that a layer attends to."""
 
     k: Tensor
     v: Tensor
 
+    @abstractmethod
     def attend(
         self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
     ) -> Tensor:
         """Attention of the packed queries of `layout`, the tail of each sequence's keys."""
-        ...
 
 
 @dataclass(frozen=True)
-class PackedKeys:
+class PackedKeys(Keys):
     """Keys one sequence after the other, or in pages."""
 
-    k: Tensor
-    v: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_k: int
     block_table: Tensor | None = None
@@ -64,11 +64,9 @@ class PackedKeys:
 
 
 @dataclass(frozen=True)
-class CachedKeys:
+class CachedKeys(Keys):
     """Rows of a cache, which a few tokens of each sequence are decoded against."""
 
-    k: Tensor
-    v: Tensor
     seq_lens: Tensor
     ring: bool
 
@@ -102,8 +100,8 @@ class PackedPlan:
         self.keys: dict[int, Keys] = {}
 
     def plain(
-        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
-    ) -> bool:
+        self, module: nn.Module, cls: type[M], device: torch.device | None = None
+    ) -> TypeGuard[M]:
         """Whether a fused op may stand in for `module` (see `gemma4_kernels.fusion`)."""
         return is_plain(module, cls, device)
 
@@ -134,8 +132,9 @@ class PackedPlan:
         args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
         target = self.target(layer)
         if target is None:
-            q, k, v = ops.qkv_norm_rope(*args, eps)
-            return q, self.store(layer, k, v)
+            q, made_k, made_v = ops.qkv_norm_rope(*args, eps)
+            assert made_k is not None and made_v is not None  # as k is
+            return q, self.store(layer, made_k, made_v)
         return ops.qkv_norm_rope_cache(*args, *target, eps), self.cached(layer)
 
     def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -199,7 +198,7 @@ class CachePlan(PackedPlan):
 
     def cached(self, layer: int) -> Keys:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        if self.decoding:
+        if self.seq_lens is not None:
             return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
         pages = (-1, PAGE_SIZE, *k_cache.shape[2:])
         layout, table = self.layout, self.cache.block_table
@@ -283,9 +282,10 @@ class DecodePlan(PackedPlan):
         self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
         self._place()
 
-    def plain(
-        self, module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
-    ) -> bool:
+    # mypy does not see that a generic TypeGuard overrides its like.
+    def plain(  # type: ignore[override]
+        self, module: nn.Module, cls: type[M], device: torch.device | None = None
+    ) -> TypeGuard[M]:
         answer = self._plain.get(id(module))
         if answer is None:
             answer = self._plain[id(module)] = is_plain(module, cls, device)

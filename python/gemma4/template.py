@@ -14,11 +14,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 SECONDS, START_SECONDS = 5.0, 60.0
 MEMORY_BYTES = 512 * 2**20
@@ -29,7 +32,7 @@ READY = b"ready\n"
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); exec(open(sys.argv[1]).read())"
 
 
-def render(template: str, values: dict[str, Any], source: str) -> str:
+def render(template: str, values: Mapping[str, object], source: str) -> str:
     """The text of a jinja template, with what transformers offers to chat templates.
 
     `values` are plain data, as JSON has it. Raises ValueError, naming `source`, with the
@@ -67,7 +70,9 @@ class _Child:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        if self._within(START_SECONDS, self.process.stdout.readline) != READY:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.questions, self.answers = self.process.stdin, self.process.stdout
+        if self._within(START_SECONDS, self.answers.readline) != READY:
             self.end()
             raise RuntimeError(f"{sys.executable} did not start the process for chat templates")
 
@@ -75,9 +80,9 @@ class _Child:
         """One line for one line; nothing if the child ended, or took more than its time."""
 
         def exchange() -> bytes:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
-            return self.process.stdout.readline()
+            self.questions.write(request)
+            self.questions.flush()
+            return self.answers.readline()
 
         try:
             return self._within(SECONDS, exchange)
@@ -96,7 +101,7 @@ class _Child:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.questions, self.answers):
             with suppress(BrokenPipeError):  # what was not sent yet
                 pipe.close()
 
@@ -172,7 +177,7 @@ def _serve() -> None:
         sys.stdout.buffer.flush()
 
 
-def _rendered(template: str, values: dict[str, Any]) -> str:
+def _rendered(template: str, values: Mapping[str, object]) -> str:
     pieces, length = [], 0
     for piece in _compiled(template).generate(values):
         length += len(piece)
@@ -183,7 +188,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> "Template":
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -194,7 +199,7 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment.globals["raise_exception"] = raise_exception

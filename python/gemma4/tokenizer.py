@@ -7,13 +7,13 @@ text itself.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, overload
 
 import tokenizers
 import torch
 
 from .checkpoint import resolve
-from .files import check_no_pointer, naming, read_json, replacing, short, write_json
+from .files import Json, check_no_pointer, naming, read_json, replacing, short, write_json
 from .template import render
 
 TURN_START, TURN_END = "<|turn>", "<turn|>"
@@ -21,6 +21,11 @@ TURN_START, TURN_END = "<|turn>", "<turn|>"
 MAX_TOKENIZER_BYTES, MAX_TEMPLATE_BYTES = 256 * 2**20, 2**20
 _ENTRY = ("name", "template")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Encoded(TypedDict):
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
 
 
 class Gemma4Tokenizer:
@@ -36,7 +41,7 @@ class Gemma4Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        config: dict[str, Any] | None = None,
+        config: Json | None = None,
         templates: dict[str, str] | None = None,
         source: str = "the tokenizer",
         template_source: str = "the chat template",
@@ -134,9 +139,7 @@ class Gemma4Tokenizer:
             ids = ids.tolist()
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def __call__(
-        self, texts: str | Sequence[str], add_bos: bool | None = None
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, texts: str | Sequence[str], add_bos: bool | None = None) -> Encoded:
         """input_ids and attention_mask [B, S] int64, padded on the left."""
         rows = [
             self.encode(text, add_bos) for text in ([texts] if isinstance(texts, str) else texts)
@@ -149,13 +152,34 @@ class Gemma4Tokenizer:
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
 
+    @overload
     def apply_chat_template(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Json],
+        add_generation_prompt: bool = True,
+        tokenize: Literal[True] = True,
+        enable_thinking: bool = False,
+        **variables: object,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Json],
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False],
+        enable_thinking: bool = False,
+        **variables: object,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Json],
         add_generation_prompt: bool = True,
         tokenize: bool = True,
         enable_thinking: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[int] | str:
         """The conversation as ids, or as text if not `tokenize`; `variables` reach the template.
 
@@ -247,7 +271,7 @@ class TextStreamer:
             self.write(text)
 
 
-def _content(config: dict[str, Any], name: str, default: str) -> str:
+def _content(config: Json, name: str, default: str) -> str:
     token = config.get(name)
     if token is None:
         return default
@@ -279,9 +303,7 @@ def _model_rows(folder: Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _read_templates(
-    folder: Path, config: dict[str, Any], config_file: Path
-) -> tuple[dict[str, str], Path]:
+def _read_templates(folder: Path, config: Json, config_file: Path) -> tuple[dict[str, str], Path]:
     """Chat templates by name, and the file that they come from."""
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -316,7 +338,7 @@ def _read_templates(
     return templates, config_file
 
 
-def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
+def _check_messages(messages: object) -> None:
     if isinstance(messages, (str, dict)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             "messages must be a list of at least one message, each with a role and a content, "

@@ -1,7 +1,5 @@
 """What transformers calls for attention."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,26 +22,24 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """What transformers calls for attention: query [B, H, N, C], key and value [B, G, S, C] to
     [B, N, H, C]. Raises ValueError for dropout and for a user's mask of integers."""
     if dropout:
         raise ValueError(f"{base.NAME} attention has no dropout, got attention_dropout {dropout}")
-    options = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": softcap or 0.0,
-    }
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = softcap or 0.0
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return _masked(module, query, key, value, attention_mask, **options), None
+        return _masked(module, query, key, value, attention_mask, scale, softcap), None
     packed = attention_mask is not None and attention_mask.shape[-1] > 2
     # For more queries a mask would be large, and the op leaves out the keys that none of them sees.
     short = query.shape[2] <= reference.FUSED_ROWS
     if not base.takes_ops(query) and short and is_causal and not packed and not softcap:
         seen = _seen(query, key, attention_mask, sliding_window or 0)
-        return _by_torch(query, key, value, seen, options["scale"]), None
+        return _by_torch(query, key, value, seen, scale), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     starts_at_0 = attention_mask is None or attention_mask.shape[-1] == 1
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -53,7 +49,9 @@ def attention(
         else:
             seq_lens = attention_mask[:, 0, -1, 0].contiguous()
         window = sliding_window or 0
-        out, _ = ops.attention_decode(q, k, v, seq_lens, window=window, return_lse=False, **options)
+        out, _ = ops.attention_decode(
+            q, k, v, seq_lens, scale=scale, window=window, softcap=softcap, return_lse=False
+        )
         return out, None
     cu_q, cu_k = _sequences(q, k, attention_mask)
     out, _ = ops.attention_prefill(
@@ -64,9 +62,10 @@ def attention(
         cu_k,
         q.shape[1],
         k.shape[1],
+        scale=scale,
         causal=is_causal,
         window=(sliding_window or 0) if is_causal else 0,
-        **options,
+        softcap=softcap,
     )
     return out.view(q.shape), None
 
@@ -103,10 +102,12 @@ def _sequences(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
         starts_q = (starts_k - (keys - queries)).clamp(min=0)  # queries are the last of a row
     else:
         starts_q, starts_k = _starts_of_padded(mask, queries)
-    return tuple(
-        F.pad((starts + row[:, None] * length).flatten(), (0, 1), value=batch * length).int()
-        for starts, length in ((starts_q, queries), (starts_k, keys))
-    )
+
+    def all_rows(starts: Tensor, length: int) -> Tensor:
+        starts = (starts + row[:, None] * length).flatten()
+        return F.pad(starts, (0, 1), value=batch * length).int()
+
+    return all_rows(starts_q, queries), all_rows(starts_k, keys)
 
 
 def _starts_of_padded(bounds: Tensor, queries: int) -> tuple[Tensor, Tensor]:

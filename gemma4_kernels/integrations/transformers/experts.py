@@ -1,6 +1,7 @@
 """What transformers calls for a layer's experts."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,18 @@ from ...fusion import why_not_plain
 from . import base
 
 
+class Experts(Protocol):
+    """A module of transformers that holds all experts of a layer."""
+
+    act_fn: nn.Module
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor, /) -> Tensor: ...
+
+
 def experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """What transformers calls for a layer's experts: the op, or one of its own functions."""
     chosen = instead_of_op(module)
@@ -24,7 +35,7 @@ def experts(
     return function(module, hidden_states, top_k_index, top_k_weights)
 
 
-def instead_of_op(module: nn.Module) -> tuple[Callable[..., Tensor], str] | None:
+def instead_of_op(module: Experts) -> tuple[Callable[..., Tensor], str] | None:
     """The function of transformers that runs these experts where the op does not, and why.
 
     The op computes down(gelu_tanh(gate x) · up x), gate and up in one tensor [E, 2F, D], gate
@@ -37,7 +48,8 @@ def instead_of_op(module: nn.Module) -> tuple[Callable[..., Tensor], str] | None
     why = why_not_plain(module.act_fn, base.TanhGELU)
     if not _fit_grouped_mm(module.gate_up_proj, module.down_proj):
         # Decorated by transformers to come here.
-        return None if why is None else (type(module).forward.__wrapped__, f"act_fn {why}")
+        original = vars(type(module).forward)["__wrapped__"]
+        return None if why is None else (original, f"act_fn {why}")
     if why is not None:
         return grouped_mm, f"act_fn {why}"
     return None if base.takes_ops(module.down_proj) else (grouped_mm, "no kernels")

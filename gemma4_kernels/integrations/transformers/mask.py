@@ -32,7 +32,7 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
+    mask_function: Callable[..., object] = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
@@ -58,7 +58,7 @@ def mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # theirs adds it to a tensor
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -82,11 +82,11 @@ def mask(
     return torch.cat([first.clamp(min=0)[:, None, None, None].expand_as(end), end], -1).int()
 
 
-def _held(function: Callable[..., Any]) -> dict[str, Any]:
+def _held(function: Callable[..., object]) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals)
 
 
-def _conditions(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _conditions(function: Callable[..., object]) -> dict[str, Callable[..., object]]:
     """What a mask function demands, each under the name of the function that made it."""
     name = function.__qualname__.partition(".")[0]
     if name == "and_masks":

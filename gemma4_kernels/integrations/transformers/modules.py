@@ -8,17 +8,16 @@ The rotary embedding is read by every layer. `qkv_norm_rope` turns by positions 
 cosines and sines are made where something else reads them, and only there.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks_of_all
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import ops
-from ...fusion import is_plain, why_not_plain
+from ...fusion import is_plain, why_not_plain, why_seen
 from . import base
 
 Positions = tuple[Tensor, Tensor]
@@ -32,7 +31,10 @@ class RMSNorm(gemma4.Gemma4RMSNorm):
 
 
 def why_not_read(
-    norm: nn.Module, device: torch.device | None, eps: float | None = None, scaled: bool = True
+    norm: gemma4.Gemma4RMSNorm,
+    device: torch.device | None,
+    eps: float | None = None,
+    scaled: bool = True,
 ) -> str | None:
     """Why an op may not stand in for a norm (with this eps, with a weight or without), or None."""
     reason = why_not_plain(norm, RMSNorm, device)
@@ -44,8 +46,8 @@ def why_not_read(
 def _close(
     branch: Tensor,
     residual: Tensor,
-    post: nn.Module,
-    following: nn.Module | None = None,
+    post: gemma4.Gemma4RMSNorm,
+    following: gemma4.Gemma4RMSNorm | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """residual' = (residual + post(branch)) scale, and following(residual'): one op at best."""
@@ -90,7 +92,7 @@ class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
         return position_ids[..., None], inv_freq.expand(1, position_ids.shape[-1], -1)
 
 
-def _are_positions(position_embeddings: Positions | None) -> bool:
+def _are_positions(position_embeddings: Positions | None) -> TypeGuard[Positions]:
     return position_embeddings is not None and not position_embeddings[0].is_floating_point()
 
 
@@ -102,23 +104,7 @@ def _cosines(position_embeddings: Positions, x: Tensor) -> Positions:
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
-    """What else could see the keyword arguments of a call of `module`, a `cls`; None if nothing."""
-    if type(module) is not cls:
-        return f"is a {type(module).__name__}"
-    own = module.__dict__
-    if "forward" in own or "_compiled_call_impl" in own:
-        return "has a forward of its own"
-    if (
-        own["_forward_hooks_with_kwargs"]
-        or own["_forward_pre_hooks_with_kwargs"]
-        or _hooks_of_all._global_forward_hooks_with_kwargs
-    ):
-        return "has hooks that see keyword arguments"
-    return None
-
-
-def why_cosines(model: nn.Module) -> str | None:
+def why_cosines(model: gemma4.Gemma4TextModel) -> str | None:
     """Why the rotary embedding of a text model makes cosines and sines for all layers, or None."""
     reason = why_not_plain(model.rotary_emb, RotaryEmbedding)
     if reason is not None:
@@ -130,16 +116,18 @@ def why_cosines(model: nn.Module) -> str | None:
     return None
 
 
-def before_model(model: nn.Module, _: Any) -> None:
+def before_model(model: gemma4.Gemma4TextModel, _: object) -> None:
     """A hook of the text model. It is no subclass: transformers knows what a model can record
     (hidden states, router logits) by the name of its class."""
-    if why_cosines(model) is None:
-        model.rotary_emb.read_by_layers_alone = True
+    rotary = model.rotary_emb
+    if type(rotary) is RotaryEmbedding and why_cosines(model) is None:
+        rotary.read_by_layers_alone = True
 
 
-def after_model(model: nn.Module, *_: Any) -> None:
-    if type(model.rotary_emb) is RotaryEmbedding:
-        model.rotary_emb.read_by_layers_alone = False
+def after_model(model: gemma4.Gemma4TextModel, *_: object) -> None:
+    rotary = model.rotary_emb
+    if type(rotary) is RotaryEmbedding:
+        rotary.read_by_layers_alone = False
 
 
 class Attention(gemma4.Gemma4TextAttention):
@@ -148,12 +136,13 @@ class Attention(gemma4.Gemma4TextAttention):
 
     def why_unfused(self, device: torch.device | None) -> str | None:
         """Why the norms are called and not read by `qkv_norm_rope`, or None."""
-        norms, eps = self._modules, None
+        eps = None
         for name in ("q_norm",) if self.is_kv_shared_layer else ("q_norm", "k_norm", "v_norm"):
-            reason = why_not_read(norms[name], device, eps, name != "v_norm")
+            norm: gemma4.Gemma4RMSNorm = getattr(self, name)
+            reason = why_not_read(norm, device, eps, name != "v_norm")
             if reason is not None:
                 return f"{name} {reason}"
-            eps = norms[name].eps
+            eps = norm.eps
         return None
 
     def forward(
@@ -161,7 +150,7 @@ class Attention(gemma4.Gemma4TextAttention):
         hidden_states: Tensor,
         position_embeddings: Positions,
         attention_mask: Tensor | None,
-        shared_kv_states: Any,
+        shared_kv_states: dict[str, tuple[Tensor, Tensor]],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         tokens, positions = hidden_states.shape[1], position_embeddings[0].shape[1]
@@ -180,7 +169,8 @@ class Attention(gemma4.Gemma4TextAttention):
         # The cache's name until transformers 5.23, and from then on.
         cache = kwargs.pop("past_key_values", None)
         cache = kwargs.pop("cache", cache)
-        shape, head_dim = hidden_states.shape[:-1], self.head_dim
+        shape, head_dim, kind = hidden_states.shape[:-1], self.head_dim, self.layer_type
+        assert kind is not None
         positions_T = position_embeddings[0].expand(*shape, 1).flatten()
         inv_freq = position_embeddings[1][0, 0]
 
@@ -191,18 +181,20 @@ class Attention(gemma4.Gemma4TextAttention):
         q_weight, eps = q_norm.weight, q_norm.eps
         if self.is_kv_shared_layer:
             q, _, _ = ops.qkv_norm_rope(q, None, None, q_weight, None, positions_T, inv_freq, eps)
-            key, value = shared_kv_states[self.layer_type]
+            key, value = shared_kv_states[kind]
         else:
             k, v_proj = heads(self.k_proj), self.v_proj
             v = None if v_proj is None else heads(v_proj)
-            q, k, v = ops.qkv_norm_rope(
+            q, made_k, made_v = ops.qkv_norm_rope(
                 q, k, v, q_weight, self.k_norm.weight, positions_T, inv_freq, eps
             )
-            key, value = (x.view(*shape, -1, head_dim).transpose(1, 2) for x in (k, v))
+            assert made_k is not None and made_v is not None  # as k is
+            key = made_k.view(*shape, -1, head_dim).transpose(1, 2)
+            value = made_v.view(*shape, -1, head_dim).transpose(1, 2)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if self.store_full_length_kv:
-            shared_kv_states[self.layer_type] = key, value
+            shared_kv_states[kind] = key, value
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, gemma4.eager_attention_forward
         )
@@ -221,12 +213,15 @@ class Attention(gemma4.Gemma4TextAttention):
 
 
 class Router(gemma4.Gemma4TextRouter):
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # transformers' returns three as well, and says that it returns two.
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if not base.takes_ops(hidden_states):
-            return super().forward(hidden_states)
+            return super().forward(hidden_states)  # type: ignore[return-value]
         scaled = self.norm(hidden_states) * self.scale * self.scalar_root_size
         scores = self.proj(scaled)
-        weights, index = ops.moe_route(scores, self.per_expert_scale, self.config.top_k_experts)
+        top_k = self.config.top_k_experts
+        assert top_k is not None  # a model with a router has experts
+        weights, index = ops.moe_route(scores, self.per_expert_scale, top_k)
         return F.softmax(scores, dim=-1, dtype=torch.float32), weights, index.long()
 
 
@@ -241,7 +236,7 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         self,
         hidden_states: Tensor,
         per_layer_input: Tensor | None = None,
-        *args: Any,
+        *args: object,
         **kwargs: Any,
     ) -> Tensor:
         kwargs |= zip(ATTENTION_ARGUMENTS, args, strict=False)
@@ -266,6 +261,7 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
             branch, _ = _close(routed.view(x.shape), dense, self.post_feedforward_layernorm_2)
         scale, closing = self.layer_scalar.to(x.dtype), self.post_feedforward_layernorm
         if self.hidden_size_per_layer_input:
+            assert per_layer_input is not None
             x, _ = _close(branch, x, closing)
             gate = self.per_layer_input_gate(x)
             if is_plain(self.act_fn, base.TanhGELU):
@@ -277,8 +273,13 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         return x
 
 
-SWAPPED = {
-    cls.__base__: cls for cls in (RMSNorm, MLP, RotaryEmbedding, Attention, Router, DecoderLayer)
+SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    gemma4.Gemma4RMSNorm: RMSNorm,
+    gemma4.Gemma4TextMLP: MLP,
+    gemma4.Gemma4TextRotaryEmbedding: RotaryEmbedding,
+    gemma4.Gemma4TextAttention: Attention,
+    gemma4.Gemma4TextRouter: Router,
+    gemma4.Gemma4TextDecoderLayer: DecoderLayer,
 }
 for _theirs, _ours in SWAPPED.items():
     # Tools find layers by the name of their class (which to shard, which not to split).

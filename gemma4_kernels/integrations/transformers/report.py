@@ -8,7 +8,7 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import extension, opset
 from ...check import record
-from ...fusion import why_not_plain
+from ...fusion import why_not_plain, why_seen
 from . import base, modules
 from .experts import instead_of_op
 
@@ -37,8 +37,9 @@ def explain(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _line(layer: nn.Module, cosines: str | None) -> str:
+def _line(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> str:
     config, weight = layer.config, _sample(layer)
+    assert config.layer_types is not None  # which it fills itself
     layer_type = config.layer_types[layer.layer_idx]
     head_dim = config.per_layer_config[layer.layer_idx].head_dim
     head = torch.empty(0, 1, head_dim, dtype=weight.dtype, device="meta")
@@ -54,11 +55,14 @@ def _line(layer: nn.Module, cosines: str | None) -> str:
     return f"layer {layer.layer_idx} ({layer_type}): " + "; ".join(parts)
 
 
-def _called(layer: nn.Module, cosines: str | None) -> Iterator[str]:
+def _called(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> Iterator[str]:
     """The modules whose parameters no op may read, each with the reason."""
     attn, mlp = layer.self_attn, layer.mlp
-    seen = modules.why_seen(attn, modules.Attention)
-    seen = f"self_attn {seen}" if seen else attn.why_unfused(None)
+    seen = why_seen(attn, modules.Attention)
+    if seen:
+        seen = f"self_attn {seen}"
+    elif isinstance(attn, modules.Attention):
+        seen = attn.why_unfused(None)
     if cosines or seen:
         yield f"queries and keys ({cosines or seen})"
     for name in NORMS:
@@ -79,7 +83,7 @@ def _sample(layer: nn.Module) -> Tensor:
     return next(p for p in layer.parameters() if p.dtype in computed)
 
 
-def _said_experts(layer: nn.Module, weight: Tensor) -> str:
+def _said_experts(layer: gemma4.Gemma4TextDecoderLayer, weight: Tensor) -> str:
     found = [m for m in layer.experts.modules() if isinstance(m, gemma4.Gemma4TextExperts)]
     chosen = layer.config._experts_implementation
     if not found:
@@ -91,7 +95,7 @@ def _said_experts(layer: nn.Module, weight: Tensor) -> str:
     return _said("experts", chosen, "moe_experts", (gate_up[0], gate_up, down), weight)
 
 
-def _said(part: str, chosen: str, op: str, args: tuple[Tensor, ...], weight: Tensor) -> str:
+def _said(part: str, chosen: str, op: str, args: opset.Args, weight: Tensor) -> str:
     if chosen != base.NAME:
         return f"{part}: {chosen}"
     if not base.takes_ops(weight):

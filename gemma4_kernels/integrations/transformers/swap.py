@@ -6,6 +6,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
+from ...fusion import M
 from . import base, modules
 from .attention import attention
 from .experts import experts
@@ -80,5 +81,5 @@ def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> 
             module._old_forward = module.__class__.forward.__get__(module)
 
 
-def _all(model: nn.Module, cls: type[nn.Module]) -> list[nn.Module]:
+def _all(model: nn.Module, cls: type[M]) -> list[M]:
     return [module for module in model.modules() if isinstance(module, cls)]

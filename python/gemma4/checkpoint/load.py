@@ -9,8 +9,9 @@ and tensor.
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -21,6 +22,8 @@ from ..config import DTYPES, Gemma4TextConfig
 from . import tensorfile
 from .folder import resolve, weight_files
 from .tensorfile import Entry
+
+Model = TypeVar("Model", bound="Pretrained")
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 OTHER_MODALITIES = re.compile(
@@ -42,56 +45,72 @@ Part = tuple[int, str]
 WHOLE: Part = (-1, "")
 
 
-def load_pretrained(
-    cls: type[Any],
-    path_or_repo_id: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    ple_device: torch.device | str | None = None,
-    progress: bool = False,
-) -> Any:
-    """A model with the weights of a local folder or a hub repository.
+class Pretrained(nn.Module):
+    """A model whose weights a checkpoint holds; made of its config."""
 
-    dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that dtype
-    stay in their files until they are touched. ple_device="cpu" keeps the table of per-layer
-    embeddings in host memory (pinned if the model is on a GPU). The multimodal layout is accepted;
-    `model.skipped` lists the tensors that are not the text model's. `model.folder` is where it
-    came from: its tokenizer is saved with the model. The model comes back in eval mode.
+    config: Gemma4TextConfig
+    # What a loaded model knows of its checkpoint: the tensors that it left there, and where it is.
+    skipped: list[str]
+    folder: Path
 
-    Raises FileNotFoundError (no such checkpoint or file) or ValueError (a quantised, truncated,
-    incomplete or misshapen one), naming file and tensor.
-    """
-    folder = resolve(path_or_repo_id)
-    config = Gemma4TextConfig.from_pretrained(folder)
-    dtype = _dtype(config.dtype if dtype is None else dtype)
-    entries = read_entries(folder)
-    check_sizes(folder, config, entries)
-    with torch.device("meta"), _Unfilled():
-        model = cls(config)
-    found, skipped = _matched(model, folder, entries)
-    device = torch.device(device or "cpu")
-    state = _read(model, found, dtype, device, ple_device, progress)
-    model.load_state_dict(state, strict=False, assign=True)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
-    # NaN, and not whatever memory holds, shows what is not.
-    model._apply(
-        lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
-    )
-    model.skipped, model.folder = skipped, folder
-    if hasattr(model, "generation_config"):
-        model.generation_config = model.generation_config.updated_from(folder)
-    return model.eval()
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_repo_id: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        ple_device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Model:
+        """A model with the weights of a local folder or a hub repository.
+
+        dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that
+        dtype stay in their files until they are touched. ple_device="cpu" keeps the table of
+        per-layer embeddings in host memory (pinned if the model is on a GPU). The multimodal layout
+        is accepted; `model.skipped` lists the tensors that are not the text model's. `model.folder`
+        is where it came from: its tokenizer is saved with the model. The model comes back in eval
+        mode.
+
+        Raises FileNotFoundError (no such checkpoint or file) or ValueError (a quantised, truncated,
+        incomplete or misshapen one), naming file and tensor.
+        """
+        folder = resolve(path_or_repo_id)
+        config = Gemma4TextConfig.from_pretrained(folder)
+        dtype = _dtype(config.dtype if dtype is None else dtype)
+        entries = read_entries(folder)
+        check_sizes(folder, config, entries)
+        with torch.device("meta"), _Unfilled():
+            model = cls(config)
+        found, skipped = _matched(model, folder, entries)
+        device = torch.device(device or "cpu")
+        state = _read(model, found, dtype, device, ple_device, progress)
+        model.load_state_dict(state, strict=False, assign=True)
+        model._loaded(folder)
+        # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
+        # NaN, and not whatever memory holds, shows what is not.
+        model._apply(
+            lambda x: (
+                torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
+            )
+        )
+        model.skipped, model.folder = skipped, folder
+        return model.eval()
+
+    def _loaded(self, folder: Path) -> None:
+        """Its own weights are in; what hangs on them follows."""
 
 
 class _Unfilled(TorchFunctionMode):
     """Leaves out initial values: drawing them on meta makes nothing, and imports for a second."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if getattr(func, "__module__", None) == nn.init.__name__:
             return (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
@@ -152,7 +171,7 @@ def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) ->
 
 
 def _matched(
-    model: Any, folder: Path, entries: list[Entry]
+    model: Pretrained, folder: Path, entries: list[Entry]
 ) -> tuple[dict[str, dict[Part, Entry]], list[str]]:
     """What fills each part of each tensor of the model, and the names that fill none."""
     tensors = model.state_dict()
@@ -252,7 +271,7 @@ def _check_tied_head(entries: list[Entry]) -> None:
 
 
 def _read(
-    model: Any,
+    model: nn.Module,
     found: dict[str, dict[Part, Entry]],
     dtype: torch.dtype,
     device: torch.device,

@@ -5,7 +5,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,10 +13,17 @@ from ..files import naming, replacing, write_json
 from .folder import INDEX, TOKENIZER_FILES, WEIGHTS, owned_files
 from .tensorfile import write_tensors
 
+if TYPE_CHECKING:
+    from ..model import Gemma4ForCausalLM, Gemma4TextModel
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def save_pretrained(model: Any, path: str | Path, max_shard_size: int | str = "5GB") -> None:
+def save_pretrained(
+    model: "Gemma4ForCausalLM | Gemma4TextModel",
+    path: str | Path,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Writes config.json, generation_config.json and safetensors (sharded if large) to a folder.
 
     The tokenizer's files of the folder that the model came from go along. Names are transformers'
@@ -27,19 +34,18 @@ def save_pretrained(model: Any, path: str | Path, max_shard_size: int | str = "5
     """
     state = model.state_dict()
     config = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
+    # A tied head is in no state dict.
     if config.tie_word_embeddings and "lm_head.weight" in state:
-        if model.lm_head.weight is model.model.embed_tokens.weight:
-            del state["lm_head.weight"]
-        else:
-            config.tie_word_embeddings = False
+        config.tie_word_embeddings = False
     shards = _shards(state, max_shard_size)
     folder = Path(path)
     with replacing(folder) as (staging, removed):
         removed |= owned_files(folder)
         config.write(staging)
-        if hasattr(model, "generation_config"):
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
             with naming(staging / "generation_config.json"):
-                model.generation_config.save_pretrained(staging)
+                generation.save_pretrained(staging)
         _copy_tokenizer(getattr(model, "folder", None), folder, staging)
         for file, tensors in shards.items():
             write_tensors(staging / file, tensors)

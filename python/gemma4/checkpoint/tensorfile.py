@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def read_table(file: Path) -> list[Entry]:
     return entries
 
 
-def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
+def _entry(file: Path, name: str, entry: object, begin: int) -> Entry:
     where = f"{file}: tensor {short(name)}"
     if not name.isprintable() or len(name) > _MOST_LETTERS:
         raise ValueError(f"{where} must have a name of at most {_MOST_LETTERS} printable letters")
@@ -106,7 +106,7 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> Entry:
     return Entry(file, name, dtype, tuple(shape), begin + offsets[0], size)
 
 
-def _is_sizes(value: Any) -> TypeGuard[list[int]]:
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
     )
@@ -122,10 +122,14 @@ def mapped(entry: Entry, memory: dict[Path, torch.UntypedStorage]) -> Tensor | N
         return None
     if entry.file not in memory:
         size = entry.file.stat().st_size
-        memory[entry.file] = torch.UntypedStorage.from_file(str(entry.file), False, size)
+        whole = torch.UntypedStorage.from_file(str(entry.file), False, size)
+        assert isinstance(whole, torch.UntypedStorage)
+        memory[entry.file] = whole
     # A storage of its own: whatever goes by storages (saving, sharing) sees this tensor alone.
     storage = memory[entry.file][entry.start : entry.start + entry.size]
-    return torch.empty(0, dtype=entry.torch_dtype).set_(storage, 0, entry.shape)
+    empty = torch.empty(0, dtype=entry.torch_dtype)
+    # torch's stubs want the strides, which are the contiguous ones if they are not given.
+    return empty.set_(storage, 0, entry.shape)  # type: ignore[call-overload]
 
 
 def make_buffer(pinned: bool = False) -> Tensor:
@@ -140,7 +144,7 @@ def pieces(entry: Entry, buffer: Tensor) -> Iterator[Tensor]:
         left = entry.size
         while left:
             piece = buffer[:left]
-            view, done = memoryview(piece.numpy()), 0
+            view, done = piece.numpy().data, 0
             while done < len(view):
                 count = stream.readinto(view[done:])
                 if not count:
@@ -170,7 +174,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors, of any layout and device, as one file; OSError names it."""
     # The widest elements first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
         tensor = tensors[name]

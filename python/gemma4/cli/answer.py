@@ -59,7 +59,7 @@ class Answer(Clock):
         if len(self.times) == 1:
             self.speech.put(ids)
             self.thought.put(ids)
-        elif (index := ids.item()) in self.channel:
+        elif (index := int(ids)) in self.channel:
             self.thinking = self.channel[index]
             self._think("\n" * (not self.thinking))
         else:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from .. import demo
+
+Number = TypeVar("Number", int, float)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,8 +55,12 @@ def decoded(data: bytes) -> str:
 
 def _version() -> str:
     """The string assigned to `gemma4_kernels.__version__`, whose import would import torch."""
-    source = Path(importlib.util.find_spec("gemma4_kernels").origin).read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
+    spec = importlib.util.find_spec("gemma4_kernels")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 class Version(argparse.Action):
     """Prints the version, which is looked up only then."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(_version())
         parser.exit()
 
@@ -85,8 +91,10 @@ def _stop(argument: str) -> str:
     return _text(argument)
 
 
-def _bounded(kind: Callable[[str], Any], test: Callable[[Any], bool], rule: str) -> Callable:
-    def parse(text: str) -> Any:
+def _bounded(
+    kind: Callable[[str], Number], test: Callable[[Number], bool], rule: str
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         with suppress(ValueError):
             if test(value := kind(text)):
                 return value

@@ -246,8 +246,9 @@ def _reply(
     if wanted > room:
         print(f"only {room} more tokens fit the model's positions", file=sys.stderr)
     stop = list(model.generation_config.eos_ids)
-    if args.chat and tokenizer.turn_end_id not in stop:
-        stop.append(tokenizer.turn_end_id)
+    turn_end = tokenizer.turn_end_id
+    if args.chat and turn_end is not None and turn_end not in stop:
+        stop.append(turn_end)
     options = {"max_new_tokens": min(wanted, room), "eos_token_id": stop, **_options(args)}
     if args.stop:
         options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
@@ -345,7 +346,7 @@ def _facts(folder: Path) -> dict[str, str]:
     return facts
 
 
-def _sizes(config: Gemma4TextConfig) -> tuple:
+def _sizes(config: Gemma4TextConfig) -> tuple[object, ...]:
     return config.hidden_size, config.intermediate_size, config.layer_types, config.num_experts
 
 

@@ -31,6 +31,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
+from gemma4.files import Json
 from gemma4.tokenizer import Gemma4Tokenizer
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -42,7 +43,7 @@ SPECIALS = [
 ]
 PAD, EOS, BOS = 0, 1, 2
 
-CONFIG = {
+CONFIG: Json = {
     "vocab_size": 2048,
     "vocab_size_per_layer_input": 2048,
     "hidden_size": 128,
@@ -130,7 +131,7 @@ class Prose:
     def __init__(self, tokenizer: Gemma4Tokenizer, chapters: list[Chapter]):
         streams = [[*tokenizer.encode("\n\n".join(c), add_bos=False), EOS] for c in chapters]
         self.ids = np.concatenate([np.asarray(s, np.int64) for s in streams])
-        pieces = [tokenizer.backend.id_to_token(i) for i in self.ids]
+        pieces = [tokenizer.backend.id_to_token(i) or "" for i in self.ids]
         # Start where a sentence does, for that is what a prompt looks like.
         self.starts = [
             i
@@ -308,7 +309,7 @@ def write_model(model: Gemma4ForCausalLM, tokenizer: Gemma4Tokenizer, out: Path)
     write_json(out / "generation_config.json", SAMPLING | ids)
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,17 +4,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import Cache
+from ..config import Gemma4TextConfig
 from ..decode import Decoder
-from .options import chosen
-from .prompt import Prompt, read_prompt
+from .options import Configured, GenerationConfig, chosen
+from .prompt import ArrayLike, Prompt, read_prompt
 from .sampling import Processors, Sampler, processors
-from .stopping import Criteria, Stopper
+from .stopping import Criteria, Decodes, Stopper
+
+if TYPE_CHECKING:
+    from ..model import Gemma4ForCausalLM
 
 # Steps whose memory is reserved at once; that of longer answers doubles when it is used up.
 RESERVED_STEPS = 8192
@@ -53,22 +57,22 @@ class GenerateOutput:
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    input_ids: Any = None,
-    attention_mask: Any = None,
+    model: "Gemma4ForCausalLM",
+    input_ids: ArrayLike | None = None,
+    attention_mask: ArrayLike | None = None,
     *,
     inputs_embeds: Tensor | None = None,
     per_layer_inputs: Tensor | None = None,
     past_key_values: Cache | None = None,
     cache: Cache | None = None,
-    generation_config: Any = None,
+    generation_config: GenerationConfig | Configured | None = None,
     logits_processor: Processors = None,
     stopping_criteria: Criteria = None,
-    tokenizer: Any = None,
+    tokenizer: Decodes | None = None,
     seed: int | None = None,
     streamer: Streamer | None = None,
     prefill_chunk_size: int = 2048,
-    **options: Any,
+    **options: object,
 ) -> Tensor | GenerateOutput:
     """Continues each row of a batch.
 
@@ -154,7 +158,9 @@ def generate(
     )
 
 
-def _check(model: Any, cache: Any, inputs_embeds: Tensor | None, chunk: Any) -> None:
+def _check(
+    model: "Gemma4ForCausalLM", cache: object, inputs_embeds: Tensor | None, chunk: object
+) -> None:
     if "prepare_inputs_for_generation" in vars(model):
         raise ValueError(
             "generate does not call prepare_inputs_for_generation, but this model was given one of "
@@ -173,7 +179,11 @@ def _check(model: Any, cache: Any, inputs_embeds: Tensor | None, chunk: Any) -> 
 
 
 def _cache_for(
-    model: Any, prompt: Prompt, given: Cache | None, rows: list[list[int]] | None, steps: int
+    model: "Gemma4ForCausalLM",
+    prompt: Prompt,
+    given: Cache | None,
+    rows: list[list[int]] | None,
+    steps: int,
 ) -> Cache:
     """The cache, new or given, with room for the prompt and `steps` more; of a given one what fits
     `rows` is kept."""
@@ -200,7 +210,7 @@ def _recorded(cache: Cache, rows: list[list[int]] | None, new: list[Tensor]) -> 
             cache.record(whole, cut_short=not ended)
 
 
-def _prefill(model: Any, prompt: Prompt, cache: Cache, chunk: int) -> Tensor:
+def _prefill(model: "Gemma4ForCausalLM", prompt: Prompt, cache: Cache, chunk: int) -> Tensor:
     """Runs what the cache lacks, chunk by chunk; the logits [B, V] after the last token."""
     inputs, mask = prompt.rest(cache)
     past, width = cache.columns, next(iter(inputs.values())).shape[1]
@@ -223,7 +233,7 @@ class _GrowingDecoder:
     grown needs a new one.
     """
 
-    def __init__(self, model: Any, cache: Cache, steps: int):
+    def __init__(self, model: "Gemma4ForCausalLM", cache: Cache, steps: int):
         self.model, self.cache, self.left = model, cache, steps
         self.decoder: Decoder | None = None
 
@@ -235,7 +245,7 @@ class _GrowingDecoder:
         return self.decoder(ids_B)
 
 
-def _warn_beyond_positions(config: Any, length: int, new: int) -> None:
+def _warn_beyond_positions(config: Gemma4TextConfig, length: int, new: int) -> None:
     """Once: for a prompt that is too long, or at the token with which an answer becomes so."""
     most = config.max_position_embeddings
     if length + new == most + 1 or (new == 0 and length > most):
@@ -246,7 +256,9 @@ def _warn_beyond_positions(config: Any, length: int, new: int) -> None:
         )
 
 
-def _check_finite(logits_BV: Tensor, model: Any, prompt: Prompt, chunk: int) -> None:
+def _check_finite(
+    logits_BV: Tensor, model: "Gemma4ForCausalLM", prompt: Prompt, chunk: int
+) -> None:
     """RuntimeError, naming the first layer that is to blame, where logits are NaN or infinite."""
     bad_B = ~logits_BV.isfinite().all(-1)
     if not bool(bad_B.any()):
@@ -256,7 +268,7 @@ def _check_finite(logits_BV: Tensor, model: Any, prompt: Prompt, chunk: int) -> 
     raise RuntimeError(f"the logits of row {row} are not finite ({model.dtype}): {where}")
 
 
-def _first_not_finite(model: Any, prompt: Prompt, chunk: int) -> str:
+def _first_not_finite(model: "Gemma4ForCausalLM", prompt: Prompt, chunk: int) -> str:
     cache = Cache(model.config, 1, model.compute_dtype, model.device)
     inputs, _ = prompt.rest(cache)
     first, width = model.config.num_hidden_layers + 1, prompt.lengths[0]

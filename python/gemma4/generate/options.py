@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
-from ..files import read_json, replacing, write_json
+from ..files import Json, read_json, replacing, write_json
 
 DEFAULT_NEW_TOKENS = 256
 # Below it, one fp32 rounding of a logit of 10 already decides, and dividing by it may overflow.
@@ -54,7 +54,7 @@ class GenerationConfig:
     output_scores: bool = False
     output_logits: bool = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in _RULES:
             raise AttributeError(f"generate has no option {name}")
         holds, rule = _RULES[name]
@@ -108,12 +108,12 @@ class GenerationConfig:
             if getattr(self, name) and not self.return_dict_in_generate:
                 raise ValueError(f"{name} needs return_dict_in_generate=True")
 
-    def updated(self, given: Mapping[str, Any]) -> "GenerationConfig":
+    def updated(self, given: Mapping[str, object]) -> "GenerationConfig":
         """With the options in `given` that are not None; a length there replaces both lengths."""
-        given = {name: value for name, value in given.items() if value is not None}
-        if given.keys() & {"max_new_tokens", "max_length"}:
-            given = {"max_new_tokens": None, "max_length": None, **given}
-        return replace(self, **given)
+        changes: Json = {name: value for name, value in given.items() if value is not None}
+        if changes.keys() & {"max_new_tokens", "max_length"}:
+            changes = {"max_new_tokens": None, "max_length": None, **changes}
+        return replace(self, **changes)
 
     def updated_from(self, folder: Path) -> "GenerationConfig":
         """With what the folder's generation_config.json says, if there is one.
@@ -140,7 +140,17 @@ class GenerationConfig:
             write_json(staging / "generation_config.json", data)
 
 
-def chosen(own: GenerationConfig, passed: Any, given: Mapping[str, Any]) -> GenerationConfig:
+class Configured(Protocol):
+    """transformers' configuration."""
+
+    def to_dict(self) -> Json: ...
+
+
+def chosen(
+    own: GenerationConfig,
+    passed: GenerationConfig | Configured | None,
+    given: Mapping[str, object],
+) -> GenerationConfig:
     """The model's `own` options, under those of a `passed` configuration (this class or
     transformers'), under the `given` arguments.
 
@@ -162,7 +172,7 @@ def chosen(own: GenerationConfig, passed: Any, given: Mapping[str, Any]) -> Gene
     return own.updated({name: given[name] for name in given if name in _RULES})
 
 
-def _refuse(given: Mapping[str, Any]) -> None:
+def _refuse(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if name in _RULES:
             continue
@@ -178,32 +188,32 @@ def _refusal(name: str) -> str:
     return f"{name} is not taken; the nearest is {_NOT_TAKEN[name][1]}"
 
 
-def _changes_nothing(name: str, value: Any) -> bool:
+def _changes_nothing(name: str, value: object) -> bool:
     neutral = _NOT_TAKEN[name][0]
     if isinstance(value, Tensor):
         return 0 in neutral and not value.any()
     return value is None or any(type(value) is not str and value == same for same in neutral)
 
 
-Rule = tuple[Callable[[Any], bool], str]
+Rule = tuple[Callable[[object], bool], str]
 
 
 def _whole(least: int) -> Rule:
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
     return holds, f"a whole number of at least {least}"
 
 
 def _number(test: Callable[[float], bool], rule: str) -> Rule:
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and test(float(value))
 
     return holds, f"a number {rule}"
 
 
 def _one_or_list(rule: Rule, name: str) -> Rule:
-    def holds(value: Any) -> bool:
+    def holds(value: object) -> bool:
         return all(map(rule[0], value)) if isinstance(value, (list, tuple)) else rule[0](value)
 
     return holds, f"{name} or a list of them"
@@ -236,7 +246,7 @@ _CUT = "top_k, top_p or min_p"
 _DRAFTS = "plain decoding, or drafts of your own checked by model(...) and taken back by cache.trim"
 # What transformers' generate takes and this one does not: the values that change nothing, and are
 # let pass, and what comes nearest.
-_NOT_TAKEN: dict[str, tuple[tuple[Any, ...], str]] = {
+_NOT_TAKEN: dict[str, tuple[tuple[object, ...], str]] = {
     "inputs": ((), "input_ids"),
     "position_ids": ((), "attention_mask, from which positions follow"),
     "token_type_ids": ((0,), "input_ids of text alone"),

@@ -2,13 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import Cache
 from ..layout import make_layout
+
+
+class Array(Protocol):
+    """numpy's, or what can become one."""
+
+    def __array__(self) -> object: ...
+
+
+ArrayLike = Tensor | Array | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,8 @@ def _last(counts: Sequence[int], width: int) -> Tensor:
 
 
 def read_prompt(
-    input_ids: Any,
-    attention_mask: Any,
+    input_ids: ArrayLike | None,
+    attention_mask: ArrayLike | None,
     inputs_embeds: Tensor | None,
     per_layer_inputs: Tensor | None,
     vocab_size: int,
@@ -118,7 +127,7 @@ def read_prompt(
     return Prompt(inputs, given, inputs["input_ids"], lengths)
 
 
-def _ids(input_ids: Any, vocab_size: int) -> Tensor:
+def _ids(input_ids: ArrayLike, vocab_size: int) -> Tensor:
     ids = _tensor("input_ids", input_ids)
     if isinstance(input_ids, (list, tuple)) and ids.ndim == 1 and len(ids):
         ids = ids[None]
@@ -134,7 +143,7 @@ def _ids(input_ids: Any, vocab_size: int) -> Tensor:
     return ids
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _tensor(name: str, value: object) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):

@@ -4,7 +4,7 @@ All of it stays on the device: nothing here makes the host wait.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .options import GenerationConfig
 # (ids [B, T] so far, scores [B, V]) -> scores [B, V]
 Processor = Callable[[Tensor, Tensor], Tensor]
 Processors = Processor | Sequence[Processor] | None
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class RepetitionPenalty:
@@ -62,9 +64,11 @@ def processors(
     return found + functions("logits_processor", given)
 
 
-def functions(name: str, given: Any) -> list[Any]:
+def functions(name: str, given: F | Sequence[F] | None) -> list[F]:
     """An argument that is one function, several or None, as a list; TypeError if it is not."""
-    found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if given is None:
+        return []
+    found = list(given) if isinstance(given, Sequence) else [given]
     for function in found:
         if not callable(function):
             raise TypeError(f"{name} must be a function or a list of them, got {function!r}")
@@ -145,7 +149,7 @@ def _cut(scores_BV: Tensor, options: GenerationConfig) -> tuple[Tensor, Tensor |
     return scores, ids
 
 
-def _draw(probabilities_BN: Tensor, generators: Sequence[Any]) -> Tensor:
+def _draw(probabilities_BN: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
     """One index [B, 1] of each row. argmax of p / e with e exponential draws from p; one generator
     a row keeps rows independent."""
     noise_BN = torch.empty_like(probabilities_BN)

@@ -1,7 +1,7 @@
 """When rows end before their length: at an eos id, at a string, or where the caller says so."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +11,17 @@ from .prompt import Prompt
 from .sampling import functions
 
 # (ids [B, T] so far, scores so far) -> bool, or bool [B]
-Criterion = Callable[[Tensor, Any], Any]
+Criterion = Callable[[Tensor, tuple[Tensor, ...]], bool | Tensor]
 Criteria = Criterion | Sequence[Criterion] | None
 
 # What bytes that are no character yet decode to.
 _UNFINISHED = "\ufffd"
+
+
+class Decodes(Protocol):
+    """A tokenizer, this package's or transformers'."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str | list[str]: ...
 
 
 class StopStrings:
@@ -24,13 +30,13 @@ class StopStrings:
     Reads each step's ids on the host. Special tokens count by their names.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], rows: Sequence[list[int]]):
+    def __init__(self, tokenizer: Decodes, strings: Sequence[str], rows: Sequence[list[int]]):
         self.tokenizer, self.strings = tokenizer, strings
         # A token is a byte at least, so that this many hold any of the strings.
         self.tokens = max(len(string.encode()) for string in strings)
         self.tails = [row[-self.tokens :] for row in rows]
 
-    def __call__(self, ids_BT: Tensor, scores: Any) -> Tensor:
+    def __call__(self, ids_BT: Tensor, scores: tuple[Tensor, ...]) -> Tensor:
         new = zip(self.tails, ids_BT[:, -1].tolist(), strict=True)
         return torch.tensor([self._ends(tail, index) for tail, index in new], device=ids_BT.device)
 
@@ -49,13 +55,21 @@ class StopStrings:
         return ended
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        assert isinstance(text, str)  # transformers' tokenizers take batches too
+        return text
 
 
 class Stopper:
     """Which rows of a batch are done, [B] on its device."""
 
-    def __init__(self, options: GenerationConfig, tokenizer: Any, given: Criteria, batch: Prompt):
+    def __init__(
+        self,
+        options: GenerationConfig,
+        tokenizer: Decodes | None,
+        given: Criteria,
+        batch: Prompt,
+    ):
         device = batch.ids.device
         self.eos_E = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
         self.done = torch.zeros(batch.batch_size, dtype=torch.bool, device=device)
