@@ -5,6 +5,8 @@ out in silence. Shapes: B sequences, N queries and S keys each, H query heads, G
 a multiple of G), C head channels.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,13 @@ def _refuse(**arguments: object) -> None:
         raise ValueError(f"{name} is not supported, got {got}")
 
 
-def _window(window_size: tuple[int, int], causal: bool) -> dict[str, int | bool]:
+class _Bounds(TypedDict):
+    causal: bool
+    window: int
+    window_right: int
+
+
+def _window(window_size: tuple[int, int], causal: bool) -> _Bounds:
     """flash-attn's (left, right), both inclusive and -1 for no bound, as these ops have it."""
     left, right = window_size
     if left < -1 or right < -1:
@@ -77,7 +85,7 @@ def flash_attn_func(
         **_window(window_size, causal),
     )
     out = out.view(q.shape)
-    if not return_attn_probs:
+    if lse is None:
         return out
     return out, lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous(), None
 
@@ -121,7 +129,7 @@ def flash_attn_varlen_func(
         return_lse=return_attn_probs,
         **_window(window_size, causal),
     )
-    return (out, lse, None) if return_attn_probs else out
+    return out if lse is None else (out, lse, None)
 
 
 def flash_attn_with_kvcache(
@@ -175,7 +183,7 @@ def flash_attn_with_kvcache(
         cache_seqlens = room
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    if k is not None:
+    if k is not None and v is not None:
         _append(k_cache, v_cache, k, v, cache_seqlens, block_table)
         cache_seqlens = cache_seqlens + k.shape[1]
 
@@ -190,6 +198,7 @@ def flash_attn_with_kvcache(
             scale=scale,
             window=bounds["window"],
             softcap=softcap,
+            return_lse=return_softmax_lse,
         )
     else:
         # Rows of a cache are pages too, one each.
@@ -208,12 +217,13 @@ def flash_attn_with_kvcache(
             scale=scale,
             softcap=softcap,
             block_table=block_table,
-            return_lse=True,
+            return_lse=return_softmax_lse,
             **bounds,
         )
         out = out.view(q.shape)
-        lse = lse.unflatten(1, (batch, num_new)).transpose(0, 1).contiguous()
-    return (out, lse) if return_softmax_lse else out
+        if lse is not None:
+            lse = lse.unflatten(1, (batch, num_new)).transpose(0, 1).contiguous()
+    return out if lse is None else (out, lse)
 
 
 def _append(
