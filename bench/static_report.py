@@ -36,8 +36,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import emulated  # noqa: E402
 
-from gemma4_kernels import opset  # noqa: E402
-
 RESULT = ROOT / "bench" / "results" / "static.json"
 
 

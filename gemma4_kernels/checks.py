@@ -96,8 +96,9 @@ def qkv_norm_rope(
         _like("k", k, "q", q)
         if k.ndim != 3 or k.shape[0] != num_tokens or k.shape[2] != head_dim:
             raise ValueError(f"k must be [{num_tokens}, G, {head_dim}], got {list(k.shape)}")
+    if k_weight is not None:
         _beside("k_weight", k_weight, "q", q, (head_dim,))
-    if v is not None:
+    if v is not None and k is not None:
         _like("v", v, "q", q)
         _shape("v", v, k.shape)
     _integral("positions", positions)

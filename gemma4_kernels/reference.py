@@ -77,14 +77,16 @@ def qkv_norm_rope(
     if k_weight is not None:
         inner = torch.promote_types(inner, k_weight.dtype)
     if inner != dtype:  # weights wider than q leave one rounding, at the end
-        wide = (None if x is None else x.to(inner) for x in (q_THC, k_TGC, v_TGC))
-        q, k, v = qkv_norm_rope(*wide, q_weight, k_weight, positions_T, inv_freq, eps)
+        wide_k = None if k_TGC is None else k_TGC.to(inner)
+        wide_v = None if v_TGC is None else v_TGC.to(inner)
+        args = (q_THC.to(inner), wide_k, wide_v, q_weight, k_weight, positions_T, inv_freq, eps)
+        q, k, v = qkv_norm_rope(*args)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     angle = positions_T[:, None, None, None] * inv_freq
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     sin = torch.cat([-sin, sin], 2)
 
-    def norm_and_rotate(x: Tensor, weight: Tensor) -> Tensor:
+    def norm_and_rotate(x: Tensor, weight: Tensor | None) -> Tensor:
         # Pairs are (i, i + C/2): the two halves of a head, swapped by the flip.
         halves = _rms_norm(x, weight, eps).unflatten(-1, (2, -1))
         return (halves * cos + halves.flip(2) * sin).flatten(2)

@@ -924,7 +924,7 @@ own = threading.local()
 
 
 def run_tests(library, tests, folder):
-    """pytest's exit status and output, from the forks of a process that this thread keeps; slow tests run too."""
+    """pytest's exit status and output, slow tests too, from forks of this thread's process."""
     if not hasattr(own, "forks"):
         command = [sys.executable, Path(__file__).with_name("pytest_forks.py")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
