@@ -5,10 +5,24 @@ out in silence. Shapes: B sequences, N queries and S keys each, H query heads, G
 a multiple of G), C head channels.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
 from . import ops
+
+
+class _Bounds(TypedDict):
+    causal: bool
+    window: int
+    window_right: int
+
+
+class _Options(TypedDict):
+    scale: float
+    softcap: float
+    return_lse: bool
 
 
 def _refuse(**arguments: object) -> None:
@@ -19,16 +33,17 @@ def _refuse(**arguments: object) -> None:
         raise ValueError(f"{name} is not supported, got {got}")
 
 
-def _check_tensor(name: str, x: object, ndim: int) -> None:
+def _tensor(name: str, x: object, ndim: int) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
+    return x
 
 
-def _check_indices(name: str, x: object, ndim: int, q: Tensor) -> None:
+def _check_indices(name: str, given: object, ndim: int, q: Tensor) -> None:
     """Integers for each of q's sequences."""
-    _check_tensor(name, x, ndim)
+    x = _tensor(name, given, ndim)
     if x.dtype == torch.bool or x.is_floating_point():
         raise TypeError(f"{name} must hold integers, got {x.dtype}")
     if len(x) != len(q) or x.device != q.device:
@@ -42,7 +57,7 @@ def _is_count(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _window(window_size: tuple[int, int], causal: bool) -> dict[str, int | bool]:
+def _window(window_size: tuple[int, int], causal: bool) -> _Bounds:
     """flash-attn's (left, right), both inclusive and -1 for no bound, as these ops have it."""
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
     if not pair or not all(_is_count(side, least=-1) for side in window_size):
@@ -81,7 +96,7 @@ def flash_attn_func(
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, 4)
+        _tensor(name, x, 4)
     batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
     cu_q, cu_k = (
         torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n
@@ -101,7 +116,7 @@ def flash_attn_func(
         **_window(window_size, causal),
     )
     out = out.view(q.shape)
-    if not return_attn_probs:
+    if lse is None:
         return out
     return out, lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous(), None
 
@@ -131,7 +146,7 @@ def flash_attn_varlen_func(
     Raises ValueError for dropout_p and alibi_slopes, which are not supported.
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
-    _check_tensor("q", q, 3)
+    _tensor("q", q, 3)
     out, lse = ops.attention_prefill(
         q,
         k,
@@ -146,7 +161,7 @@ def flash_attn_varlen_func(
         return_lse=return_attn_probs,
         **_window(window_size, causal),
     )
-    return (out, lse, None) if return_attn_probs else out
+    return out if lse is None else (out, lse, None)
 
 
 def flash_attn_with_kvcache(
@@ -190,7 +205,7 @@ def flash_attn_with_kvcache(
     """
     _refuse(cache_leftpad=cache_leftpad, alibi_slopes=alibi_slopes)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_tensor(name, x, 4)
+        _tensor(name, x, 4)
     room_name = "k_cache" if block_table is None else "block_table"
     k_cache, v_cache, block_table = _rows_or_pages(
         q, k_cache, v_cache, cache_batch_idx, block_table
@@ -211,23 +226,22 @@ def flash_attn_with_kvcache(
         follows = causal or any(0 <= side < room for side in window_size)
         turned_q = q.shape[1] if follows else 1
         num_positions = max(num_new, turned_q)
-        _check_rotary(
-            q, rotary_cos, rotary_sin, room if longest is None else longest + num_positions
-        )
+        needed = room if longest is None else longest + num_positions
+        cos, sin = _cos_and_sin(q, rotary_cos, rotary_sin, needed)
         positions = lengths.long()[:, None] + torch.arange(num_positions, device=q.device)
-        cos, sin = rotary_cos[positions, None], rotary_sin[positions, None]
+        cos, sin = cos[positions, None], sin[positions, None]
         q = _rotate(q, cos[:, :turned_q], sin[:, :turned_q], rotary_interleaved)
         k = _rotate(k, cos[:, :num_new], sin[:, :num_new], rotary_interleaved)
-    if k is not None:
+    if k is not None and v is not None:
         _append(k_cache, v_cache, k, v, lengths, block_table)
         lengths = lengths + num_new
-    options = {
+    options: _Options = {
         "scale": _scale(softmax_scale, q),
         "softcap": softcap,
         "return_lse": return_softmax_lse,
     }
     out, lse = _attend(q, k_cache, v_cache, lengths, block_table, bounds, options)
-    return (out, lse) if return_softmax_lse else out
+    return out if lse is None else (out, lse)
 
 
 def _attend(
@@ -236,8 +250,8 @@ def _attend(
     v_cache: Tensor,
     lengths: Tensor,
     block_table: Tensor | None,
-    bounds: dict[str, int | bool],
-    options: dict[str, float | bool],
+    bounds: _Bounds,
+    options: _Options,
 ) -> tuple[Tensor, Tensor | None]:
     batch, num_queries = q.shape[:2]
     if bounds["causal"] or num_queries == 1:
@@ -326,10 +340,9 @@ def _count_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
         raise ValueError("k and v must come together or not")
     if k is None:
         return 0
-    _check_tensor("k", k, 4)
-    want = [len(q), k.shape[1], *k_cache.shape[2:]]
-    for name, x in (("k", k), ("v", v)):
-        _check_tensor(name, x, 4)
+    want = [len(q), _tensor("k", k, 4).shape[1], *k_cache.shape[2:]]
+    for name, given in (("k", k), ("v", v)):
+        x = _tensor(name, given, 4)
         if x.dtype != k_cache.dtype:
             raise TypeError(f"{name} must have k_cache's dtype, {k_cache.dtype}, got {x.dtype}")
         if list(x.shape) != want or x.device != k_cache.device:
@@ -339,9 +352,11 @@ def _count_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
     return k.shape[1]
 
 
-def _check_rotary(q: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, num_positions: int) -> None:
-    for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
-        _check_tensor(name, x, 2)
+def _cos_and_sin(
+    q: Tensor, rotary_cos: Tensor | None, rotary_sin: Tensor | None, num_positions: int
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _tensor("rotary_cos", rotary_cos, 2), _tensor("rotary_sin", rotary_sin, 2)
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if len(x) < num_positions or 2 * x.shape[1] > q.shape[3] or x.device != q.device:
@@ -349,11 +364,12 @@ def _check_rotary(q: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, num_positio
                 f"{name} must be [{num_positions} or more, {q.shape[3] // 2} or fewer] on "
                 f"{q.device}, got {list(x.shape)} on {x.device}"
             )
-    if rotary_sin.shape != rotary_cos.shape:
+    if sin.shape != cos.shape:
         raise ValueError(
-            f"rotary_sin must have the shape of rotary_cos, {list(rotary_cos.shape)}, "
-            f"got {list(rotary_sin.shape)}"
+            f"rotary_sin must have the shape of rotary_cos, {list(cos.shape)}, "
+            f"got {list(sin.shape)}"
         )
+    return cos, sin
 
 
 def _rotate(x_BNHC: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

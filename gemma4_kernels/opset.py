@@ -317,7 +317,7 @@ def _judge(name: str, kind: str) -> Callable[[object], None]:
             raise TypeError(f"{name} must be an integer, got {_told(value)}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-        if value > MOST:
+        if not value <= MOST:
             raise ValueError(f"{name} must be at most {MOST}, got {value}")
 
     return {"float": number, "int": integer, "bool": flag}.get(kind, tensor)
