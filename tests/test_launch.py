@@ -7,6 +7,8 @@ import torch
 from conftest import BF16, emulated_backend, needs_compiler
 from test_attention_tiles import check
 
+from gemma4_kernels import opset
+
 pytestmark = needs_compiler
 MANY = 70_000  # a grid's y and z end at 65,535
 SOME = (0, 1, 65_534, 65_535, 65_536, MANY - 1)
@@ -165,3 +167,20 @@ def test_no_cache_is_copied(backend, name):
         kernels.attention_prefill(
             q[:, 0], *caches, cu, cu, 1, 16, 1.0, True, 0, -1, 0.0, pages, False
         )
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_that_no_kernel_reads_is_named(backend, name):
+    """The op's twin serves it, and says so; the values are those of an aligned one."""
+    arguments = dict(
+        q=backend.randn(2, 1, 4, 64, dtype=BF16),
+        k_cache=backend.randn(2, 16, 2, 64, dtype=BF16),
+        v_cache=backend.randn(2, 16, 2, 64, dtype=BF16),
+    )
+    opset.warn.cache_clear()
+    lengths = backend.int32(16, 9)
+    expected, _ = backend.ops.attention_decode(**arguments, seq_lens=lengths)
+    arguments[name] = misaligned(arguments[name])
+    with pytest.warns(UserWarning, match=f"{name} must begin on a multiple of 16 bytes"):
+        out, _ = backend.ops.attention_decode(**arguments, seq_lens=lengths)
+    torch.testing.assert_close(out, expected)

@@ -20,6 +20,32 @@ def _head_dim_unserved(q: Tensor) -> str | None:
     return None
 
 
+def _prefill_unserved(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None) -> str | None:
+    # Packed k and v of one step are copied where they do not fit; a cache would be at every step.
+    return _head_dim_unserved(q) or (
+        None if block_table is None else _cache_unserved("k", k) or _cache_unserved("v", v)
+    )
+
+
+def _decode_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    return (
+        _head_dim_unserved(q)
+        or _cache_unserved("k_cache", k_cache)
+        or _cache_unserved("v_cache", v_cache)
+    )
+
+
+def _cache_unserved(name: str, x: Tensor) -> str | None:
+    *strides, last = (1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    fits = last == 1 and all(stride == 1 or stride % 8 == 0 for stride in strides)
+    if fits and x.storage_offset() % 8 == 0:
+        return None
+    return (
+        f"{name} must begin on a multiple of 16 bytes, with contiguous heads and strides that are "
+        f"multiples of 8 elements, got strides {list(x.stride())} from {x.storage_offset()} on"
+    )
+
+
 def _packed_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     tokens = q.shape[0] if return_lse else 0
     return new(q, *q.shape), new(q, q.shape[1], tokens, dtype=_lse_dtype(q))
@@ -65,7 +91,7 @@ _attention_prefill = Op(
     check=checks.attention_prefill,
     outputs=_packed_out,
     dtypes=HALF,
-    unserved=_head_dim_unserved,
+    unserved=_prefill_unserved,
     gradient=Gradient(_keep_packed, _backward),
 )
 
@@ -145,7 +171,7 @@ _attention_decode = Op(
     check=checks.attention_decode,
     outputs=_rows_out,
     dtypes=HALF,
-    unserved=_head_dim_unserved,
+    unserved=_decode_unserved,
     gradient=NoGradient("it reads a cache; use attention_prefill for training"),
 )
 

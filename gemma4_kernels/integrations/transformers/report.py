@@ -43,7 +43,8 @@ def _line(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> str:
     layer_type = config.layer_types[layer.layer_idx]
     head_dim = config.per_layer_config[layer.layer_idx].head_dim
     head = torch.empty(0, 1, head_dim, dtype=weight.dtype, device="meta")
-    parts = [_said("attention", config._attn_implementation, "attention_prefill", (head,), weight)]
+    packed = (head, head, head, *[None] * 11)  # no pages
+    parts = [_said("attention", config._attn_implementation, "attention_prefill", packed, weight)]
     if layer.enable_moe_block:
         parts.append(_said_experts(layer, weight))
     swapped = isinstance(layer, modules.DecoderLayer) and base.takes_ops(weight)
