@@ -142,6 +142,8 @@ def flash_attn_varlen_func(
     """`flash_attn_func` over packed sequences: q [T, H, C]; k, v [S, G, C], or pages
     [pages, page_size, G, C] with block_table [B, pages]; cu_seqlens_q, cu_seqlens_k [B + 1] int32.
 
+    No sequence is longer than max_seqlen_q queries and max_seqlen_k keys. softmax_scale, causal,
+    window_size, softcap and deterministic as there.
     Returns out [T, H, C]; with return_attn_probs (out, log-sum-exp [H, T] fp32, None).
     Raises ValueError for dropout_p and alibi_slopes, which are not supported.
     """
@@ -191,7 +193,8 @@ def flash_attn_with_kvcache(
     ([B] integers), or pages [pages, page_size, G, C] with block_table [B, pages] integers;
     cache_seqlens counts the keys in the cache, one number or [B] integers (none: the cache is
     full); k, v [B, new, G, C] are written behind them, in place, and count. The queries are the
-    tail of the keys. num_splits is left to the op.
+    tail of the keys. softmax_scale, causal, window_size and softcap are `flash_attn_func`'s;
+    num_splits is left to the op.
 
     rotary_cos, rotary_sin [positions, R] turn the first 2R channels: those of k, before it is
     written, at cache_seqlens, cache_seqlens + 1, ...; those of q likewise if causal or under a

@@ -117,7 +117,8 @@ def attention_prefill(
 
     q [T, H, C]; k, v [S, G, C], or pages [pages, page_size, G, C] with block_table [B, pages]
     integers; H a multiple of G. Sequence b owns queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1
-    and likewise its keys ([B + 1] int32, on the device); its queries are the tail of its keys.
+    and cu_seqlens_k likewise its keys ([B + 1] int32, on the device); its queries are the tail of
+    its keys.
     A query at key position i sees key j if j <= i (causal) or j <= i + window_right (not causal,
     -1: no bound), and i - window < j (window counts keys, the query's own included; 0: no bound).
     softcap > 0 replaces a score s by softcap · tanh(s / softcap).
@@ -193,9 +194,9 @@ def attention_decode(
 
     q [B, N, H, C]; k_cache, v_cache [B, S, G, C] (position p in slot p, or p mod S with ring), or
     pages [pages, page_size, G, C] with block_table [B, pages] integers; seq_lens [B] int32 counts
-    the keys of each row, its N new ones included; 0 leaves a row out. window as in
-    `attention_prefill`; a ring needs one, and S >= window + N - 1. Slots outside the visible range
-    are never used.
+    the keys of each row, its N new ones included; 0 leaves a row out. scale, window and softcap as
+    in `attention_prefill`; a ring needs a window, and S >= window + N - 1. Slots outside the
+    visible range are never used.
 
     Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
     Dtypes as in `attention_prefill`. Has no backward.

@@ -26,8 +26,9 @@ def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6) -> tup
 
     y = rms_norm(x, weight); router_x = rms_norm(x) scale D^-½, rounded after each of its products.
 
-    x [..., D]; weight, scale [D], each of a floating dtype. Returns (y, router_x), each [..., D]:
-    y in the dtype of x, router_x in the one that x and scale promote to.
+    x [..., D]; weight, scale [D], each of a floating dtype; eps as in `rms_norm`. Returns
+    (y, router_x), each [..., D]: y in the dtype of x, router_x in the one that x and scale promote
+    to.
     """
     return _moe_norm(x, weight, scale, eps)
 

@@ -55,8 +55,8 @@ def add_rms_norm(
     residual' = (residual + rms_norm(x, post_weight)) scale, y = rms_norm(residual', next_weight).
 
     x, residual [..., D]; post_weight, next_weight [D]; scale [1] (the layer scalar, 1 if absent),
-    each of a floating dtype. Returns (residual', y), both in the dtype that x and residual promote
-    to; y is None without a next_weight.
+    each of a floating dtype; eps as in `rms_norm`, for both norms. Returns (residual', y), both in
+    the dtype that x and residual promote to; y is None without a next_weight.
     """
     residual, y = _add_rms_norm(x, residual, post_weight, next_weight, scale, eps)
     return residual, None if next_weight is None else y

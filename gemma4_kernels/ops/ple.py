@@ -38,7 +38,8 @@ def ple_embed(
 ) -> Tensor:
     """Per-layer embeddings: (rms_norm(projected, weight) + √P table[ids]) / √2.
 
-    ids [T] integers; table [V, L P], projected [T, L P] and weight [P], each of a floating dtype.
+    ids [T] integers; table [V, L P], projected [T, L P] and weight [P], each of a floating dtype;
+    eps as in `rms_norm`.
     The table may stay in host memory (a kernel reads its rows in place if it is pinned, else the
     eager twin gathers them on the host). An id outside 0..V - 1 reads nothing and adds a zero row.
     Returns [T, L, P] in the dtype that table and projected promote to.

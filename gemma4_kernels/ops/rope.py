@@ -37,9 +37,9 @@ def qkv_norm_rope(
     the pairs (i, i + C/2) by positions · inv_freq[i], angles in fp32.
 
     q [T, H, C]; k, v [T, G, C] of one floating dtype; weights [C] of any; positions [T] integers;
-    inv_freq [C/2] fp32 (zeros leave a pair as it is). Without v, V is made from the raw k
-    (attention_k_eq_v); without k too, only q is made (a layer that borrows keys). Inputs may be
-    strided views of one projection.
+    inv_freq [C/2] fp32 (zeros leave a pair as it is); eps as in `rms_norm`. Without v, V is made
+    from the raw k (attention_k_eq_v); without k too, only q is made (a layer that borrows keys).
+    Inputs may be strided views of one projection.
     Returns contiguous (q, k, v) in the dtype of q, None for what is absent.
     """
     args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps)
@@ -73,6 +73,7 @@ def qkv_norm_rope_cache(
 ) -> Tensor:
     """`qkv_norm_rope` that writes k and v of token t into slot slots[t] of a cache.
 
+    q, k, v, q_weight, k_weight, positions, inv_freq and eps are those of `qkv_norm_rope`, with a k.
     k_cache, v_cache [..., G, C], contiguous, written in place: pages [pages, page_size, G, C] or
     rows [B, S, G, C], whose leading dimensions count slots. slots [T] integers; a negative one
     drops its token, and so does, in a kernel, one past the cache (the eager twin raises
