@@ -123,7 +123,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.14.1", "5.25.0", "6.0.0"])
 def test_wrong_version_is_named(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(base.transformers, "__version__", version)
     sentence = rf"needs transformers >= 5\.15, < 5\.25, got {version}"
     with pytest.raises(RuntimeError, match=sentence):
         plugin.register()

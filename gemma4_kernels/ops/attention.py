@@ -36,8 +36,8 @@ def _decode_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 
 def _cache_unserved(name: str, x: Tensor) -> str | None:
-    *strides, last = (1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    fits = last == 1 and all(stride == 1 or stride % 8 == 0 for stride in strides)
+    strides = [1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+    fits = strides[-1:] == [1] and all(stride == 1 or stride % 8 == 0 for stride in strides)
     if fits and x.storage_offset() % 8 == 0:
         return None
     return (
