@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugged import base, both, close, each, load, plugin, small, some_ids, transformers, use_ops
+from plugged import base, both, close, each, load, plugin, small, some_ids, use_ops
 from plugged import way as way
 
 from gemma4_kernels import extension, ops
