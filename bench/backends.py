@@ -61,13 +61,6 @@ def in_dtypes(arguments: dict[str, Any], **dtypes: torch.dtype) -> dict[str, Any
     return arguments | cast
 
 
-class Eager:
-    """No kernels: every op runs its eager twin."""
-
-    def serve(self, op: opset.Op, args: tuple[Any, ...]) -> bool:
-        return False
-
-
 def function(op: str) -> Callable[..., Any]:
     """The public function, or of an op that is a gradient the op itself."""
     return getattr(gemma4_kernels, op, None) or opset.OPS[op].registered

@@ -2,7 +2,8 @@
 
 Head sizes up to 512. What these kernels do not offer is refused by the argument's name, never left
 out in silence. Shapes: B sequences, N queries and S keys each, H query heads, G key-value heads (H
-a multiple of G), C head channels.
+a multiple of G), C head channels. Over 400 lines for the signatures, of up to 19 arguments, and
+what is said of each.
 """
 
 from typing import TypedDict

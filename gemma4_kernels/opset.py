@@ -13,7 +13,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -165,24 +165,20 @@ class Op(Generic[Result]):
             return  # what writes into its arguments can have none
 
         def save(ctx: _Context, inputs: Args, output: object) -> None:
-            _save(ctx, gradient.keep(inputs, output) if isinstance(gradient, Gradient) else inputs)
+            if isinstance(gradient, Gradient):
+                _save(ctx, gradient.keep(inputs, output))
+            elif gradient is None:
+                _save(ctx, inputs)
 
         def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if isinstance(gradient, NoGradient):
+                raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
             if isinstance(gradient, Gradient):
                 return gradient.backward(_saved(ctx), *grads)
             return self._differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
 
-        def refuse(ctx: _Context, *grads: Tensor | None) -> NoReturn:
-            assert isinstance(gradient, NoGradient)
-            raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
-
-        none = isinstance(gradient, NoGradient)
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{self.name}",
-            refuse if none else backward,
-            setup_context=None if none else save,
-            lib=_library,
-        )
+        name = f"{NAMESPACE}::{self.name}"
+        torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
 
     @unaffected
     def _differentiate_twin(
@@ -224,7 +220,7 @@ class Kernels:
             op.register_fake(namespace, self._library)
         self.ops = getattr(torch.ops, namespace)
         registered = set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
-        self.names = [name for name in OPS if f"{namespace}::{name}" in registered]
+        self.names = frozenset(name for name in OPS if f"{namespace}::{name}" in registered)
 
     def serve(self, op: Op[Result], args: Args) -> bool:
         """Whether a kernel serves this call of an op; where there is one that does not, a warning
@@ -249,14 +245,14 @@ class Kernels:
         raise refusal
 
 
-class _NoKernels(Kernels):
-    """Until a library is looked for."""
+class NoKernels(Kernels):
+    """Every op runs its eager twin, as until a library is looked for."""
 
     def __init__(self) -> None:
-        self.names = []
+        self.names = frozenset()
 
 
-kernels: Kernels = _NoKernels()
+kernels: Kernels = NoKernels()
 
 
 @contextlib.contextmanager
