@@ -84,7 +84,7 @@ def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Pa
     ]
     objects = []
     for source, flags in sources.items():
-        objects.append(f"{source.parent.name}_{source.stem}.o")
+        objects.append(_object(source))
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     lines.append(f"build {target}: link {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,10 @@ def _ninja(folder: Path, target: str, link: str, sources: dict[Path, str]) -> Pa
     if run.returncode != 0:
         raise RuntimeError(f"{target} does not build:\n{run.stdout[-4000:]}{run.stderr}")
     return folder / target
+
+
+def _object(source: Path) -> str:
+    return f"{source.parent.name}_{source.stem}.o"
 
 
 def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str = "hooks") -> Path:
@@ -126,12 +130,14 @@ def rebuild(op: str, csrc: Path, folder: Path) -> Path:
     replaced = {}
     for name in names:
         (source,) = csrc.glob(f"*/{name}.cu")
-        target = folder / f"{source.parent.name}_{name}.o"
+        target = folder / _object(source)
         flags = f"{_flags('hooks')[0]} -O1 -w -MMD"
         command = f"{_compiler()} {flags} -c {source.name} -o {target}"
         subprocess.run(command.split(), check=True, cwd=source.parent, env=environment)
         replaced[target.name] = target
-    kept = [path for path in library.parent.glob("*.o") if path.name not in replaced]
+    # Not all that lie there: a file that was renamed left its object.
+    objects = map(_object, [*CSRC.glob("*/*.cu"), *CSRC.glob("*/*.cpp")])
+    kept = [library.parent / name for name in objects if name not in replaced]
     torch_lib = Path(torch.__file__).parent / "lib"
     # What is replaced comes first: of an inline function in many objects the linker takes that one.
     command = ["c++", *replaced.values(), *kept, "-o", folder / library.name]

@@ -1,0 +1,191 @@
+FAULTS = {
+    "moe_route": {
+        "test_moe_route[emulated-one token-float32]": [
+            ("moe/moe_route.cuh", "      if (candidate[i] == best) candidate[i] = 0;", "      {}"),
+            ("moe/moe_route.cuh", "weight / sum", "weight"),
+            ("moe/moe_route.cuh", "float_at(p.scale, expert)", "float_at(p.scale, lane)"),
+            ("moe/moe_route.cuh", "e < p.num_experts ?", "e <= p.num_experts ?"),
+        ],
+        "test_strided_and_of_any_value[emulated]": [
+            ("moe/moe_route.cuh", "token * p.stride", "token * p.num_experts"),
+        ],
+        "test_large_logits_do_not_overflow[emulated]": [
+            ("moe/moe_route.cuh", "value_of(best) - highest", "value_of(best)"),
+        ],
+        "test_moe_route[emulated-one token-bfloat16]": [
+            (
+                "common/indices.cuh",
+                "floats.dtype == DType::kBFloat16",
+                "floats.dtype == DType::kFloat16",
+            ),
+        ],
+        "test_moe_route[emulated-all experts-float32]": [
+            ("common/order.cuh", "bits & 0x7fffffffu : ~bits", "bits & 0x7fffffffu : bits"),
+        ],
+    },
+    "moe_experts": {
+        "test_traffic.py::test_moe_experts_few_work[12-bf16]": [
+            ("moe/moe_sort.cuh", "  __syncthreads();\n", ""),
+        ],
+        "test_traffic.py::test_moe_experts_few_work[1-bf16]": [
+            ("moe/moe_sort.cuh", "lane < warp ? others", "lane <= warp ? others"),
+            ("moe/moe_sort.cuh", "found & ((1u << lane) - 1)", "found & ((2u << lane) - 1)"),
+            ("moe/moe_sort.cuh", "if (lane >= step) through", "through"),
+            ("moe/moe_sort.cuh", "    n -= __shfl_sync(0xffffffffu, through, 31);\n", ""),
+            (
+                "moe/moe_sort.cuh",
+                "min(most_rows, __shfl_sync(0xffffffffu, end, owner) - from)",
+                "most_rows",
+            ),
+            (
+                "moe/moe_stream.cuh",
+                "gate_row + int64_t{p.hidden_width} * p.width;",
+                "gate_row + int64_t{p.hidden_width - 1} * p.width;",
+            ),
+            (
+                "moe/moe_stream.cuh",
+                "__syncthreads();\n  if (warp < kBlocks)",
+                "if (warp < kBlocks)",
+            ),
+            ("moe/moe_stream.cuh", "  }\n  __syncthreads();\n  const int i", "  }\n  const int i"),
+            ("moe/moe_stream.cuh", "(row ^ token / 4 % 2 * 8)", "row"),
+            (
+                "moe/moe_stream.cuh",
+                "first += kStreamWarps * Columns::kColumns",
+                "first += Columns::kColumns",
+            ),
+            ("moe/moe_stream.cuh", "p.order[tile.begin + i] / p.k", "p.order[tile.begin + i]"),
+            ("moe/moe_stream.cuh", "for (int t = warp;;", "for (int t = warp + 1;;"),
+            (
+                "moe/moe_stream.cuh",
+                "  __syncthreads();\n\n  for (int i = threadIdx.x; i < 2",
+                "\n  for (int i = threadIdx.x; i < 2",
+            ),
+        ],
+        "test_traffic.py::test_moe_experts_few_work[60-bf16]": [
+            (
+                "moe/moe_sort.cuh",
+                "p.offsets[expert + 1] = offset + total",
+                "p.offsets[expert + 1] = offset",
+            ),
+        ],
+        "test_moe_experts[emulated-several tiles of 128-bfloat16]": [
+            ("common/tile.cuh", "from[i].exists && chunk * 8 < columns", "from[i].exists"),
+            ("moe/moe_sort.cuh", "? touched : touched + all / most_rows", "? touched : touched"),
+        ],
+        "test_moe_experts[emulated-one expert-bfloat16]": [
+            (
+                "moe/moe_stream.cuh",
+                "return load_once_if(exists && column < width,",
+                "return load_once_if(exists,",
+            ),
+        ],
+        "test_fp32_weights[emulated-one expert-bf16]": [
+            (
+                "moe/moe_stream.cuh",
+                "load_once_if(exists && column + 16 < width,",
+                "load_once_if(exists,",
+            ),
+        ],
+        "test_fp32_weights[emulated-one token-bf16]": [
+            (
+                "moe/moe_stream.cuh",
+                "load_8_if(exists && column + 16 < width, row + column + 16",
+                "load_8_if(exists && column + 16 < width, row + column + 4",
+            ),
+            ("moe/moe_stream.cuh", "pack_pair<T>(w[4], w[5])", "pack_pair<T>(w[5], w[4])"),
+        ],
+        "test_fp32_weights[emulated-several tiles of 128-bf16]": [
+            (
+                "common/tile.cuh",
+                "if (from.exists && chunk * 8 < columns) values",
+                "if (from.exists) values",
+            ),
+            (
+                "common/tile.cuh",
+                "const SourceRow<float> from = source(first + i * kStep);",
+                "const SourceRow<float> from = source(first);",
+            ),
+        ],
+        "test_fp32_weights_on_hopper[all on one expert]": [
+            (
+                "moe/moe_tiles.cuh",
+                "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
+                "",
+            ),
+        ],
+        "test_moe_experts[emulated-one token-bfloat16]": [
+            ("moe/moe_stream.cuh", "token.x, token.y HERE", "token.y, token.x HERE"),
+            (
+                "moe/moe_stream.cuh",
+                "const float weight = float_at(p.weights, a);",
+                "const float weight = float_at(p.weights, token);",
+            ),
+        ],
+        "test_moe_experts[emulated-eight tokens, wider than a block's step-bfloat16]": [
+            ("moe/moe_stream.cuh", "w < kStreamWarps; w++", "w < kStreamWarps - 1; w++"),
+        ],
+        "test_moe_experts[emulated-all skipped-bfloat16]": [
+            ("moe/moe_stream.cuh", "expert < 0 || expert >= p.num_experts", "expert < 0"),
+        ],
+        "test_moe_experts[emulated-all on one expert-bfloat16]": [
+            ("moe/moe_tiles.cuh", "row < kOutColumns ? 0 : p.hidden_width", "0"),
+            (
+                "moe/moe_tiles.cuh",
+                "gelu_tanh(low) * sum[i][n + 8]",
+                "gelu_tanh(low) * sum[i][n + 7]",
+            ),
+            (
+                "moe/moe_tiles.cuh",
+                "width - first);\n    const auto weight",
+                "kTileColumns);\n    const auto weight",
+            ),
+        ],
+        "test_traffic.py::test_moe_experts_many_work[128-64]": [
+            (
+                "moe/moe_tiles.cuh",
+                "cp_async_wait<kTileStages - 2>",
+                "cp_async_wait<kTileStages - 1>",
+            ),
+            (
+                "moe/moe_tiles.cuh",
+                "    __syncthreads();\n    if (step + kTileStages",
+                "    if (step + kTileStages",
+            ),
+            ("moe/moe_tiles.cuh", "  __syncthreads();\n\n  const T* x", "  const T* x"),
+            ("moe/moe_tiles.cuh", "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();"),
+            (
+                "moe/moe_tiles.cuh",
+                "blockIdx.x % column_tiles * kOutColumns",
+                "blockIdx.x / column_tiles * kOutColumns",
+            ),
+        ],
+        "test_moe_experts[emulated-some skipped-bfloat16]": [
+            (
+                "moe/moe_tiles.cuh",
+                "tile.begin + row : p.order[tile.begin + row]",
+                "tile.begin + row : tile.begin + row",
+            ),
+            ("moe/moe_tiles.cuh", "expert < 0 || expert >= p.num_experts", "expert < 0"),
+        ],
+        "test_tiles_on_hopper[all on one expert-bf16]": [
+            (
+                "moe/moe_tiles.cuh",
+                "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
+                "",
+            ),
+            ("moe/moe_tiles.cuh", "ptx::wgmma_wait<0>(sum);", "ptx::wgmma_wait<1>(sum);"),
+        ],
+        "test_tiles_on_hopper[more tokens than a tile-bf16]": [
+            ("common/tile.cuh", "+ columns % 64 / 8;", "+ columns % 64 / 16;"),
+        ],
+        "test_tiles_on_hopper[several tiles of 128-bf16]": [
+            (
+                "moe/moe_tiles.cuh",
+                "wgmma_step<kRows>(i * 64, column)",
+                "wgmma_step<kRows>(0, column)",
+            ),
+            ("moe/moe_tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
+        ],
+    },
+}
