@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import ops
 
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
 
 class _Bounds(TypedDict):
     causal: bool

@@ -7,6 +7,7 @@ from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, needs_grad, new
 from ..reference import attention as reference
 
+# Those that csrc/attention has tiles for; its launchers refuse others, whoever calls.
 HEAD_DIMS = (64, 128, 256, 512)
 
 

@@ -33,6 +33,7 @@ def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6) -> tup
     return _moe_norm(x, weight, scale, eps)
 
 
+# As kMostRoutedExperts and kMostRoutes of csrc/moe/ops.h, which hold for every caller.
 MOST_EXPERTS, MOST_ROUTES = 512, 32
 
 
