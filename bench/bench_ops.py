@@ -20,17 +20,17 @@ from typing import Any
 
 import limits
 import op_cases
+import paths  # noqa: F401
 import peers
 import torch
-from backends import function
 from ledger import LOST, Ledger, gpu_is_lost
+from support.backends import function
 
 import gemma4_kernels
 from gemma4 import measure
 from gemma4.config import FULL
 from gemma4_kernels import opset
 
-ROOT = Path(__file__).parents[1]
 MOST_BYTES = 16e9  # of one case's inputs
 
 
@@ -129,8 +129,7 @@ def run(
 
 def overhead() -> Iterator[dict[str, Any]]:
     """Calls without tokens on the emulated library, beside torch.add of two empty tensors."""
-    sys.path.append(str(ROOT / "tests"))
-    import emulated
+    from support import emulated
 
     device, ops = torch.device("cpu"), emulated.ops()
     kernels = emulated.kernels()

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import paths  # noqa: F401
 import torch
-from backends import EAGER, function
 from ledger import LOST, Ledger, gpu_is_lost
 from small_inputs import Call, Inputs, launch_cases
+from support.backends import EAGER, function
 
 import gemma4_kernels
 from gemma4_kernels import opset

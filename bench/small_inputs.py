@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from backends import BF16, FP16, FP32, Backend, in_dtypes
+from support.backends import BF16, FP16, FP32, Backend, in_dtypes
 
 Inputs = dict[str, Any]
 Call = tuple[str, Inputs]  # an op and its arguments

@@ -12,14 +12,13 @@ of which report.py makes static.md and the README's.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import compiled
 import limits
+import paths  # noqa: F401
 import torch
-from backends import CARDS, Backend, function
 from small_inputs import (
     CASES,
     SMALL,
@@ -30,13 +29,10 @@ from small_inputs import (
     moe_inputs,
     prefill_inputs,
 )
+from support import emulated
+from support.backends import CARDS, Backend, function
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-
-import emulated  # noqa: E402
-
-RESULT = ROOT / "bench" / "results" / "static.json"
+RESULT = Path(__file__).parent / "results" / "static.json"
 
 
 def run(op: str, arguments: dict) -> object:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import BF16, Backend, emulated_backend
+from support.backends import BF16, Backend
+from support.marks import emulated_backend
 from torch import Tensor
 
 import gemma4_kernels

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from itertools import accumulate
 
-import float64
 import pytest
 import torch
-from conftest import EAGER, all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.backends import EAGER
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # queries and keys of each sequence, query heads, KV heads, C, options
     "no sequence": ([], 4, 2, 64, {}),

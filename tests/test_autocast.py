@@ -2,11 +2,12 @@
 
 import contextlib
 
-import emulated
-import float64
 import pytest
 import torch
-from conftest import BF16, FP16, FP32, FP64, assert_close_to_float64, needs_compiler
+from support import emulated, float64
+from support.backends import BF16, FP16, FP32, FP64
+from support.expect import assert_close_to_float64
+from support.marks import needs_compiler
 from test_ops import DIFFERENTIABLE, NAMES, PARAMETERS, REGISTERED, flat, samples
 from torch import Tensor
 from torch.library import opcheck

@@ -3,13 +3,13 @@
 import json
 
 import bench_ops
-import emulated
 import limits
 import op_cases
 import peers
 import pytest
 import torch
 from ledger import Ledger
+from support import emulated
 
 from gemma4 import measure
 

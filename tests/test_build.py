@@ -23,9 +23,9 @@ import compiled
 import pytest
 import setuptools
 import torch
-from conftest import needs_compiler
 from setuptools import Command, Distribution
 from setuptools.command.build_py import build_py
+from support.marks import needs_compiler
 
 import gemma4_kernels
 from gemma4_kernels import extension

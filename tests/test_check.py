@@ -5,11 +5,10 @@ import os
 import re
 import warnings
 
-import emulated
-import planted
 import pytest
 import torch
-from conftest import needs_compiler
+from support import emulated, planted
+from support.marks import needs_compiler
 
 import gemma4_kernels
 from gemma4 import Gemma4ForCausalLM, demo

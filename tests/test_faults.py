@@ -12,10 +12,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import emulated
 import pytest
-from conftest import needs_compiler
 from faults import FAULTS
+from support import emulated
+from support.marks import needs_compiler
 
 CASES = [
     (op, test, n)
@@ -45,7 +45,7 @@ own = threading.local()
 def run_tests(library, tests, folder):
     """pytest's exit status and output, slow tests too, from forks of this thread's process."""
     if not hasattr(own, "forks"):
-        command = [sys.executable, Path(__file__).with_name("pytest_forks.py")]
+        command = [sys.executable, Path(__file__).with_name("support") / "pytest_forks.py"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         own.forks = subprocess.Popen(command, env=environment, **pipes)

@@ -1,7 +1,8 @@
-import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # shape of gate_up
     "no rows": (0, 64),

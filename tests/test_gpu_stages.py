@@ -6,12 +6,12 @@ from pathlib import Path
 import bench_model
 import bench_ops
 import counters
-import emulated
 import gpu_page
 import gpu_stages
 import pytest
 import small_cases
 from gpu_stages import STAGES
+from support import emulated
 
 from gemma4.cli import arguments as cli
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
+from support.tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
 
 import gemma4.steps
 from gemma4 import Cache, Gemma4ForCausalLM, Gemma4TextConfig

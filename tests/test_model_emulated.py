@@ -1,11 +1,10 @@
 """The whole model on the emulated kernels, with the head sizes of the released models."""
 
-import emulated
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from conftest import needs_compiler
+from support import emulated, tiny
+from support.marks import needs_compiler
 
 from gemma4_kernels import opset
 

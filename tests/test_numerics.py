@@ -3,10 +3,10 @@
 The op tests bound every single value; here a kernel may not be worse than what it replaces.
 """
 
-import float64
 import pytest
 import torch
-from conftest import Backend
+from support import float64
+from support.backends import Backend
 
 import gemma4_kernels
 

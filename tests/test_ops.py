@@ -8,10 +8,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
-from conftest import needs_compiler
+from support import emulated
+from support.marks import needs_compiler
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.library import opcheck

@@ -1,17 +1,11 @@
 import math
 
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # ids, V, L, P
     "no tokens": ([], 5, 3, 8),

@@ -9,12 +9,13 @@ import json
 import re
 
 import compiled
-import emulated
 import limits
 import pytest
 import static_report
 import torch
-from conftest import CARDS, emulated_backend, needs_compiler
+from support import emulated
+from support.backends import CARDS
+from support.marks import emulated_backend, needs_compiler
 
 COMMITTED = json.loads(static_report.RESULT.read_text())
 

@@ -8,11 +8,12 @@ the tiles cannot do without.
 
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
-from conftest import BF16, CARDS, FP32, emulated_backend, in_dtypes
 from small_inputs import CASES, SMALL, WEIGHTS, moe_inputs
+from support import emulated
+from support.backends import BF16, CARDS, FP32, in_dtypes
+from support.marks import emulated_backend
 
 from gemma4_kernels import opset
 

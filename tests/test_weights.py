@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ALL, DENSE, E_SERIES, MOE, ids, tiny
+from support.tiny import ALL, DENSE, E_SERIES, MOE, ids, tiny
 
 import gemma4.checkpoint
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig, Gemma4TextModel, demo

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import emulated
 import torch
 from torch import Tensor
+
+from . import emulated
 
 
 def right() -> dict[str, Callable[..., Any]]:
