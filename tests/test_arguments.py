@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.backends import BF16, Backend
 from support.marks import emulated_backend
+from support.samples import served
 from torch import Tensor
 
 import gemma4_kernels
@@ -34,61 +35,6 @@ def run(backend: Backend, name: str, arguments: dict[str, Any]) -> list[Tensor]:
 
 def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def valid(name: str) -> dict[str, Any]:
-    """Arguments that a kernel serves, where there is one."""
-
-    def r(*shape: int) -> Tensor:
-        return torch.randn(shape).to(BF16)
-
-    packed = {"cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 2, 5)}
-    packed |= {"max_seqlen_q": 3, "max_seqlen_k": 3}
-    score = {"scale": 0.125, "window": 4, "softcap": 30.0, "return_lse": True}
-    rope = {"q": r(3, 4, 64), "k": r(3, 2, 64), "v": r(3, 2, 64), "q_weight": r(64)}
-    rope |= {"k_weight": r(64), "positions": ints(0, 1, 7), "inv_freq": torch.rand(32), "eps": 1e-6}
-    caches = {"k_cache": r(2, 8, 2, 64), "v_cache": r(2, 8, 2, 64)}
-    return {
-        "rms_norm": {"x": r(3, 64), "weight": r(64), "eps": 1e-6},
-        "add_rms_norm": {
-            "x": r(3, 64),
-            "residual": r(3, 64),
-            "post_weight": r(64),
-            "next_weight": r(64),
-            "scale": r(1),
-            "eps": 1e-6,
-        },
-        "qkv_norm_rope": rope,
-        "qkv_norm_rope_cache": rope | caches | {"slots": ints(0, 1, 9)},
-        "geglu": {"gate_up": r(3, 64)},
-        "attention_prefill": {"q": r(5, 4, 64), "k": r(2, 4, 2, 64), "v": r(2, 4, 2, 64)}
-        | packed
-        | score
-        | {"causal": False, "window_right": 1, "block_table": ints([1], [0])},
-        "attention_decode": {"q": r(2, 1, 4, 64)}
-        | caches
-        | score
-        | {"seq_lens": ints(3, 8), "block_table": ints([0], [1]), "ring": False},
-        "moe_norm": {"x": r(3, 64), "weight": r(64), "scale": r(64), "eps": 1e-6},
-        "moe_route": {"logits": r(3, 8), "per_expert_scale": r(8), "k": 2},
-        "moe_experts": {
-            "x": r(3, 64),
-            "gate_up": r(4, 32, 64),
-            "down": r(4, 64, 16),
-            "experts": ints([0, 3], [1, 2], [2, 0]),
-            "weights": r(3, 2),
-        },
-        "ple_embed": {
-            "ids": ints(0, 4, 1),
-            "table": r(5, 32),
-            "projected": r(3, 32),
-            "weight": r(16),
-            "eps": 1e-6,
-        },
-        "ple_gate": {"gate": r(3, 16), "ple": r(3, 2, 16), "layer": 1},
-        "softcap": {"logits": r(3, 64), "cap": 30.0},
-        "softcap_argmax": {"logits": r(3, 64), "cap": 30.0},
-    }[name]
 
 
 def other_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
@@ -151,7 +97,7 @@ READ = {
 
 def broken(name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(argument, what is wrong with it, arguments) for all arguments of the op."""
-    arguments = valid(name)
+    arguments = served(name)
     for argument in opset.OPS[name].registered.default._schema.arguments:
         value = arguments[argument.name]
         if isinstance(value, Tensor):
@@ -187,7 +133,7 @@ def why_not_refused(name: str, argument: str, wrong: Any, arguments: dict[str, A
         getattr(gemma4_kernels, name)(**arguments)
     except (TypeError, ValueError) as error:
         agreement = isinstance(wrong, str) and isinstance(arguments[argument], Tensor)
-        named = valid(name) if agreement and not wrong.startswith("as ") else [argument]
+        named = served(name) if agreement and not wrong.startswith("as ") else [argument]
         return None if any(re.search(rf"\b{n}\b", str(error)) for n in named) else repr(error)
     except Exception as error:
         return f"comes from inside: {error!r}"
@@ -212,7 +158,7 @@ def test_every_broken_argument_is_refused_by_its_name(name, where):
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_no_break_is_taken(backend, name):
     """What the breaks are made from, and what TAKEN leaves out."""
-    arguments = {n: backend.to(x) if isinstance(x, Tensor) else x for n, x in valid(name).items()}
+    arguments = {n: backend.to(x) if isinstance(x, Tensor) else x for n, x in served(name).items()}
     getattr(backend.ops, name)(**arguments)
     for argument, others in TAKEN.get(name, {}).items():
         values = dict(other_tensors(arguments[argument])) if isinstance(others[0], str) else {}
@@ -239,7 +185,7 @@ def test_autocast_hides_no_broken_argument(name):
 def test_the_registered_op_refuses_too(name):
     for argument, value in (("cap", math.nan), ("eps", -1.0), ("softcap", math.inf)):
         if argument in opset.OPS[name].names:
-            arguments = valid(name) | {argument: value}
+            arguments = served(name) | {argument: value}
             with pytest.raises(ValueError, match=f"{argument} must be"):
                 opset.OPS[name].registered(**arguments)
 
@@ -261,7 +207,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
     ],
 )
 def test_integers_of_every_width(backend, name, argument, dtype):
-    arguments = valid(name)
+    arguments = served(name)
     given = (arguments | {argument: arguments[argument].to(d)} for d in (torch.int64, dtype))
     assert all(map(torch.equal, *(run(backend, name, a) for a in given)))
 
@@ -453,7 +399,7 @@ CONTRACT = {
 @pytest.mark.parametrize("case", CONTRACT)
 def test_what_only_the_device_knows(backend, case):
     name, changed, sentence, check = CONTRACT[case]
-    arguments = valid(name) | changed
+    arguments = served(name) | changed
     if sentence is not None and backend.name == "eager":
         with pytest.raises(ValueError, match=sentence):
             run(backend, name, arguments)
@@ -462,7 +408,7 @@ def test_what_only_the_device_knows(backend, case):
 
 
 def test_what_is_held_back_in_fp16_passes_no_gradient():
-    arguments = valid("moe_experts") | CONTRACT["experts past fp16"][1]
+    arguments = served("moe_experts") | CONTRACT["experts past fp16"][1]
     gate_up = arguments["gate_up"].requires_grad_()
     gemma4_kernels.moe_experts(**arguments).sum().backward()
     assert (gate_up.grad == 0).all()
@@ -471,6 +417,6 @@ def test_what_is_held_back_in_fp16_passes_no_gradient():
 @pytest.mark.parametrize("name", ["attention_prefill", "attention_decode"])
 def test_pages_that_are_not_there(name):
     """A kernel must be able to trust the table: only the twin looks."""
-    arguments = valid(name) | {"block_table": ints([2], [0])}
+    arguments = served(name) | {"block_table": ints([2], [0])}
     with pytest.raises(ValueError, match=r"block_table must lie in 0..1 where it is used, got \[2"):
         getattr(gemma4_kernels, name)(**arguments)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import small_cases
 from ledger import Ledger
-from small_inputs import launch_cases
 from support import emulated
 from support.marks import emulated_backend
+from support.small_calls import launch_cases
 
 from gemma4_kernels import opset
 
