@@ -80,7 +80,8 @@ def prefill(
 def decode(
     b: Backend, keys: int, heads: int, head_dim: int, dtype: torch.dtype = BF16
 ) -> Arguments:
-    return cases.attention_decode(b, [keys], keys, heads, 1, head_dim, dtype=dtype)
+    arguments = cases.attention_decode(b, [keys], keys, heads, 1, head_dim, dtype=dtype)
+    return arguments | {"return_lse": False}
 
 
 T = 64  # tokens
