@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from support import float64
+from support import cases, float64
 from support.backends import BF16, FP16, FP32, in_dtypes
 from support.expect import NoHostReads, assert_close_to_float64, assert_refused
 from support.marks import all_dtypes
@@ -44,27 +44,18 @@ CASES = {  # T, E, K, D, F, how experts are drawn
 def inputs(backend, case, dtype):
     """Weights of skipped slots and matrices of idle experts hold NaN: nobody reads them."""
     tokens, num_experts, k, width, hidden, draw = CASES[case]
-    chosen = torch.rand(tokens, num_experts).argsort(-1)[:, :k]
-    weights = torch.rand(tokens, k, dtype=torch.float64) + 0.2
+    arguments = cases.moe_experts(backend, tokens, num_experts, k, width, hidden, dtype=dtype)
+    chosen = arguments["experts"]
     if draw == "expert 2":
-        chosen = torch.full((tokens, 1), 2)
+        chosen[:] = 2
     elif draw != "random":
-        skipped = torch.rand(tokens, k) < (0.5 if draw == "half skipped" else 2.0)
-        chosen = chosen.masked_fill(skipped, num_experts)
-        weights = weights.masked_fill(skipped, float("nan"))
-    gate_up = backend.randn(num_experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
-    down = backend.randn(num_experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5)
+        skipped = backend.to(torch.rand(tokens, k) < (0.5 if draw == "half skipped" else 2.0))
+        chosen[skipped] = num_experts
+        arguments["weights"][skipped] = float("nan")
     idle = [e for e in range(num_experts) if e not in chosen]
-    gate_up[idle] = float("nan")
-    down[idle] = float("nan")
-    wide = torch.promote_types(dtype, torch.float32)
-    return {
-        "x": backend.randn(tokens, width, dtype=dtype),
-        "gate_up": gate_up,
-        "down": down,
-        "experts": backend.to(chosen.int()),
-        "weights": backend.to(weights.to(wide)),
-    }
+    for name in ("gate_up", "down"):
+        arguments[name][idle] = float("nan")
+    return arguments
 
 
 def check(backend, arguments, dtype):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from support import float64
+from support import cases, float64
 from support.backends import BF16, FP16, FP32, in_dtypes
 from support.expect import assert_close_to_float64, assert_refused
 from support.marks import all_dtypes
@@ -20,12 +20,8 @@ CASES = {  # ids, V, L, P
 
 def inputs(backend, case, dtype):
     ids, vocabulary, layers, width = CASES[case]
-    return {
-        "ids": backend.to(torch.tensor(ids, dtype=torch.int64)),
-        "table": backend.randn(vocabulary, layers * width, dtype=dtype),
-        "projected": backend.randn(len(ids), layers * width, dtype=dtype, std=3.0),
-        "weight": backend.weight(width, dtype=dtype),
-    }
+    arguments = cases.ple_embed(backend, len(ids), vocabulary, layers, width, dtype=dtype)
+    return arguments | {"ids": backend.to(torch.tensor(ids, dtype=torch.int64))}
 
 
 def check(backend, arguments, dtype, eps=1e-6):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import float64
+from support import cases, float64
 from support.backends import BF16, FP16, FP32, FP64, in_dtypes
 from support.expect import assert_close_to_float64, assert_refused
 from support.marks import all_dtypes
@@ -19,13 +19,9 @@ CASES = {  # T, L, P, layer
 def inputs(backend, case, dtype):
     """Only the slice of the layer is filled; the others must not be read."""
     tokens, layers, width, layer = CASES[case]
-    ple = backend.nan(tokens, layers, width, dtype=dtype)
-    ple[:, layer] = backend.randn(tokens, width, dtype=dtype)
-    return {
-        "gate": backend.randn(tokens, width, dtype=dtype, std=2.0),
-        "ple": ple,
-        "layer": layer,
-    }
+    arguments = cases.ple_gate(backend, tokens, layers, width, layer, dtype=dtype)
+    arguments["ple"][:, [other for other in range(layers) if other != layer]] = float("nan")
+    return arguments
 
 
 def check(backend, arguments, dtype):

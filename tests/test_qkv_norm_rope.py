@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import float64
+from support import cases, float64
 from support.backends import BF16, FP16, FP32, FP64, in_dtypes
 from support.expect import assert_close_to_float64, assert_refused
 from support.marks import DTYPES, all_dtypes
@@ -19,29 +19,12 @@ CASES = {  # tokens, query heads, KV heads (None: borrows keys), C, live pairs, 
 }
 
 
-def frequencies(head_dim, live, theta=10_000.0):
-    """Pairs past the live ones stand still, as on the full-attention layers."""
-    inv_freq = torch.zeros(head_dim // 2, dtype=torch.float64)
-    inv_freq[:live] = theta ** (-2 * torch.arange(live) / head_dim)
-    return inv_freq.float()
-
-
 def inputs(backend, case, dtype, positions=None):
     tokens, heads, kv_heads, head_dim, live, with_v = CASES[case]
     if positions is None:
         positions = torch.randperm(1000)[:tokens]
-    packed = backend.randn(tokens, heads + 2 * (kv_heads or 0), head_dim, dtype=dtype, std=2.0)
-    q, k, v = packed.split([heads, kv_heads or 0, kv_heads or 0], 1)
-    has_k = kv_heads is not None
-    return {
-        "q": q,
-        "k": k if has_k else None,
-        "v": v if with_v else None,
-        "q_weight": backend.weight(head_dim, dtype=dtype),
-        "k_weight": backend.weight(head_dim, dtype=dtype) if has_k else None,
-        "positions": backend.to(positions),
-        "inv_freq": backend.to(frequencies(head_dim, live)),
-    }
+    options = dict(with_v=with_v, live=live, positions=positions)
+    return cases.qkv_norm_rope(backend, tokens, heads, kv_heads, head_dim, dtype=dtype, **options)
 
 
 def check(backend, arguments, dtype, eps=1e-6):
@@ -148,7 +131,7 @@ def test_r01_v_is_the_norm_of_the_raw_k(backend):
 
 
 def test_r04_full_layers_turn_64_of_256_pairs(backend):
-    inv_freq = frequencies(512, 64)
+    inv_freq = cases.frequencies(512, 64)
     assert inv_freq.shape == (256,) and inv_freq.count_nonzero() == 64
     q = torch.zeros(3, 1, 512)
     for token, channel in enumerate((3, 63, 64)):
@@ -176,7 +159,7 @@ def test_r06_angles_stay_in_fp32(backend, dtype):
     arguments["q"] = backend.to(q)
     arguments["q_weight"] = backend.to(torch.full((256,), 0.5**0.5, dtype=dtype))
     actual = backend.ops.qkv_norm_rope(**arguments)[0].double().cpu()
-    angle = positions.double()[:, None, None] * frequencies(256, 128).double()
+    angle = positions.double()[:, None, None] * cases.frequencies(256, 128).double()
     expected = torch.cat([angle.cos(), angle.sin()], -1).expand(-1, 8, -1)
     assert (actual - expected).abs().max() < 0.05
     check(backend, arguments, dtype)

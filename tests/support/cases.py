@@ -38,7 +38,8 @@ def under_autocast(op: str, arguments: Arguments, dtype: torch.dtype) -> Argumen
 
 def complete(op: str, arguments: Arguments) -> Arguments:
     """All that the schema names, in its order; what is not given as the public function has it."""
-    parameters = inspect.signature(getattr(gemma4_kernels, op)).parameters.values()
+    public = getattr(gemma4_kernels, op, None)  # a backward has none
+    parameters = inspect.signature(public).parameters.values() if public else ()
     given = {p.name: p.default for p in parameters} | arguments
     return {name: given[name] for name in opset.OPS[op].names}
 
