@@ -108,7 +108,7 @@ def test_eps(backend):
     check(backend, arguments, torch.float32, eps=0.25)
 
 
-def test_e07_scale_factors(backend):
+def test_scale_factors(backend):
     """Token part times √256 = 16, norm of the projection as it is, their sum times 2^-½."""
     ones, zeros = backend.to(torch.ones(1, 256)), backend.to(torch.zeros(1, 256))
     weight = backend.to(torch.full((256,), 3.0))

@@ -118,7 +118,7 @@ def test_heads_outermost(backend, dtype):
     check(backend, arguments, dtype)
 
 
-def test_r01_v_is_the_norm_of_the_raw_k(backend):
+def test_v_is_the_norm_of_the_raw_k(backend):
     arguments = inputs(backend, "full, V from K", torch.float32)
     _, k, v = backend.ops.qkv_norm_rope(**arguments)
     expected = float64.rms_norm(arguments["k"], None, 1e-6)
@@ -130,7 +130,7 @@ def test_r01_v_is_the_norm_of_the_raw_k(backend):
     assert not torch.equal(other_k, k)
 
 
-def test_r04_full_layers_turn_64_of_256_pairs(backend):
+def test_full_layers_turn_64_of_256_pairs(backend):
     inv_freq = cases.frequencies(512, 64)
     assert inv_freq.shape == (256,) and inv_freq.count_nonzero() == 64
     q = torch.zeros(3, 1, 512)
@@ -150,7 +150,7 @@ def test_r04_full_layers_turn_64_of_256_pairs(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_r06_angles_stay_in_fp32(backend, dtype):
+def test_angles_stay_in_fp32(backend, dtype):
     """cos at position 131,071; a table in half precision is off by many radians."""
     positions = torch.tensor([131_071, 131_070, 100_001, 65_537, 8_191])
     arguments = inputs(backend, "sliding, borrowed keys", dtype, positions)
@@ -165,7 +165,7 @@ def test_r06_angles_stay_in_fp32(backend, dtype):
     check(backend, arguments, dtype)
 
 
-def test_r07_v_has_no_weight(backend):
+def test_v_has_no_weight(backend):
     arguments = inputs(backend, "sliding", torch.float32)
     zero = torch.zeros_like(arguments["q_weight"])
     q, k, v = backend.ops.qkv_norm_rope(**(arguments | {"q_weight": zero, "k_weight": zero}))
@@ -259,12 +259,12 @@ BAD = {
         ValueError,
         "positions must be on the device of q, c.*, got meta",
     ),
-    "r06 half table": (
+    "half table": (
         {"inv_freq": lambda f: f.bfloat16()},
         TypeError,
         "inv_freq must be torch.float32 .*, got torch.bfloat16",
     ),
-    "r04 short table": (
+    "short table": (
         {"inv_freq": lambda f: f[:32]},
         ValueError,
         r"inv_freq must have shape \[64\], got \[32\]",

@@ -67,7 +67,7 @@ def test_eps(backend):
     check(backend, arguments, torch.float32, eps=0.5)
 
 
-def test_r03_the_cache_holds_a_v_that_is_not_k(backend):
+def test_the_cache_holds_a_v_that_is_not_k(backend):
     arguments = inputs(backend, "full, V from K", torch.float32)
     backend.ops.qkv_norm_rope_cache(**arguments)
     slots = arguments["slots"]

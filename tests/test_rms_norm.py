@@ -89,7 +89,7 @@ def test_zero_row_gives_zero(backend):
     assert (backend.ops.rms_norm(backend.to(torch.zeros(2, 64))) == 0).all()
 
 
-def test_r07_zero_weight_gives_zero(backend):
+def test_zero_weight_gives_zero(backend):
     y = backend.ops.rms_norm(backend.randn(3, 64), backend.to(torch.zeros(64)))
     assert (y == 0).all()
 

@@ -73,7 +73,7 @@ def test_round_trip(options: dict, size: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 @torch.no_grad()
-def test_c01_prefixes_and_other_modalities(prefix: str, tmp_path: Path) -> None:
+def test_prefixes_and_other_modalities(prefix: str, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
         junk = {"model.vision_tower.x": torch.ones(2), "model.embed_audio.y": torch.ones(2)}
         return renamed("model.", prefix)(tensors) | junk
@@ -89,7 +89,7 @@ def test_c01_prefixes_and_other_modalities(prefix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("infix", ["", "moe."])
 @pytest.mark.parametrize("single", [False, True])
 @torch.no_grad()
-def test_m09_experts_fused_or_one_by_one(infix: str, single: bool, tmp_path: Path) -> None:
+def test_experts_fused_or_one_by_one(infix: str, single: bool, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
         found = {}
         for name, tensor in tensors.items():
@@ -109,14 +109,14 @@ def test_m09_experts_fused_or_one_by_one(infix: str, single: bool, tmp_path: Pat
 
 
 @torch.no_grad()
-def test_k03_keys_of_borrowing_layers_are_ignored(tmp_path: Path) -> None:
+def test_keys_of_borrowing_layers_are_ignored(tmp_path: Path) -> None:
     extra = "model.layers.5.self_attn.k_proj.weight"
     logits = rewritten(tmp_path, lambda t: t | {extra: torch.ones(32, 64)}, E_SERIES)
     model = load(tmp_path)
     assert torch.equal(model(ids(1, 9)).logits, logits) and model.skipped == [extra]
 
 
-def test_c03_a_head_in_a_tied_file(tmp_path: Path) -> None:
+def test_a_head_in_a_tied_file(tmp_path: Path) -> None:
     def head(factor: float) -> Callable[[Tensors], Tensors]:
         return lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * factor}
 
@@ -143,7 +143,7 @@ NORM = "model.layers.3.input_layernorm.weight"
         (lambda t: t | {NORM: torch.ones(64, dtype=torch.int8)}, "layers.3.*I8.*quantised"),
     ],
 )
-def test_c06_wrong_tensors_are_named(change: Callable, sentence: str, tmp_path: Path) -> None:
+def test_wrong_tensors_are_named(change: Callable, sentence: str, tmp_path: Path) -> None:
     rewritten(tmp_path, change, DENSE)
     with pytest.raises(ValueError, match=sentence):
         load(tmp_path)
@@ -416,7 +416,7 @@ def test_another_dtype(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
-def test_t02_a_head_trained_apart_is_saved(tmp_path: Path) -> None:
+def test_a_head_trained_apart_is_saved(tmp_path: Path) -> None:
     model = tiny(DENSE)
     model.save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
@@ -496,7 +496,7 @@ def test_a_saved_folder_is_complete(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_e05_resized_tables_agree(tmp_path: Path) -> None:
+def test_resized_tables_agree(tmp_path: Path) -> None:
     model = tiny(E_SERIES)
     before = model(ids(1, 9)).logits
     model.resize_token_embeddings(101)
