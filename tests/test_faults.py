@@ -36,7 +36,10 @@ def run_test(case, folder):
 
 
 def node(op, test):
-    return emulated.ROOT / "tests" / (test if "::" in test else f"test_{op}.py::{test}")
+    """The test's file, in its room, and its name there."""
+    file, _, name = test.rpartition("::")
+    (path,) = (emulated.ROOT / "tests").glob(f"**/{file or f'test_{op}.py'}")
+    return f"{path}::{name}"
 
 
 own = threading.local()
@@ -82,6 +85,13 @@ def test_every_fault_has_one_place():
         if texts[emulated.CSRC / path].count(old) != 1 or old == new
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_fault_has_a_test():
+    """A name that no test has would be an error of pytest's for each of its faults, much later."""
+    named = {node(op, test).partition("[")[0] for op, tests in FAULTS.items() for test in tests}
+    for path, _, function in (name.partition("::") for name in sorted(named)):
+        assert f"def {function}(" in Path(path).read_text(), f"{path} has no {function}"
 
 
 @pytest.mark.slow

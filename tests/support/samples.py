@@ -6,6 +6,7 @@ a kernel takes, with every optional argument given.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,11 +211,12 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
 }
 
 
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def served(op: str) -> Arguments:
     b, score = EAGER, dict(dtype=BF16, scale=0.125, window=4, softcap=30.0, return_lse=True)
-
-    def ints(*values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
 
     if op.startswith("qkv_norm_rope"):
         rope = dict(dtype=BF16, packed=False, positions=ints(0, 1, 7))
@@ -242,3 +244,13 @@ def served(op: str) -> Arguments:
     if op == "ple_gate":
         return complete(op, cases.ple_gate(b, 3, 2, 16, 1, dtype=BF16))
     return complete(op, getattr(cases, op)(b, 3, 64, dtype=BF16))
+
+
+def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
+    """What the op returns and writes, from copies of the arguments."""
+    copies = {
+        n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
+    }
+    result = getattr(backend.ops, op)(**copies)
+    written = [copies[n] for n in ("k_cache", "v_cache") if op.endswith("cache")]
+    return [*(result if isinstance(result, tuple) else (result,)), *written]
