@@ -20,17 +20,17 @@ from typing import Any
 
 import limits
 import op_cases
+import paths  # noqa: F401
 import peers
 import torch
-from backends import function
 from ledger import LOST, Ledger, gpu_is_lost
+from support.backends import function
+from support.cases import complete
 
 import gemma4_kernels
 from gemma4 import measure
 from gemma4.config import FULL
-from gemma4_kernels import opset
 
-ROOT = Path(__file__).parents[1]
 MOST_BYTES = 16e9  # of one case's inputs
 
 
@@ -40,13 +40,6 @@ def rotations(case: op_cases.Case, device: torch.device) -> int:
     if device.type == "cuda":
         cached = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     return int(min(64, 1 + cached // max(case.bytes, 1)))
-
-
-def positional(op: str, inputs: dict[str, Any]) -> list[Any]:
-    """The arguments of a public function as its op and its eager twin take them."""
-    defaults = dict(eps=1e-6, scale=None if op == "add_rms_norm" else 1.0, causal=True, window=0)
-    defaults |= dict(window_right=-1, softcap=0.0, block_table=None, return_lse=False, ring=False)
-    return [inputs[n] if n in inputs else defaults[n] for n in opset.OPS[op].names]
 
 
 def timing_row(timing: measure.Timing) -> dict[str, Any]:
@@ -81,7 +74,7 @@ def measure_case(
         row["sdpa_takes"] = peers.sdpa_takes(case.op, sets[0])
     for name, prepare in peers.of(case.op, device):
         try:
-            calls = [prepare(positional(case.op, s), s) for s in sets]
+            calls = [prepare(list(complete(case.op, s).values()), s) for s in sets]
             found = {"difference": peers.difference(expected, calls[0]())}
             found |= timing_row(measure.time_calls(lambda i, c=calls: c[i](), device, len(sets)))
         except Exception as error:  # whatever a peer raises is its answer
@@ -98,7 +91,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The rows of the cases that are not in the ledger, which gets them; stops where the GPU is
     lost."""
-    cases = [case for case in op_cases.cases(sizes) if not only or case.op in only]
+    cases = [case for case in op_cases.all_cases(sizes) if not only or case.op in only]
     done = ledger.done()
     cases = [case for case in cases if case.item not in done]
     if not cases:
@@ -129,8 +122,7 @@ def run(
 
 def overhead() -> Iterator[dict[str, Any]]:
     """Calls without tokens on the emulated library, beside torch.add of two empty tensors."""
-    sys.path.append(str(ROOT / "tests"))
-    import emulated
+    from support import emulated
 
     device, ops = torch.device("cpu"), emulated.ops()
     kernels = emulated.kernels()
@@ -140,14 +132,14 @@ def overhead() -> Iterator[dict[str, Any]]:
     add = measure.time_calls(lambda i: torch.add(empty, empty), device).median
     yield {"kind": "machine", **measure.machine(device), "add_us": round(add * 1e6, 2)}
     rows = ("rms_norm", "add_rms_norm", "qkv_norm_rope", "geglu", "ple_gate")
-    made = [getattr(op_cases, op)("E4B", 0) for op in rows]
+    made = [op_cases.row(op, "E4B", 0) for op in rows]
     made += [op_cases.attention_prefill("E4B", FULL, 0)]
     made += [op_cases.attention_decode("E4B", FULL, 0, 512)]
-    made += [op_cases.moe_norm("26B-A4B", 0), op_cases.moe_route("26B-A4B", 0)]
+    made += [op_cases.row("moe_norm", "26B-A4B", 0), op_cases.moe_route("26B-A4B", 0)]
     made += [op_cases.moe_experts(limits.FEW_EXPERTS, 0)]
     for case in made:
         inputs = case.make(device)
-        args, public = positional(case.op, inputs), getattr(ops, case.op)
+        args, public = complete(case.op, inputs).values(), getattr(ops, case.op)
         compiled = getattr(direct, case.op)
         by_op = measure.time_calls(lambda i, f=compiled, a=args: f(*a), device).median
         by_name = measure.time_calls(lambda i, f=public, a=inputs: f(**a), device).median

@@ -13,10 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import paths  # noqa: F401
 import torch
-from backends import EAGER, function
 from ledger import LOST, Ledger, gpu_is_lost
-from small_inputs import Call, Inputs, launch_cases
+from support.backends import EAGER, function
+from support.cases import Arguments
+from support.small_calls import Call, launch_cases
 
 import gemma4_kernels
 from gemma4_kernels import opset
@@ -24,7 +26,7 @@ from gemma4_kernels import opset
 FAR = 0.02  # of a result's largest value: several roundings to bf16
 
 
-def moved(arguments: Inputs, device: str) -> Inputs:
+def moved(arguments: Arguments, device: str) -> Arguments:
     return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
 
 

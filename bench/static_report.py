@@ -12,31 +12,18 @@ of which report.py makes static.md and the README's.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import compiled
 import limits
+import paths  # noqa: F401
 import torch
-from backends import CARDS, Backend, function
-from small_inputs import (
-    CASES,
-    SMALL,
-    Call,
-    backward_inputs,
-    decode_inputs,
-    launch_cases,
-    moe_inputs,
-    prefill_inputs,
-)
+from support import cases, emulated
+from support.backends import CARDS, Backend, function
+from support.small_calls import CASES, SMALL, Call, case_of, decode, launch_cases, prefill
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-
-import emulated  # noqa: E402
-
-RESULT = ROOT / "bench" / "results" / "static.json"
+RESULT = Path(__file__).parent / "results" / "static.json"
 
 
 def run(op: str, arguments: dict) -> object:
@@ -77,7 +64,7 @@ def compiled_rows(kernels: list[compiled.Kernel], sizes: dict[str, tuple[int, in
     """Raises RuntimeError naming the kernels that no case of `launch_cases` launches."""
     missing = sorted({k.name for k in kernels} - set(sizes))
     if missing:
-        raise RuntimeError(f"launch_cases in bench/small_inputs.py launch no {', '.join(missing)}")
+        raise RuntimeError(f"launch_cases in tests/support launch no {', '.join(missing)}")
     return [
         {
             "kernel": k.name,
@@ -129,8 +116,8 @@ def counted_rows() -> list[dict]:
     torch.manual_seed(0)
     b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
     rows = []
-    for label, (op, make) in CASES.items():
-        arguments = make(b, dtype)
+    for label in CASES:
+        op, arguments = case_of(b, label, dtype)
         # What is written beside the op's own shape of inputs; caches are as large as they are.
         made = {"y", "q_out", "k_out", "v_out", "new_residual"}
         needed = {n for n, x in arguments.items() if isinstance(x, torch.Tensor)}
@@ -143,7 +130,7 @@ def counted_rows() -> list[dict]:
         )
         rows.append(counted_case(label, (op, arguments), needed, floor, 0))
     for head_dim, tokens, keys, window in ((256, 64, 256, 128), (512, 64, 256, 0)):
-        arguments = prefill_inputs(b, tokens, keys, 4, head_dim, dtype) | {"window": window}
+        arguments = prefill(b, tokens, keys, 4, head_dim) | {"window": window}
         useful = limits.visible_pairs(tokens, keys, window) * 4 * head_dim * 4 / MMA_FLOP
         first = max(0, keys - tokens - window + 1) if window else 0
         floor = 2 * (2 * tokens * 4 + 2 * (keys - first)) * head_dim
@@ -151,7 +138,8 @@ def counted_rows() -> list[dict]:
         call = ("attention_prefill", arguments)
         rows.append(counted_case(label, call, {"q", "out", "k", "v"}, floor, useful))
     for head_dim, tokens, keys in ((256, 64, 128), (512, 64, 128)):
-        arguments = backward_inputs(b, tokens, keys, 4, head_dim, dtype)
+        forward = prefill(b, tokens, keys, 4, head_dim)
+        arguments = cases.attention_prefill_backward(b, forward)
         useful = limits.visible_pairs(tokens, keys, 0) * 4 * head_dim * 14 / MMA_FLOP
         floor = 2 * 4 * (tokens * 4 + keys) * head_dim
         label = f"attention_prefill_backward {head_dim}, {tokens} tokens, {keys} keys"
@@ -159,12 +147,13 @@ def counted_rows() -> list[dict]:
         needed = {"q", "out", "grad_out", "grad_q", "k", "v", "grad_k", "grad_v"}
         rows.append(counted_case(label, call, needed, floor, useful))
     for head_dim in (256, 512):
-        call = ("attention_decode", decode_inputs(b, 600, 8, head_dim, dtype))
+        call = ("attention_decode", decode(b, 600, 8, head_dim))
         label, floor = f"attention_decode {head_dim}, 600 keys", 2 * 600 * head_dim * 2
         useful = 600 * 8 * head_dim * 4 / MMA_FLOP
         rows.append(counted_case(label, call, {"k", "v"}, floor, useful))
     for tokens in (1, 8, 256):
-        arguments = moe_inputs(b, tokens, 16, 4, 512, 192, dtype)
+        torch.manual_seed(0)  # the choice of experts does not hang on what was drawn before
+        arguments = cases.moe_experts(b, tokens, 16, 4, 512, 192, dtype=dtype)
         floor = arguments["experts"].unique().numel() * 3 * 512 * 192 * 2
         useful = tokens * 4 * 3 * 512 * 192 * 2 / MMA_FLOP
         label, call = f"moe_experts, {tokens} tokens, 4 of 16", ("moe_experts", arguments)
@@ -186,15 +175,16 @@ def hopper_kernels(rows: list[dict], call: Call) -> list[dict]:
 
 
 def estimate_rows(rows: list[dict]) -> list[dict]:
-    b, dtype = Backend("emulated", "cpu", emulated.ops()), torch.bfloat16
+    b = Backend("emulated", "cpu", emulated.ops())
     forward, backward = {}, {}
     for head_dim in (256, 512):
-        call = ("attention_prefill", prefill_inputs(b, 65, 65, 1, head_dim, dtype))
+        call = ("attention_prefill", prefill(b, 65, 65, 1, head_dim))
         tile = emulated.control().attention_tile(head_dim, 10**6, 227 * 1024, True)
         forward[head_dim] = hopper_kernels(rows, call)[0], tile
-        call = ("attention_prefill_backward", backward_inputs(b, 17, 17, 1, head_dim, dtype))
-        backward[head_dim] = hopper_kernels(rows, call)
-    moe = hopper_kernels(rows, ("moe_experts", moe_inputs(b, 160, 2, 1, 64, 64, dtype)))[0]
+        arguments = cases.attention_prefill_backward(b, prefill(b, 17, 17, 1, head_dim))
+        backward[head_dim] = hopper_kernels(rows, ("attention_prefill_backward", arguments))
+    arguments = cases.moe_experts(b, 160, 2, 1, 64, 64, dtype=torch.bfloat16)
+    moe = hopper_kernels(rows, ("moe_experts", arguments))[0]
     return [
         *limits.row_estimates(),
         *limits.attention_estimates(forward),

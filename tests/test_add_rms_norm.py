@@ -1,16 +1,9 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    FP64,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, FP64, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # shape, next_weight, scale, eps
     "no rows": ((0, 64), True, True, 1e-6),
@@ -29,14 +22,8 @@ CASES = {  # shape, next_weight, scale, eps
 
 
 def inputs(backend, shape, next_weight, scale, dtype):
-    return {
-        "x": backend.randn(*shape, dtype=dtype, std=2.0),
-        "residual": backend.randn(*shape, dtype=dtype, std=3.0),
-        "post_weight": backend.weight(shape[-1], dtype=dtype),
-        "next_weight": backend.weight(shape[-1], dtype=dtype) if next_weight else None,
-        # Layer scalars of the released models lie between 0.005 and 0.92.
-        "scale": backend.randn(1, dtype=dtype, mean=0.3, std=0.1) if scale else None,
-    }
+    options = dict(next_weight=next_weight, scale=scale)
+    return cases.add_rms_norm(backend, *shape, dtype=dtype, **options)
 
 
 def check(backend, arguments, eps, dtype):

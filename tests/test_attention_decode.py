@@ -1,7 +1,8 @@
-import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # layout, slots of a row or page, seq_lens, new tokens, query heads, KV heads, C, options
     "no rows": ("rows", 8, [], 1, 4, 2, 64, {}),
@@ -132,13 +133,13 @@ def test_ring_at_every_length(backend, length):
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a21_every_group_size_at_head_dim_512(backend, group, dtype):
+def test_every_group_size_at_head_dim_512(backend, group, dtype):
     case = ("rows", 40, [40, 21], 2, 2 * group, 2, 512, {"scale": 0.5})
     arguments, keys, values = inputs(backend, case, dtype)
     assert_decode(backend.ops.attention_decode(**arguments), arguments, keys, values, dtype)
 
 
-def test_a02_calls_of_other_head_sizes_leave_no_trace(backend, poisoned_memory):
+def test_calls_of_other_head_sizes_leave_no_trace(backend, poisoned_memory):
     sliding, *_ = inputs(backend, CASES["sliding heads"], torch.bfloat16)
     full, *_ = inputs(backend, CASES["full heads"], torch.bfloat16)
     first = backend.ops.attention_decode(**sliding)
@@ -150,7 +151,7 @@ def test_a02_calls_of_other_head_sizes_leave_no_trace(backend, poisoned_memory):
 
 @pytest.mark.parametrize("num_new", [1, 3])
 @pytest.mark.parametrize("layout", ["rows", "ring", "paged"])
-def test_a03_slots_outside_the_window_are_not_read(backend, layout, num_new):
+def test_slots_outside_the_window_are_not_read(backend, layout, num_new):
     """What stands there makes no difference to any bit: NaN, zeros or large values."""
     slots = {"rows": 40, "ring": 16, "paged": 8}[layout]
     case = (layout, slots, [40], num_new, 4, 2, 64, {"window": 8})
@@ -165,7 +166,7 @@ def test_a03_slots_outside_the_window_are_not_read(backend, layout, num_new):
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 9, 20, 21])
-def test_a05_window_counts_keys(backend, window):
+def test_window_counts_keys(backend, window):
     """Values that are unit vectors show the weights, query i giving one to min(i + 1, W) keys."""
     tokens = 20
     value = torch.eye(tokens, 64)[None, :, None]
@@ -191,11 +192,11 @@ def two_keys(backend, scores, **options):
     return out[0, 0, 0, :2].tolist()
 
 
-def test_a18_scale_is_one(backend):
+def test_scale_is_one(backend):
     assert two_keys(backend, (3.0, 0.0)) == pytest.approx([0.952574, 0.047426], abs=1e-6)
 
 
-def test_a19_no_softcap_unless_asked(backend):
+def test_no_softcap_unless_asked(backend):
     assert two_keys(backend, (200.0, 100.0))[1] < 1e-30
     # 50 tanh(4) - 50 tanh(2) = 1.765085
     weights = two_keys(backend, (200.0, 100.0), softcap=50.0)
@@ -203,7 +204,7 @@ def test_a19_no_softcap_unless_asked(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_p01_a_query_without_keys_gives_zero(backend, poisoned_memory, dtype):
+def test_a_query_without_keys_gives_zero(backend, poisoned_memory, dtype):
     arguments, *_ = inputs(backend, CASES["more new tokens than keys"], dtype)
     out, lse = backend.ops.attention_decode(**arguments)
     for b, blind in enumerate((2, 3, 4, 0)):

@@ -6,7 +6,7 @@ The emulator stops at any access out of bounds; what torch allocates without fil
 
 import pytest
 import torch
-from conftest import BF16
+from support.backends import BF16
 from test_attention_tiles import check
 
 kernels = pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)

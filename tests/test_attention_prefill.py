@@ -7,10 +7,12 @@ import subprocess
 import sys
 from itertools import accumulate
 
-import float64
 import pytest
 import torch
-from conftest import EAGER, all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.backends import EAGER
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # queries and keys of each sequence, query heads, KV heads, C, options
     "no sequence": ([], 4, 2, 64, {}),
@@ -124,7 +126,7 @@ def test_many_row_blocks(backend, monkeypatch, head_dim, return_lse):
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a21_every_group_size_at_head_dim_512(backend, group, dtype):
+def test_every_group_size_at_head_dim_512(backend, group, dtype):
     arguments = {
         "q": backend.randn(19, 2 * group, 512, dtype=dtype, std=0.3),
         "k": backend.randn(19, 2, 512, dtype=dtype, std=0.3),
@@ -248,7 +250,7 @@ print(grown(int(sys.argv[4])))
         pytest.param(64, "lse", (4096, 8192)),
     ],
 )
-def test_a01_memory_is_linear_in_the_length(device_backend, window, output, lengths):
+def test_memory_is_linear_in_the_length(device_backend, window, output, lengths):
     """The scores of 8 heads would need 0.5 GB at 4,096 tokens, four times that at 8,192."""
 
     def grown(length):
@@ -269,7 +271,7 @@ def test_a01_memory_is_linear_in_the_length(device_backend, window, output, leng
 
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
-def test_a01_grouped_heads_equal_repeated_ones(backend, return_lse):
+def test_grouped_heads_equal_repeated_ones(backend, return_lse):
     arguments = {
         "q": backend.randn(90, 8, 512, std=0.3),
         "k": backend.randn(90, 1, 512, std=0.3),
@@ -287,7 +289,7 @@ def test_a01_grouped_heads_equal_repeated_ones(backend, return_lse):
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
 @pytest.mark.parametrize("queries", [1, 3, 20])
-def test_a03_keys_outside_the_window_are_not_read(backend, queries, return_lse):
+def test_keys_outside_the_window_are_not_read(backend, queries, return_lse):
     arguments = {
         "q": backend.randn(queries, 4, 64, std=0.5),
         "k": backend.randn(40, 2, 64, std=0.5),
@@ -315,7 +317,7 @@ def test_other_sequences_are_not_read(backend, return_lse):
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 9, 20, 21])
-def test_a05_window_counts_keys(backend, window, return_lse):
+def test_window_counts_keys(backend, window, return_lse):
     """Values that are unit vectors show the weights: query i gives one to min(i + 1, W) keys."""
     tokens = 20
     value = torch.eye(tokens, 64)[:, None]
@@ -350,13 +352,13 @@ def two_keys(backend, scores, return_lse, **options):
 
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
-def test_a18_scale_is_one(backend, return_lse):
+def test_scale_is_one(backend, return_lse):
     weights = two_keys(backend, (3.0, 0.0), return_lse)
     assert weights == pytest.approx([0.952574, 0.047426], abs=1e-6)
 
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
-def test_a19_no_softcap_unless_asked(backend, return_lse):
+def test_no_softcap_unless_asked(backend, return_lse):
     assert two_keys(backend, (200.0, 100.0), return_lse)[1] < 1e-30
     # 50 tanh(4) - 50 tanh(2) = 1.765085
     weights = two_keys(backend, (200.0, 100.0), return_lse, softcap=50.0)
@@ -365,7 +367,7 @@ def test_a19_no_softcap_unless_asked(backend, return_lse):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
-def test_p01_a_query_without_keys_gives_zero(backend, poisoned_memory, causal, dtype):
+def test_a_query_without_keys_gives_zero(backend, poisoned_memory, causal, dtype):
     """Nine queries on four keys: five stand before the first key; then three on none."""
     arguments, longest, _ = inputs(backend, "more queries than keys", dtype)
     options = dict(causal=causal, **({} if causal else dict(window_right=0)))

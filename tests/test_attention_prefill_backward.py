@@ -1,7 +1,7 @@
-import float64
 import pytest
 import torch
-from conftest import NoHostReads, assert_close_to_float64
+from support import float64
+from support.expect import NoHostReads, assert_close_to_float64
 from test_attention_prefill import CASES, bad_inputs, inputs
 
 

@@ -2,10 +2,10 @@
 
 from itertools import accumulate
 
-import float64
 import pytest
 import torch
-from conftest import assert_close_to_float64
+from support import float64
+from support.expect import assert_close_to_float64
 
 OPTIONS = {
     "causal": {},

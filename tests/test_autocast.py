@@ -2,39 +2,29 @@
 
 import contextlib
 
-import emulated
-import float64
 import pytest
 import torch
-from conftest import BF16, FP16, FP32, FP64, assert_close_to_float64, needs_compiler
-from test_ops import DIFFERENTIABLE, NAMES, PARAMETERS, REGISTERED, flat, samples
+from support import emulated, float64
+from support.backends import BF16, FP16, FP32, FP64
+from support.cases import BRANCHES, under_autocast
+from support.expect import assert_close_to_float64
+from support.marks import needs_compiler
+from support.samples import samples
+from test_ops import DIFFERENTIABLE, NAMES, REGISTERED, flat
 from torch import Tensor
 from torch.library import opcheck
 
 import gemma4_kernels
 from gemma4_kernels import opset
 
-# What autocast's linear layers made, beside fp32 weights, residuals and tables.
-BRANCHES = {
-    "rms_norm": {"x"},
-    "add_rms_norm": {"x"},
-    "qkv_norm_rope": {"q", "k", "v"},
-    "qkv_norm_rope_cache": {"q", "k", "v", "k_cache", "v_cache"},
-    "moe_norm": {"x"},
-    "moe_route": {"logits"},
-    "moe_experts": {"x"},
-    "ple_embed": {"projected"},
-    "ple_gate": {"gate"},
-}
 PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts")
 
 
 def mixed(name, dtype=BF16, grad=False, case="usual"):
     """Arguments of the op by their names, the branches in 16 bits."""
-    arguments = dict(zip(PARAMETERS[name], samples(name)[case], strict=True))
-    for key in BRANCHES.get(name, ()):
-        if arguments[key] is not None:
-            arguments[key] = arguments[key].to(dtype)
+    arguments = samples(name)[case]
+    if name in BRANCHES:
+        arguments = under_autocast(name, arguments, dtype)
     return {key: leaf(value, grad) for key, value in arguments.items()}
 
 

@@ -2,8 +2,8 @@
 
 import bench_model
 import pytest
-import tiny
 from ledger import Ledger
+from support import tiny
 
 from gemma4 import Gemma4TextConfig
 

@@ -3,13 +3,13 @@
 import json
 
 import bench_ops
-import emulated
 import limits
 import op_cases
 import peers
 import pytest
 import torch
 from ledger import Ledger
+from support import emulated
 
 from gemma4 import measure
 
@@ -25,14 +25,14 @@ def _quick(monkeypatch):
 @pytest.mark.parametrize("sizes", ["ALL", "BRIEF", "CPU"])
 def test_every_op_with_a_kernel_is_measured(sizes):
     """Each of its cases under a name of its own, by which a later run knows it."""
-    cases = list(op_cases.cases(getattr(op_cases, sizes)))
+    cases = list(op_cases.all_cases(getattr(op_cases, sizes)))
     assert {case.op for case in cases} == set(emulated.ops_with_kernels())
     assert len({case.item for case in cases}) == len(cases)
 
 
 SMALL = {
-    "rms_norm": lambda: op_cases.rms_norm("E2B", 2),
-    "qkv_norm_rope_cache": lambda: op_cases.qkv_norm_rope_cache("E2B", 2),
+    "rms_norm": lambda: op_cases.row("rms_norm", "E2B", 2),
+    "qkv_norm_rope_cache": lambda: op_cases.row("qkv_norm_rope_cache", "E2B", 2),
     "prefill": lambda: op_cases.attention_prefill("E2B", "sliding_attention", 20),
     "prefill backward": lambda: op_cases.attention_prefill_backward("E2B", "full_attention", 20),
     "decode": lambda: op_cases.attention_decode("E2B", "full_attention", 2, 40),
@@ -54,7 +54,7 @@ def test_a_case(case):
 def test_a_peer_that_computes_something_else_gets_no_time(monkeypatch):
     wrong = [("wrong", lambda args, inputs: lambda: torch.zeros_like(inputs["x"]))]
     monkeypatch.setattr(peers, "of", lambda op, device: wrong)
-    row = bench_ops.measure_case(op_cases.rms_norm("E2B", 2), CPU, 1e9, 1e12)
+    row = bench_ops.measure_case(op_cases.row("rms_norm", "E2B", 2), CPU, 1e9, 1e12)
     assert "differs by 1" in row["peers"]["wrong"]["error"] and "us" not in row["peers"]["wrong"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import ids
+from support.tiny import ids
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 

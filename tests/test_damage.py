@@ -84,7 +84,15 @@ def set_to(key: str, value: object) -> Callable[[dict], object]:
 
 
 def damages() -> Iterator[tuple[str, Damage]]:
-    rng = random.Random(0)
+    yield from in_config()
+    yield from in_generation_config()
+    yield from in_tokenizer()
+    yield from in_any_file()
+    yield from in_table()
+    yield from in_shards()
+
+
+def in_config() -> Iterator[tuple[str, Damage]]:
     config = json.loads((demo.path() / "config.json").read_text())
     for key in config:
         if key == "architectures":
@@ -105,11 +113,17 @@ def damages() -> Iterator[tuple[str, Damage]]:
 
                 damage = changed_json("config.json", change)
                 yield f"config: {kind}.{key} = {str(value)[:12]}", damage
+
+
+def in_generation_config() -> Iterator[tuple[str, Damage]]:
     generation = json.loads((demo.path() / "generation_config.json").read_text())
     for key in (*generation, "max_new_tokens", "repetition_penalty", "min_p"):
         for value in WRONG:
             damage = changed_json("generation_config.json", set_to(key, value))
             yield f"generation_config: {key} = {str(value)[:12]}", damage
+
+
+def in_tokenizer() -> Iterator[tuple[str, Damage]]:
     tokenizer_config = json.loads((demo.path() / "tokenizer_config.json").read_text())
     for key in (*tokenizer_config, "chat_template"):
         for value in (None, 5, "x", [], {}, [5], {"content": 5}):
@@ -122,6 +136,10 @@ def damages() -> Iterator[tuple[str, Damage]]:
     more = {f"token {i}": 2048 + i for i in range(5)}
     more_tokens = changed_json("tokenizer.json", lambda t: t["model"]["vocab"].update(more))
     yield "tokenizer: more tokens than the model", more_tokens
+
+
+def in_any_file() -> Iterator[tuple[str, Damage]]:
+    rng = random.Random(0)
     for name in NAMES:
         size = (demo.path() / name).stat().st_size
         yield f"{name} is a pointer", with_bytes(name, lambda _: LFS)
@@ -139,6 +157,9 @@ def damages() -> Iterator[tuple[str, Damage]]:
         for _ in range(6):
             at = rng.randrange(size)
             yield f"{name} is cut at {at}", with_bytes(name, lambda data, at=at: data[:at])
+
+
+def in_table() -> Iterator[tuple[str, Damage]]:
     for dropped in ("dtype", "shape", "data_offsets"):
         for wrong in (None, 5, "x", [], [-1, 5], [2**62, 2**62], [0.5], {}):
 
@@ -156,6 +177,9 @@ def damages() -> Iterator[tuple[str, Damage]]:
             return bytes(data)
 
         yield f"bit {number} of the table", with_bytes("model.safetensors", flipped)
+
+
+def in_shards() -> Iterator[tuple[str, Damage]]:
     yield "in shards", sharded()
     for wrong in (None, 5, "../x", "/etc/passwd", "", ".", "absent.safetensors", ["x"], "a\0b"):
 

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-import emulated
 import pytest
-import tiny
 import torch
-from conftest import NoHostReads, needs_compiler
+from support import emulated, tiny
+from support.expect import NoHostReads
+from support.marks import needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.layers

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated
 import pytest
-from conftest import needs_compiler
+from support import emulated
+from support.marks import needs_compiler
 
 CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel that is right
     "exchange": "clean",

@@ -12,10 +12,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import emulated
 import pytest
-from conftest import needs_compiler
 from faults import FAULTS
+from support import emulated
+from support.marks import needs_compiler
 
 CASES = [
     (op, test, n)
@@ -36,7 +36,10 @@ def run_test(case, folder):
 
 
 def node(op, test):
-    return emulated.ROOT / "tests" / (test if "::" in test else f"test_{op}.py::{test}")
+    """The test's file, in its room, and its name there."""
+    file, _, name = test.rpartition("::")
+    (path,) = (emulated.ROOT / "tests").glob(f"**/{file or f'test_{op}.py'}")
+    return f"{path}::{name}"
 
 
 own = threading.local()
@@ -45,7 +48,7 @@ own = threading.local()
 def run_tests(library, tests, folder):
     """pytest's exit status and output, slow tests too, from forks of this thread's process."""
     if not hasattr(own, "forks"):
-        command = [sys.executable, Path(__file__).with_name("pytest_forks.py")]
+        command = [sys.executable, Path(__file__).with_name("support") / "pytest_forks.py"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         own.forks = subprocess.Popen(command, env=environment, **pipes)
@@ -82,6 +85,13 @@ def test_every_fault_has_one_place():
         if texts[emulated.CSRC / path].count(old) != 1 or old == new
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_fault_has_a_test():
+    """A name that no test has would be an error of pytest's for each of its faults, much later."""
+    named = {node(op, test).partition("[")[0] for op, tests in FAULTS.items() for test in tests}
+    for path, _, function in (name.partition("::") for name in sorted(named)):
+        assert f"def {function}(" in Path(path).read_text(), f"{path} has no {function}"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DENSE, E_SERIES, ids, tiny
+from support.tiny import DENSE, E_SERIES, ids, tiny
 
 from gemma4 import Gemma4ForCausalLM, demo
 from gemma4.files import COMMITTED, finish, read_json, replacing
@@ -109,7 +109,7 @@ def test_files_have_the_umasks_mode(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
-from tiny import E_SERIES, tiny
+from support.tiny import E_SERIES, tiny
 model = tiny(E_SERIES)
 for limit in (None, 0, 100, 5_000, 200_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, resource.RLIM_INFINITY))
@@ -146,7 +146,7 @@ import itertools, os, random, signal, sys, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from tiny import DENSE, MOE, ids, tiny
+from support.tiny import DENSE, MOE, ids, tiny
 from gemma4 import Gemma4ForCausalLM
 
 folder, rng = Path(sys.argv[1]), random.Random(0)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import BF16, Backend, assert_close_to_float64
+from support.backends import BF16, Backend
+from support.expect import assert_close_to_float64
 
 import gemma4_kernels
 import gemma4_kernels.flash_attn as flash_attn

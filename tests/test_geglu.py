@@ -1,7 +1,8 @@
-import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # shape of gate_up
     "no rows": (0, 64),
@@ -45,7 +46,7 @@ def test_far_gates(backend, dtype):
     check(backend, backend.to(torch.cat([gate, torch.full((5,), 3.0)]).to(dtype)), dtype)
 
 
-def test_m03_gelu_is_the_tanh_form(backend):
+def test_gelu_is_the_tanh_form(backend):
     y = backend.ops.geglu(backend.to(torch.tensor([2.0, 1.0])))
     assert y.item() == pytest.approx(1.954598, abs=1e-6)  # erf 1.954500, SiLU 1.761594
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import NoHostReads
+from support import tiny
+from support.expect import NoHostReads
 from torch import Tensor
 
 from gemma4 import Gemma4ForCausalLM, Gemma4Tokenizer, GenerationConfig, demo

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import ALL, DENSE, E_SERIES, K_EQ_V, ids, tiny
+from support.tiny import ALL, DENSE, E_SERIES, K_EQ_V, ids, tiny
 from torch import Tensor
 
 from gemma4 import Cache, Gemma4ForCausalLM

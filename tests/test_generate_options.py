@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import DENSE, E_SERIES, ids, tiny
+from support.tiny import DENSE, E_SERIES, ids, tiny
 
 import gemma4.generate.loop
 from gemma4 import Gemma4ForCausalLM, GenerationConfig

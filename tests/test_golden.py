@@ -1,4 +1,4 @@
-"""The model against what transformers recorded (tests/make_golden.py made the data)."""
+"""The model against what transformers recorded (tests/support/make_golden.py made the data)."""
 
 import shutil
 from pathlib import Path

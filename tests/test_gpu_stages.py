@@ -6,12 +6,12 @@ from pathlib import Path
 import bench_model
 import bench_ops
 import counters
-import emulated
 import gpu_page
 import gpu_stages
 import pytest
 import small_cases
 from gpu_stages import STAGES
+from support import emulated
 
 from gemma4.cli import arguments as cli
 
@@ -79,7 +79,7 @@ def test_bench_stages_name_ops():
     ops = set()
     for name in gpu_page.BENCHES:
         ops |= set(parse(STAGES[name].arguments(name, Path())).only)
-    assert ops == {case.op for case in bench_ops.op_cases.cases(bench_ops.op_cases.BRIEF)}
+    assert ops == {case.op for case in bench_ops.op_cases.all_cases(bench_ops.op_cases.BRIEF)}
 
 
 def test_missing_modules_make_a_stage_slower(monkeypatch):

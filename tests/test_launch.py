@@ -1,10 +1,11 @@
 """What a launch may be: more rows and sequences than a grid's y and z hold, no more blocks than a
 card starts, workspaces that do not follow what was reserved, and no cache copied in silence."""
 
-import emulated
 import pytest
 import torch
-from conftest import BF16, emulated_backend, needs_compiler
+from support import emulated
+from support.backends import BF16
+from support.marks import emulated_backend, needs_compiler
 from test_attention_tiles import check
 
 from gemma4_kernels import opset

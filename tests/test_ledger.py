@@ -6,12 +6,12 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import emulated
 import pytest
 import small_cases
-from conftest import emulated_backend
 from ledger import Ledger
-from small_inputs import launch_cases
+from support import emulated
+from support.marks import emulated_backend
+from support.small_calls import launch_cases
 
 from gemma4_kernels import opset
 

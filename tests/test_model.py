@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
+from support.tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, F, S, ids, tiny
 
 import gemma4.steps
 from gemma4 import Cache, Gemma4ForCausalLM, Gemma4TextConfig
@@ -16,14 +16,14 @@ GREEDY = dict(do_sample=False, eos_token_id=[])
 
 @each
 @torch.no_grad()
-def test_a06_k01_cached_prefill_longer_than_the_window(options: dict) -> None:
+def test_cached_prefill_longer_than_the_window(options: dict) -> None:
     model, prompt = tiny(options), ids(1, 27)
     plain = model(prompt, use_cache=False).logits
     close(model(prompt, use_cache=True).logits, plain, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_a08_later_chunks_read_earlier_values() -> None:
+def test_later_chunks_read_earlier_values() -> None:
     model, prompt = tiny(DENSE), ids(1, 31)
     changed = prompt.clone()
     changed[0, 2] = (changed[0, 2] - 3 + 1) % 94 + 3
@@ -40,7 +40,7 @@ def test_a08_later_chunks_read_earlier_values() -> None:
 
 @each
 @torch.no_grad()
-def test_a11_decoding_past_several_wraps(options: dict) -> None:
+def test_decoding_past_several_wraps(options: dict) -> None:
     model, tokens = tiny(options).double(), ids(1, 48)
     cache = Cache(model.config, 1, torch.float64, torch.device("cpu"), rollback=2)
     plain = model(tokens, use_cache=False).logits
@@ -50,7 +50,7 @@ def test_a11_decoding_past_several_wraps(options: dict) -> None:
 
 
 @torch.no_grad()
-def test_a13_windows_by_layer_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_by_layer_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = gemma4.steps.ops.attention_prefill
 
@@ -65,7 +65,7 @@ def test_a13_windows_by_layer_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each
 @torch.no_grad()
-def test_a14_trim_equals_a_straight_run(options: dict) -> None:
+def test_trim_equals_a_straight_run(options: dict) -> None:
     model, tokens = tiny(options), ids(1, 6)
     for prefix in (4, 30):
         start = ids(1, prefix, seed=1)
@@ -89,7 +89,7 @@ def test_trim_refuses_what_a_ring_has_lost() -> None:
 
 
 @each
-def test_a20_batch_rows_equal_solo_runs(options: dict) -> None:
+def test_batch_rows_equal_solo_runs(options: dict) -> None:
     model = tiny(options)
     rows = [ids(1, n, seed=n) for n in (5, 17, 1)]
     batch, mask = torch.zeros(3, 17, dtype=torch.int64), torch.zeros(3, 17, dtype=torch.int64)
@@ -107,7 +107,7 @@ def test_a20_batch_rows_equal_solo_runs(options: dict) -> None:
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_p01_padding_is_finite(options: dict, dtype: torch.dtype) -> None:
+def test_padding_is_finite(options: dict, dtype: torch.dtype) -> None:
     model, batch = tiny(options).to(dtype), ids(3, 12)
     mask = torch.arange(12) >= torch.tensor([[9], [5], [0]])
     logits = model(batch, attention_mask=mask.long()).logits
@@ -119,7 +119,7 @@ def test_p01_padding_is_finite(options: dict, dtype: torch.dtype) -> None:
 @each
 @pytest.mark.parametrize("start", [0, 9])
 @torch.no_grad()
-def test_p03_packed_segments_are_isolated(options: dict, start: int) -> None:
+def test_packed_segments_are_isolated(options: dict, start: int) -> None:
     # In float64: other positions are other angles, whose rounding fp32 logits show.
     model, row = tiny(options).double(), ids(1, 12)
     positions = torch.tensor([[*range(5), *range(start, start + 7)]])
@@ -129,7 +129,7 @@ def test_p03_packed_segments_are_isolated(options: dict, start: int) -> None:
 
 
 @torch.no_grad()
-def test_p05_masks() -> None:
+def test_masks() -> None:
     model, batch = tiny(DENSE), ids(2, 8)
     mask = torch.ones(2, 8)
     mask[0, :3] = 0
@@ -148,14 +148,14 @@ def test_p05_masks() -> None:
             model(batch, attention_mask=wrong)
 
 
-def test_k07_borrowing_layers_own_no_cache() -> None:
+def test_borrowing_layers_own_no_cache() -> None:
     model = tiny(E_SERIES)
     with torch.no_grad():
         cache = model(ids(1, 9), use_cache=True).cache
     assert sorted(cache.k) == [0, 1, 2, 3]
 
 
-def test_k10_checkpointing_leaves_donor_gradients() -> None:
+def test_checkpointing_leaves_donor_gradients() -> None:
     model, batch = tiny(E_SERIES).train(), ids(2, 14)
     grads = []
     for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
@@ -168,13 +168,13 @@ def test_k10_checkpointing_leaves_donor_gradients() -> None:
         close(plain, checkpointed)
 
 
-def test_k12_owners() -> None:
+def test_owners() -> None:
     config = Gemma4TextConfig(**E_SERIES)
     assert [config.kv_owner(i) for i in range(8)] == [0, 1, 2, 3, 2, 2, 2, 3]
 
 
 @torch.no_grad()
-def test_r01_r03_values_see_neither_k_norm_nor_rotation() -> None:
+def test_values_see_neither_k_norm_nor_rotation() -> None:
     model, prompt = tiny(K_EQ_V), ids(1, 9)
     before = model(prompt, use_cache=True).cache
     assert not torch.equal(before.k[5][:, :9], before.v[5][:, :9])
@@ -184,7 +184,7 @@ def test_r01_r03_values_see_neither_k_norm_nor_rotation() -> None:
     close(after.k[5][:, :9], 3 * before.k[5][:, :9])
 
 
-def test_r06_frequencies_stay_fp32() -> None:
+def test_frequencies_stay_fp32() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         rope = tiny(DENSE).to(dtype).model.rotary_emb
         assert rope[S].dtype == rope[F].dtype == torch.float32
@@ -192,7 +192,7 @@ def test_r06_frequencies_stay_fp32() -> None:
         close((131_071 * rope[S]).cos().double(), exact, atol=0.05, rtol=0)
 
 
-def test_r09_every_norm_has_a_gradient() -> None:
+def test_every_norm_has_a_gradient() -> None:
     model, batch = tiny(MOE), ids(1, 9)
     model(batch, labels=batch).loss.backward()
     norms = [p for n, p in model.model.layers[0].named_parameters() if "layernorm" in n]
@@ -200,14 +200,14 @@ def test_r09_every_norm_has_a_gradient() -> None:
 
 
 @torch.no_grad()
-def test_r11_the_head_uses_the_unscaled_table() -> None:
+def test_the_head_uses_the_unscaled_table() -> None:
     model, prompt = tiny(DENSE, final_logit_softcapping=None), ids(1, 9)
     hidden = model.model(prompt).last_hidden_state
     close(model(prompt).logits, hidden @ model.model.embed_tokens.weight.T)
 
 
 @torch.no_grad()
-def test_e01_a_ple_row_changes_only_its_token() -> None:
+def test_a_ple_row_changes_only_its_token() -> None:
     model = tiny(E_SERIES)
     with_token, without = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 7]])
     before = [model(x).logits for x in (with_token, without)]
@@ -216,14 +216,14 @@ def test_e01_a_ple_row_changes_only_its_token() -> None:
     assert torch.equal(model(without).logits, before[1])
 
 
-def test_e09_double_wide_on_borrowing_layers() -> None:
+def test_double_wide_on_borrowing_layers() -> None:
     state = tiny(E_SERIES).state_dict()
     rows = [len(state[f"model.layers.{i}.mlp.gate_proj.weight"]) for i in range(8)]
     assert rows == [96] * 4 + [192] * 4
 
 
 @torch.no_grad()
-def test_m01_the_router_reads_the_raw_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_router_reads_the_raw_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     model, chosen = tiny(MOE), []
     router = model.model.layers[0].router
     router.register_forward_hook(lambda _m, _a, out: chosen.append(out[2].clone()))
@@ -234,13 +234,13 @@ def test_m01_the_router_reads_the_raw_residual(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_m08_experts_train_on_the_cpu(dtype: torch.dtype) -> None:
+def test_experts_train_on_the_cpu(dtype: torch.dtype) -> None:
     model, batch = tiny(MOE).to(dtype), ids(2, 9)
     model(batch, labels=batch).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_n03_loss_over_the_valid_labels() -> None:
+def test_loss_over_the_valid_labels() -> None:
     model, batch = tiny(MOE), ids(1, 20)
     labels = torch.full_like(batch, -100)
     labels[:, -3:] = batch[:, -3:]
@@ -254,7 +254,7 @@ def test_n03_loss_over_the_valid_labels() -> None:
 
 @each
 @torch.no_grad()
-def test_n05_logits_to_keep(options: dict) -> None:
+def test_logits_to_keep(options: dict) -> None:
     model, prompt = tiny(options), ids(1, 13)
     kept = model(prompt, logits_to_keep=1).logits
     assert kept.shape == (1, 1, 97)
@@ -263,7 +263,7 @@ def test_n05_logits_to_keep(options: dict) -> None:
 
 @pytest.mark.parametrize("options", [E_SERIES, MOE], ids=["e_series", "moe"])
 @torch.no_grad()
-def test_n07_one_graph_for_all_routings(options: dict) -> None:
+def test_one_graph_for_all_routings(options: dict) -> None:
     torch._dynamo.reset()
     model = tiny(options)
     graphs = []
@@ -280,13 +280,13 @@ def test_n07_one_graph_for_all_routings(options: dict) -> None:
     assert len(graphs) == 1
 
 
-def test_c05_width_from_the_layer_kind() -> None:
+def test_width_from_the_layer_kind() -> None:
     state = tiny(DENSE).state_dict()
     rows = [len(state[f"model.layers.{i}.self_attn.q_proj.weight"]) for i in (0, 5)]
     assert rows == [64, 128]
 
 
-def test_c08_every_eos_stops() -> None:
+def test_every_eos_stops() -> None:
     model, prompt = tiny(DENSE), ids(1, 9)
     free = model.generate(prompt, max_new_tokens=8, **GREEDY)[0, 9:].tolist()
     for at in (1, 4):
@@ -296,7 +296,7 @@ def test_c08_every_eos_stops() -> None:
 
 
 @torch.no_grad()
-def test_c11_speculation_equals_plain_greedy() -> None:
+def test_speculation_equals_plain_greedy() -> None:
     model, prompt = tiny(E_SERIES), ids(1, 9)
     plain = model.generate(prompt, max_new_tokens=40, **GREEDY)
     cache = model(prompt[:, :-1], use_cache=True).cache
@@ -315,7 +315,7 @@ def test_c11_speculation_equals_plain_greedy() -> None:
 
 
 @torch.no_grad()
-def test_c16_bidirectional_sees_the_last_token() -> None:
+def test_bidirectional_sees_the_last_token() -> None:
     prompt = ids(1, 9)
     changed = prompt.clone()
     changed[0, -1] = (changed[0, -1] - 3 + 1) % 94 + 3
@@ -379,7 +379,7 @@ def test_bad_input() -> None:
         (dict(MOE, num_experts=True), "num_experts"),
     ],
 )
-def test_k05_impossible_configs(change: dict, sentence: str) -> None:
+def test_impossible_configs(change: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Gemma4TextConfig(**{**DENSE, **change})
 

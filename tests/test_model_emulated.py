@@ -1,11 +1,10 @@
 """The whole model on the emulated kernels, with the head sizes of the released models."""
 
-import emulated
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from conftest import needs_compiler
+from support import emulated, tiny
+from support.marks import needs_compiler
 
 from gemma4_kernels import opset
 
@@ -83,5 +82,4 @@ def test_generates_what_the_fp32_model_does(on_kernels, monkeypatch, name):
     assert (exact.amax(-1, keepdim=True) - chosen).max() < 0.05
     assert {"qkv_norm_rope_cache", "attention_prefill", "attention_decode", "geglu"} <= names
     assert ("ple_embed" in names) == (name == "e_series")
-    moe = {"moe_norm", "moe_route", "moe_experts"}
-    assert (moe <= names) == (name == "moe")
+    assert len([n for n in names if n.startswith("moe_")]) == (3 if name == "moe" else 0)

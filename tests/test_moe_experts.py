@@ -1,18 +1,11 @@
 import warnings
 
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    NoHostReads,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import NoHostReads, assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 from gemma4_kernels import opset
 
@@ -37,41 +30,32 @@ CASES = {  # T, E, K, D, F, how experts are drawn
     "several tiles of 32": (70, 16, 1, 72, 24, "expert 2"),
     "several tiles of 64, skipped": (150, 6, 3, 136, 72, "half skipped"),
     "several tiles of 128": (300, 2, 1, 136, 72, "random"),
-    "m06 width 24": (9, 4, 2, 64, 24, "random"),
-    "m06 width 44": (9, 4, 2, 64, 44, "random"),
-    "m06 width 88": (9, 4, 2, 64, 88, "random"),
-    "m06 width 176": (9, 4, 2, 64, 176, "random"),
-    "m10 2F below D": (9, 4, 2, 64, 16, "random"),
-    "m10 2F equals D": (9, 4, 2, 64, 32, "random"),
-    "m10 2F above D": (9, 4, 2, 64, 48, "random"),
-    "m10 2F equals D equals E": (9, 16, 2, 16, 8, "random"),
+    "width 24": (9, 4, 2, 64, 24, "random"),
+    "width 44": (9, 4, 2, 64, 44, "random"),
+    "width 88": (9, 4, 2, 64, 88, "random"),
+    "width 176": (9, 4, 2, 64, 176, "random"),
+    "2F below D": (9, 4, 2, 64, 16, "random"),
+    "2F equals D": (9, 4, 2, 64, 32, "random"),
+    "2F above D": (9, 4, 2, 64, 48, "random"),
+    "2F equals D equals E": (9, 16, 2, 16, 8, "random"),
 }
 
 
 def inputs(backend, case, dtype):
     """Weights of skipped slots and matrices of idle experts hold NaN: nobody reads them."""
     tokens, num_experts, k, width, hidden, draw = CASES[case]
-    chosen = torch.rand(tokens, num_experts).argsort(-1)[:, :k]
-    weights = torch.rand(tokens, k, dtype=torch.float64) + 0.2
+    arguments = cases.moe_experts(backend, tokens, num_experts, k, width, hidden, dtype=dtype)
+    chosen = arguments["experts"]
     if draw == "expert 2":
-        chosen = torch.full((tokens, 1), 2)
+        chosen[:] = 2
     elif draw != "random":
-        skipped = torch.rand(tokens, k) < (0.5 if draw == "half skipped" else 2.0)
-        chosen = chosen.masked_fill(skipped, num_experts)
-        weights = weights.masked_fill(skipped, float("nan"))
-    gate_up = backend.randn(num_experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
-    down = backend.randn(num_experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5)
+        skipped = backend.to(torch.rand(tokens, k) < (0.5 if draw == "half skipped" else 2.0))
+        chosen[skipped] = num_experts
+        arguments["weights"][skipped] = float("nan")
     idle = [e for e in range(num_experts) if e not in chosen]
-    gate_up[idle] = float("nan")
-    down[idle] = float("nan")
-    wide = torch.promote_types(dtype, torch.float32)
-    return {
-        "x": backend.randn(tokens, width, dtype=dtype),
-        "gate_up": gate_up,
-        "down": down,
-        "experts": backend.to(chosen.int()),
-        "weights": backend.to(weights.to(wide)),
-    }
+    for name in ("gate_up", "down"):
+        arguments[name][idle] = float("nan")
+    return arguments
 
 
 def check(backend, arguments, dtype):
@@ -168,7 +152,7 @@ def test_fp16_saturates(backend, tokens):
 
 
 def test_strided(backend):
-    arguments = inputs(backend, "m06 width 24", torch.float32)
+    arguments = inputs(backend, "width 24", torch.float32)
     arguments["x"] = backend.randn(9, 3 * 64)[:, 64:128]
     check(backend, arguments, torch.float32)
     arguments["x"] = backend.randn(64, 9).T
@@ -179,7 +163,7 @@ def test_strided(backend):
 
 
 @pytest.mark.parametrize(("gate_first", "expected"), [(True, 1.954598), (False, 0.841192 * 2)])
-def test_m03_gelu_is_the_tanh_form_of_the_first_half(backend, gate_first, expected):
+def test_gelu_is_the_tanh_form_of_the_first_half(backend, gate_first, expected):
     """Gate 2, up 1: the erf form would give 1.954500, SiLU 1.761594."""
     rows = [[2.0], [1.0]] if gate_first else [[1.0], [2.0]]
     y = backend.ops.moe_experts(
@@ -246,7 +230,7 @@ def test_routing_stays_on_the_device(backend, case):
 def test_a_call_without_a_kernel_is_named(backend):
     """Where there is a kernel, but not for this width, a warning says so; the CPU has none."""
     opset.warn.cache_clear()
-    arguments = inputs(backend, "m06 width 44", torch.bfloat16)
+    arguments = inputs(backend, "width 44", torch.bfloat16)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -268,7 +252,7 @@ def gradients(function, arguments, grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [n for n in CASES if n not in NOTHING])
-def test_m08_gradient(backend, poisoned_memory, case, dtype):
+def test_gradient(backend, poisoned_memory, case, dtype):
     arguments = inputs(backend, case, dtype)
     grad = backend.randn(*arguments["x"].shape, dtype=dtype)
     actual = gradients(backend.ops.moe_experts, arguments, grad)
@@ -324,7 +308,7 @@ BAD = {
         ValueError,
         "gate_up must be on the device of x, c.*, got meta",
     ),
-    "m10 gate_up transposed": (
+    "gate_up transposed": (
         {"gate_up": lambda g: g[:, :30].transpose(1, 2)},
         ValueError,
         r"gate_up must have shape \[6, 32, 32\], got \[6, 32, 30\]",
@@ -344,7 +328,7 @@ BAD = {
         TypeError,
         "down must have the dtype of gate_up, torch.float32, got torch.float64",
     ),
-    "m10 down transposed": (
+    "down transposed": (
         {"down": lambda d: d.transpose(1, 2)},
         ValueError,
         r"down must be \[E, 32, F\], got \[E, 16, F\]",

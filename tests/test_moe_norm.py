@@ -1,15 +1,9 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # shape, eps
     "no rows": ((0, 64), 1e-6),
@@ -23,14 +17,6 @@ CASES = {  # shape, eps
     "beyond 16 KB a row": ((2, 8448), 1e-6),
     "large eps": ((3, 128), 0.3),
 }
-
-
-def inputs(backend, shape, dtype):
-    return {
-        "x": backend.randn(*shape, dtype=dtype, std=2.0),
-        "weight": backend.weight(shape[-1], dtype=dtype),
-        "scale": backend.weight(shape[-1], dtype=dtype),
-    }
 
 
 def check(backend, arguments, eps, dtype):
@@ -48,7 +34,7 @@ def check(backend, arguments, eps, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_moe_norm(backend, poisoned_memory, case, dtype):
     shape, eps = CASES[case]
-    check(backend, inputs(backend, shape, dtype), eps, dtype)
+    check(backend, cases.moe_norm(backend, *shape, dtype=dtype), eps, dtype)
 
 
 MIXES = {
@@ -65,14 +51,14 @@ MIXES = {
 @pytest.mark.parametrize("case", ["no rows", "odd width", "26B-A4B width", "wide"])
 def test_mixed_dtypes(backend, poisoned_memory, case, mix):
     shape, eps = CASES[case]
-    arguments = in_dtypes(inputs(backend, shape, torch.float32), **MIXES[mix])
+    arguments = in_dtypes(cases.moe_norm(backend, *shape), **MIXES[mix])
     check(backend, arguments, eps, arguments["x"].dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("view", ["columns", "transposed", "rows apart"])
 def test_strided(backend, view, dtype):
-    arguments = inputs(backend, (64, 64), dtype)
+    arguments = cases.moe_norm(backend, 64, 64, dtype=dtype)
     packed = backend.randn(64, 3 * 64, dtype=dtype)
     views = {"columns": packed[:, 64:128], "transposed": packed[:, :64].T}
     arguments["x"] = views.get(view, packed.view(3 * 64, 64)[::3])
@@ -81,7 +67,7 @@ def test_strided(backend, view, dtype):
 
 @pytest.mark.parametrize("shape", [(3, 128), (3, 129)])
 def test_weights_may_be_strided(backend, shape):
-    arguments = inputs(backend, shape, torch.float32)
+    arguments = cases.moe_norm(backend, *shape)
     for name in ("weight", "scale"):
         arguments[name] = backend.weight(2 * shape[1])[::2]
     check(backend, arguments, 1e-6, torch.float32)
@@ -89,7 +75,7 @@ def test_weights_may_be_strided(backend, shape):
 
 @pytest.mark.parametrize("name", ["x", "weight", "scale"])
 def test_memory_that_16_byte_loads_cannot_read(backend, name):
-    arguments = inputs(backend, (3, 128), torch.float32)
+    arguments = cases.moe_norm(backend, 3, 128)
     arguments[name] = backend.weight(1 + arguments[name].numel())[1:].view_as(arguments[name])
     check(backend, arguments, 1e-6, torch.float32)
 
@@ -100,7 +86,7 @@ def test_memory_that_16_byte_loads_cannot_read(backend, name):
 )
 def test_router_x_is_rounded_after_each_product(backend, width, dtype, scale):
     """The reference's bits, but where the norm's own last place differs."""
-    arguments = in_dtypes(inputs(backend, (64, width), dtype), scale=scale)
+    arguments = in_dtypes(cases.moe_norm(backend, 64, width, dtype=dtype), scale=scale)
     _, router_x = backend.ops.moe_norm(**arguments)
     norm = float64.rms_norm(arguments["x"], None, 1e-6).to(dtype)
     expected = norm * arguments["scale"].cpu() * width**-0.5
@@ -108,7 +94,7 @@ def test_router_x_is_rounded_after_each_product(backend, width, dtype, scale):
 
 
 def test_inputs_stay_as_they_are(backend):
-    arguments = inputs(backend, (4, 96), torch.float32)
+    arguments = cases.moe_norm(backend, 4, 96)
     before = {name: tensor.clone() for name, tensor in arguments.items()}
     backend.ops.moe_norm(**arguments)
     assert all(torch.equal(arguments[name], before[name]) for name in before)
@@ -148,6 +134,6 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(backend, case):
     changes, error, sentence = BAD[case]
-    arguments = inputs(backend, (3, 64), torch.float32)
+    arguments = cases.moe_norm(backend, 3, 64)
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     assert_refused(backend.ops.moe_norm, arguments, error, sentence)

@@ -1,7 +1,8 @@
-import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_close_to_float64, assert_refused
+from support import float64
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # T, E, K
     "no tokens": (0, 8, 2),
@@ -77,7 +78,7 @@ def test_not_a_number_stays_in_its_row(backend):
     assert len(set(experts[1].tolist())) == 4 and experts.min() >= 0 and experts.max() < 40
 
 
-def test_m04_equals_softmax_over_the_chosen(backend):
+def test_equals_softmax_over_the_chosen(backend):
     logits = backend.randn(50, 128, std=2.0)
     weights, experts = backend.ops.moe_route(logits, backend.to(torch.ones(128)), 8)
     values, indices = logits.cpu().double().topk(8)
@@ -85,7 +86,7 @@ def test_m04_equals_softmax_over_the_chosen(backend):
     assert (weights.cpu().double() - values.softmax(-1)).abs().max() < 1e-6
 
 
-def test_m04_softmax_is_fp32_for_bf16_logits(backend):
+def test_softmax_is_fp32_for_bf16_logits(backend):
     logits, scale = inputs(backend, "26B-A4B", torch.bfloat16)
     weights, _ = backend.ops.moe_route(logits, torch.ones_like(scale), 8)
     assert weights.dtype == torch.float32

@@ -1,17 +1,11 @@
 import math
 
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # ids, V, L, P
     "no tokens": ([], 5, 3, 8),
@@ -26,12 +20,8 @@ CASES = {  # ids, V, L, P
 
 def inputs(backend, case, dtype):
     ids, vocabulary, layers, width = CASES[case]
-    return {
-        "ids": backend.to(torch.tensor(ids, dtype=torch.int64)),
-        "table": backend.randn(vocabulary, layers * width, dtype=dtype),
-        "projected": backend.randn(len(ids), layers * width, dtype=dtype, std=3.0),
-        "weight": backend.weight(width, dtype=dtype),
-    }
+    arguments = cases.ple_embed(backend, len(ids), vocabulary, layers, width, dtype=dtype)
+    return arguments | {"ids": backend.to(torch.tensor(ids, dtype=torch.int64))}
 
 
 def check(backend, arguments, dtype, eps=1e-6):
@@ -118,7 +108,7 @@ def test_eps(backend):
     check(backend, arguments, torch.float32, eps=0.25)
 
 
-def test_e07_scale_factors(backend):
+def test_scale_factors(backend):
     """Token part times √256 = 16, norm of the projection as it is, their sum times 2^-½."""
     ones, zeros = backend.to(torch.ones(1, 256)), backend.to(torch.zeros(1, 256))
     weight = backend.to(torch.full((256,), 3.0))

@@ -1,16 +1,9 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    FP64,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, FP64, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # T, L, P, layer
     "no tokens": (0, 3, 8, 1),
@@ -26,13 +19,9 @@ CASES = {  # T, L, P, layer
 def inputs(backend, case, dtype):
     """Only the slice of the layer is filled; the others must not be read."""
     tokens, layers, width, layer = CASES[case]
-    ple = backend.nan(tokens, layers, width, dtype=dtype)
-    ple[:, layer] = backend.randn(tokens, width, dtype=dtype)
-    return {
-        "gate": backend.randn(tokens, width, dtype=dtype, std=2.0),
-        "ple": ple,
-        "layer": layer,
-    }
+    arguments = cases.ple_gate(backend, tokens, layers, width, layer, dtype=dtype)
+    arguments["ple"][:, [other for other in range(layers) if other != layer]] = float("nan")
+    return arguments
 
 
 def check(backend, arguments, dtype):

@@ -6,8 +6,8 @@ import pickle
 import peft
 import pytest
 import torch
-from plugged import close, close_gradients, left_padding, plugin, small, some_ids, use_ops
-from plugged import way as way
+from support.plugged import close, close_gradients, left_padding, plugin, small, some_ids, use_ops
+from support.plugged import way as way
 
 from gemma4_kernels import ops
 

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from plugged import plugin, small, small_models, some_ids
-from plugged import way as way
+from support.plugged import plugin, small, small_models, some_ids
+from support.plugged import way as way
 
 # Several, for one expert that changes by a rounding moves all of a batch.
 BATCHES = [some_ids(4, 40, seed) for seed in range(4)]

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from plugged import (
+from support.plugged import (
     GOLDEN,
     base,
     close,
@@ -16,7 +16,7 @@ from plugged import (
     some_ids,
     transformers,
 )
-from plugged import way as way
+from support.plugged import way as way
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 

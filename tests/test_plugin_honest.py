@@ -9,7 +9,7 @@ import functools
 
 import pytest
 import torch
-from plugged import (
+from support.plugged import (
     Calls,
     close,
     close_gradients,
@@ -20,7 +20,7 @@ from plugged import (
     some_ids,
     use_ops,
 )
-from plugged import way as way
+from support.plugged import way as way
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from plugged import (
+from support.plugged import (
     base,
     close,
     close_gradients,
@@ -16,7 +16,7 @@ from plugged import (
     transformers,
     use_ops,
 )
-from plugged import way as way
+from support.plugged import way as way
 from transformers import masking_utils
 
 from gemma4_kernels import ops

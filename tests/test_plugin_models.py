@@ -4,11 +4,11 @@ import copy
 import random
 import warnings
 
-import emulated
 import pytest
 import torch
-from conftest import needs_compiler
-from plugged import (
+from support import emulated
+from support.marks import needs_compiler
+from support.plugged import (
     GOLDEN,
     Calls,
     base,
@@ -23,7 +23,7 @@ from plugged import (
     transformers,
     use_ops,
 )
-from plugged import way as way
+from support.plugged import way as way
 from torch.nn.utils import parametrize
 
 from gemma4_kernels import ops

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugged import base, both, close, each, load, plugin, small, some_ids, use_ops
-from plugged import way as way
+from support.plugged import base, both, close, each, load, plugin, small, some_ids, use_ops
+from support.plugged import way as way
 
 from gemma4_kernels import extension, ops
 from gemma4_kernels.integrations.transformers.attention import attention

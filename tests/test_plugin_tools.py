@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 import trl
-from plugged import (
+from support.plugged import (
     Calls,
     close,
     close_gradients,
@@ -18,7 +18,7 @@ from plugged import (
     transformers,
     use_ops,
 )
-from plugged import way as way
+from support.plugged import way as way
 
 from gemma4_kernels import ops
 

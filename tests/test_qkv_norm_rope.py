@@ -1,17 +1,9 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    DTYPES,
-    FP16,
-    FP32,
-    FP64,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, FP64, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import DTYPES, all_dtypes
 
 CASES = {  # tokens, query heads, KV heads (None: borrows keys), C, live pairs, V given
     "no tokens": (0, 4, 2, 64, 32, True),
@@ -27,29 +19,12 @@ CASES = {  # tokens, query heads, KV heads (None: borrows keys), C, live pairs, 
 }
 
 
-def frequencies(head_dim, live, theta=10_000.0):
-    """Pairs past the live ones stand still, as on the full-attention layers."""
-    inv_freq = torch.zeros(head_dim // 2, dtype=torch.float64)
-    inv_freq[:live] = theta ** (-2 * torch.arange(live) / head_dim)
-    return inv_freq.float()
-
-
 def inputs(backend, case, dtype, positions=None):
     tokens, heads, kv_heads, head_dim, live, with_v = CASES[case]
     if positions is None:
         positions = torch.randperm(1000)[:tokens]
-    packed = backend.randn(tokens, heads + 2 * (kv_heads or 0), head_dim, dtype=dtype, std=2.0)
-    q, k, v = packed.split([heads, kv_heads or 0, kv_heads or 0], 1)
-    has_k = kv_heads is not None
-    return {
-        "q": q,
-        "k": k if has_k else None,
-        "v": v if with_v else None,
-        "q_weight": backend.weight(head_dim, dtype=dtype),
-        "k_weight": backend.weight(head_dim, dtype=dtype) if has_k else None,
-        "positions": backend.to(positions),
-        "inv_freq": backend.to(frequencies(head_dim, live)),
-    }
+    options = dict(with_v=with_v, live=live, positions=positions)
+    return cases.qkv_norm_rope(backend, tokens, heads, kv_heads, head_dim, dtype=dtype, **options)
 
 
 def check(backend, arguments, dtype, eps=1e-6):
@@ -143,7 +118,7 @@ def test_heads_outermost(backend, dtype):
     check(backend, arguments, dtype)
 
 
-def test_r01_v_is_the_norm_of_the_raw_k(backend):
+def test_v_is_the_norm_of_the_raw_k(backend):
     arguments = inputs(backend, "full, V from K", torch.float32)
     _, k, v = backend.ops.qkv_norm_rope(**arguments)
     expected = float64.rms_norm(arguments["k"], None, 1e-6)
@@ -155,8 +130,8 @@ def test_r01_v_is_the_norm_of_the_raw_k(backend):
     assert not torch.equal(other_k, k)
 
 
-def test_r04_full_layers_turn_64_of_256_pairs(backend):
-    inv_freq = frequencies(512, 64)
+def test_full_layers_turn_64_of_256_pairs(backend):
+    inv_freq = cases.frequencies(512, 64)
     assert inv_freq.shape == (256,) and inv_freq.count_nonzero() == 64
     q = torch.zeros(3, 1, 512)
     for token, channel in enumerate((3, 63, 64)):
@@ -175,7 +150,7 @@ def test_r04_full_layers_turn_64_of_256_pairs(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_r06_angles_stay_in_fp32(backend, dtype):
+def test_angles_stay_in_fp32(backend, dtype):
     """cos at position 131,071; a table in half precision is off by many radians."""
     positions = torch.tensor([131_071, 131_070, 100_001, 65_537, 8_191])
     arguments = inputs(backend, "sliding, borrowed keys", dtype, positions)
@@ -184,13 +159,13 @@ def test_r06_angles_stay_in_fp32(backend, dtype):
     arguments["q"] = backend.to(q)
     arguments["q_weight"] = backend.to(torch.full((256,), 0.5**0.5, dtype=dtype))
     actual = backend.ops.qkv_norm_rope(**arguments)[0].double().cpu()
-    angle = positions.double()[:, None, None] * frequencies(256, 128).double()
+    angle = positions.double()[:, None, None] * cases.frequencies(256, 128).double()
     expected = torch.cat([angle.cos(), angle.sin()], -1).expand(-1, 8, -1)
     assert (actual - expected).abs().max() < 0.05
     check(backend, arguments, dtype)
 
 
-def test_r07_v_has_no_weight(backend):
+def test_v_has_no_weight(backend):
     arguments = inputs(backend, "sliding", torch.float32)
     zero = torch.zeros_like(arguments["q_weight"])
     q, k, v = backend.ops.qkv_norm_rope(**(arguments | {"q_weight": zero, "k_weight": zero}))
@@ -284,12 +259,12 @@ BAD = {
         ValueError,
         "positions must be on the device of q, c.*, got meta",
     ),
-    "r06 half table": (
+    "half table": (
         {"inv_freq": lambda f: f.bfloat16()},
         TypeError,
         "inv_freq must be torch.float32 .*, got torch.bfloat16",
     ),
-    "r04 short table": (
+    "short table": (
         {"inv_freq": lambda f: f[:32]},
         ValueError,
         r"inv_freq must have shape \[64\], got \[32\]",

@@ -1,46 +1,27 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
-CASES = {  # leading dimensions of the cache, slots, query heads, KV heads, C, V given
-    "no tokens": ((2, 8), [], 4, 2, 64, True),
-    "rows": ((2, 8), [7, 8, 0], 4, 2, 64, True),
-    "one pool of slots": ((16,), [15, 0, 7], 4, 2, 64, True),
-    "pages out of order": ((5, 4), [19, 2, 12, 13, 0], 8, 4, 128, True),
-    "dropped tokens": ((5, 4), [3, -1, 17, -1, -1, 16], 8, 4, 256, True),
-    "all dropped": ((5, 4), [-1, -1], 8, 4, 256, True),
-    "full": ((3, 16), [40, 41, 42], 4, 1, 512, True),
-    "full, V from K": ((3, 16), [31, 32, 5], 4, 2, 512, False),
+CASES = {  # slots, leading dimensions of the cache, query heads, KV heads, C, V given
+    "no tokens": ([], (2, 8), 4, 2, 64, True),
+    "rows": ([7, 8, 0], (2, 8), 4, 2, 64, True),
+    "one pool of slots": ([15, 0, 7], (16,), 4, 2, 64, True),
+    "pages out of order": ([19, 2, 12, 13, 0], (5, 4), 8, 4, 128, True),
+    "dropped tokens": ([3, -1, 17, -1, -1, 16], (5, 4), 8, 4, 256, True),
+    "all dropped": ([-1, -1], (5, 4), 8, 4, 256, True),
+    "full": ([40, 41, 42], (3, 16), 4, 1, 512, True),
+    "full, V from K": ([31, 32, 5], (3, 16), 4, 2, 512, False),
 }
 
 
 def inputs(backend, case, dtype):
-    leading, slots, heads, kv_heads, head_dim, with_v = CASES[case]
-    tokens = len(slots)
-    packed = backend.randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, std=2.0)
-    q, k, v = packed.split([heads, kv_heads, kv_heads], 1)
-    inv_freq = torch.rand(head_dim // 2) * (torch.arange(head_dim // 2) < 32)
-    return {
-        "q": q,
-        "k": k,
-        "v": v if with_v else None,
-        "q_weight": backend.weight(head_dim, dtype=dtype),
-        "k_weight": backend.weight(head_dim, dtype=dtype),
-        "positions": backend.to(torch.randperm(500)[:tokens]),
-        "inv_freq": backend.to(inv_freq),
-        "k_cache": backend.nan(*leading, kv_heads, head_dim, dtype=dtype),
-        "v_cache": backend.nan(*leading, kv_heads, head_dim, dtype=dtype),
-        "slots": backend.to(torch.tensor(slots, dtype=torch.int64)),
-    }
+    *sizes, with_v = CASES[case]
+    positions = torch.randperm(500)[: len(sizes[0])]
+    options = dict(dtype=dtype, with_v=with_v, live=32, positions=positions)
+    return cases.qkv_norm_rope_cache(backend, *sizes, **options)
 
 
 def check(backend, arguments, dtype, eps=1e-6):
@@ -86,7 +67,7 @@ def test_eps(backend):
     check(backend, arguments, torch.float32, eps=0.5)
 
 
-def test_r03_the_cache_holds_a_v_that_is_not_k(backend):
+def test_the_cache_holds_a_v_that_is_not_k(backend):
     arguments = inputs(backend, "full, V from K", torch.float32)
     backend.ops.qkv_norm_rope_cache(**arguments)
     slots = arguments["slots"]

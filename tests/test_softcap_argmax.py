@@ -1,7 +1,8 @@
-import float64
 import pytest
 import torch
-from conftest import all_dtypes, assert_refused
+from support import float64
+from support.expect import assert_refused
+from support.marks import all_dtypes
 
 CASES = {  # shape, size of the logits
     "no rows": ((0, 97), 20.0),

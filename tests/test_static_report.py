@@ -9,12 +9,13 @@ import json
 import re
 
 import compiled
-import emulated
 import limits
 import pytest
 import static_report
 import torch
-from conftest import CARDS, emulated_backend, needs_compiler
+from support import emulated, small_calls
+from support.backends import CARDS
+from support.marks import emulated_backend, needs_compiler
 
 COMMITTED = json.loads(static_report.RESULT.read_text())
 
@@ -107,7 +108,7 @@ def test_the_work_of_an_estimate_is_the_kernels(window):
     """The emulator counts as many products as the estimate's walk over tiles has."""
     heads, head_dim, n = 4, 256, 96
     b = emulated_backend()
-    inputs = static_report.prefill_inputs(b, n, n, heads, head_dim, torch.bfloat16)
+    inputs = small_calls.prefill(b, n, n, heads, head_dim)
     counts = static_report.run("attention_prefill", inputs | {"window": window})
     tile = emulated.control().attention_tile(head_dim, n * heads, 227 * 1024)
     walked = limits.keys_walked(n, tile["rows"] // heads, tile["keys"], window)
@@ -123,7 +124,7 @@ def test_shared_bytes_of_an_estimate_are_the_kernels(on_card, card, head_dim):
     tile = emulated.control().attention_tile(head_dim, 4 * 96, smem_kb * 1024, hopper)
 
     def wavefronts(keys: int) -> int:
-        inputs = static_report.prefill_inputs(b, 96, keys, 4, head_dim, torch.bfloat16)
+        inputs = small_calls.prefill(b, 96, keys, 4, head_dim)
         counts = static_report.run("attention_prefill", inputs | {"causal": False})
         return sum(site.wavefronts for site in counts.sites)
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from pairs import NAMES, close, gradients, pair
+from support import tiny
+from support.pairs import NAMES, close, gradients, pair
 from torch import Tensor, nn
 
 each = pytest.mark.parametrize("name", NAMES)

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_checks
 import pytest
+from support import distributed_checks
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     file = tmp_path_factory.mktemp("distributed") / "results.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
-        [*launch, distributed_checks.__file__, str(file)],
+        [*launch, "-m", "support.distributed_checks", str(file)],
         capture_output=True,
         text=True,
         timeout=600,

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from pairs import NAMES, close, close_gradients, gradients, left_padded, pair
+from support import tiny
+from support.pairs import NAMES, close, close_gradients, gradients, left_padded, pair
 from torch import Tensor, nn
 from torch.func import functional_call
 

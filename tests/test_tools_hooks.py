@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from pairs import NAMES, close, close_gradients, left_padded, pair
+from support import tiny
+from support.pairs import NAMES, close, close_gradients, left_padded, pair
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize

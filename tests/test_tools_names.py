@@ -7,9 +7,9 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from pairs import NAMES, close, close_gradients, left_padded, pair
+from support import tiny
+from support.pairs import NAMES, close, close_gradients, left_padded, pair
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from pairs import NAMES, close, close_gradients, left_padded, pair
+from support import tiny
+from support.pairs import NAMES, close, close_gradients, left_padded, pair
 from torch import Tensor, nn
 
 each = pytest.mark.parametrize("name", NAMES)

@@ -7,11 +7,11 @@ from typing import Any
 
 import accelerate
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from pairs import NAMES, close, close_gradients, left_padded, pair
+from support import tiny
+from support.pairs import NAMES, close, close_gradients, left_padded, pair
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
-from pairs import close, pair
+from support import tiny
+from support.pairs import close, pair
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast

@@ -8,11 +8,12 @@ the tiles cannot do without.
 
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
-from conftest import BF16, CARDS, FP32, emulated_backend, in_dtypes
-from small_inputs import CASES, SMALL, WEIGHTS, moe_inputs
+from support import cases, emulated
+from support.backends import BF16, CARDS, FP32, in_dtypes
+from support.marks import emulated_backend
+from support.small_calls import CASES, SMALL, WEIGHTS, case_of, prefill
 
 from gemma4_kernels import opset
 
@@ -31,9 +32,8 @@ def counted():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("case", CASES)
 def test_traffic(counted, case, dtype):
-    op, make = CASES[case]
     backend = emulated_backend()
-    arguments = make(backend, dtype)
+    op, arguments = case_of(backend, case, dtype)
     tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     counted.settings.seed = 1
     with emulated.one_schedule():
@@ -77,21 +77,17 @@ def test_prefill_work(counted, on_card, card, head_dim):
     (smem_kb, hopper), backend = CARDS[card], on_card(card)
     tile = counted.attention_tile(head_dim, 384, smem_kb * 1024, hopper)
     tokens, heads, keys = 96, 4, 128
-    q, k, v = (
-        backend.randn(n, h, head_dim, dtype=torch.bfloat16, std=0.3)
-        for n, h in ((tokens, heads), (keys, 1), (keys, 1))
-    )
-    cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
+    arguments = prefill(backend, tokens, keys, heads, head_dim)
     with emulated.one_schedule():
-        backend.ops.attention_prefill(q, k, v, cu_q, cu_k, tokens, keys, causal=False)
+        backend.ops.attention_prefill(**arguments, causal=False)
 
     counts, rows = counted.counts(), tokens * heads
     assert counts.mma == 2 * (rows // 16) * (keys // 16) * (head_dim // 16) * 2
     blocks = rows / tile["rows"]
     assert blocks.is_integer()
     asked = {b.name: b.read_bytes + b.written_bytes for b in counts.buffers}
-    assert asked["q"] == asked["out"] == 2 * q.numel()
-    assert asked["k"] == asked["v"] == blocks * 2 * k.numel()
+    assert asked["q"] == asked["out"] == arguments["q"].nbytes
+    assert asked["k"] == asked["v"] == blocks * arguments["k"].nbytes
     check_sites(counts)
 
 
@@ -112,14 +108,12 @@ def test_prefill_backward_work(counted, on_card, case):
     head_dim, smem_kb = case
     backend = on_card(f"{smem_kb} KB")
     tokens, heads, keys = 64, 2, 128
-    q, out, grad = backend.randn(3, tokens, heads, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
-    k, v = backend.randn(2, keys, 1, head_dim, dtype=torch.bfloat16, std=0.3).unbind()
-    lse, grad_lse = backend.randn(2, heads, tokens).unbind()
-    cu_q, cu_k = backend.int32(0, tokens), backend.int32(0, keys)
-    rest = (tokens, keys, 0.1, False, 0, -1, 0.0)
+    forward = prefill(backend, tokens, keys, heads, head_dim) | dict(scale=0.1, causal=False)
+    arguments = cases.attention_prefill_backward(backend, forward)
+    counted.reset_counts()
     with emulated.one_schedule():
         backward = opset.OPS["attention_prefill_backward"]
-        opset.kernels.call(backward, (grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *rest))
+        opset.kernels.call(backward, tuple(arguments.values()))
 
     counts, rows = counted.counts(), tokens * heads
     assert counts.launches == 3
@@ -127,13 +121,13 @@ def test_prefill_backward_work(counted, on_card, case):
     asked = dict.fromkeys((b.name for b in counts.buffers), 0)
     for buffer in counts.buffers:
         asked[buffer.name] += buffer.read_bytes + buffer.written_bytes
-    own = BACKWARD_ROWS[case]
-    assert asked["q"] == (1 + keys / own) * 2 * q.numel()
-    assert asked["out"] == 2 * q.numel()
+    own, q, k = BACKWARD_ROWS[case], arguments["q"].nbytes, arguments["k"].nbytes
+    assert asked["q"] == (1 + keys / own) * q
+    assert asked["out"] == q
     assert asked["grad_out"] == asked["q"] + asked["out"]
-    assert asked["k"] == asked["v"] == (1 + rows / own) * 2 * k.numel()
-    assert asked["grad_q"] == 2 * q.numel()
-    assert asked["grad_k"] == asked["grad_v"] == 2 * k.numel()
+    assert asked["k"] == asked["v"] == (1 + rows / own) * k
+    assert asked["grad_q"] == q
+    assert asked["grad_k"] == asked["grad_v"] == k
     check_sites(counts, exempt=("lse", "grad_lse", "delta"))
 
 
@@ -143,15 +137,17 @@ def test_decode_work(counted, layout, head_dim):
     """Each visible key is read once for all the heads that share it, and no other."""
     backend = emulated_backend()
     batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
-    q = backend.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, std=0.3)
-    slots = 528 if layout == "ring" else 640
-    shape = (batch * slots // 64, 64) if layout == "pages" else (batch, slots)
-    k, v = (backend.randn(*shape, kv_heads, head_dim, dtype=torch.bfloat16) for _ in "kv")
-    pages = torch.randperm(shape[0]).int().view(batch, -1) if layout == "pages" else None
+    slots, lengths = 528 if layout == "ring" else 640, [length] * batch
+    arguments = cases.attention_decode(
+        backend, lengths, slots, heads, kv_heads, head_dim, dtype=BF16
+    )
+    if layout == "pages":
+        for name in ("k_cache", "v_cache"):
+            arguments[name] = arguments[name].view(-1, 64, kv_heads, head_dim)
+        order = torch.randperm(batch * slots // 64)
+        arguments["block_table"] = order.int().view(batch, -1)
     with emulated.one_schedule():
-        backend.ops.attention_decode(
-            q, k, v, backend.int32(length, length), pages, window=window, ring=layout == "ring"
-        )
+        backend.ops.attention_decode(**arguments, window=window, ring=layout == "ring")
     counts = counted.counts()
     visible = (window or length) * batch * kv_heads * head_dim * 2
     asked = {b.name: b.read_bytes for b in counts.buffers[: len(counts.buffers) // 2]}
@@ -174,7 +170,7 @@ def lines_with(path, text):
 def test_moe_experts_few_work(counted, tokens, dtype):
     """Of each touched expert every weight is read once, and nothing of the others."""
     backend = emulated_backend()
-    arguments = moe_inputs(backend, tokens, 64, 4, 576, 192)
+    arguments = cases.moe_experts(backend, tokens, 64, 4, 576, 192, dtype=BF16)
     arguments = in_dtypes(arguments, gate_up=dtype, down=dtype)
     with emulated.one_schedule():
         backend.ops.moe_experts(**arguments)
@@ -198,7 +194,7 @@ def test_moe_experts_many_work(counted, tokens, rows):
     """Tiles that are full do no product too many, and no copy or matrix load meets a bank twice."""
     backend = emulated_backend()
     num_experts = 2 if rows == 128 else 4
-    arguments = moe_inputs(backend, tokens, num_experts, 1, 128, 64)
+    arguments = cases.moe_experts(backend, tokens, num_experts, 1, 128, 64, dtype=BF16)
     arguments["experts"][:] = 1
     with emulated.one_schedule():
         backend.ops.moe_experts(**arguments)
@@ -217,7 +213,7 @@ def test_moe_experts_many_work(counted, tokens, rows):
 def test_moe_experts_padding_work(counted):
     """Of an expert's last tile, warps that hold no token do no product."""
     backend = emulated_backend()
-    arguments = moe_inputs(backend, 150, 2, 1, 128, 64)
+    arguments = cases.moe_experts(backend, 150, 2, 1, 128, 64, dtype=BF16)
     arguments["experts"][:] = 1
     with emulated.one_schedule():
         backend.ops.moe_experts(**arguments)

@@ -40,7 +40,7 @@ def test_our_save_loads_there(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_c07_loss_and_gradients(name: str, checkpointing: bool) -> None:
+def test_loss_and_gradients(name: str, checkpointing: bool) -> None:
     """From ids and labels alone, in training mode."""
     ours, theirs = both(name)
     ours.train()
@@ -64,7 +64,7 @@ def test_c07_loss_and_gradients(name: str, checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("silent", ["experts", "mlp"])
 @torch.no_grad()
-def test_m12_each_branch_alone(silent: str) -> None:
+def test_each_branch_alone(silent: str) -> None:
     """The dense branch without the experts', and the other way round."""
     models, ids = both("moe_like"), some_ids(2, 11)
     whole = models[0](ids).logits
@@ -109,7 +109,7 @@ def test_generation_stops_on_each_eos(name: str) -> None:
 
 
 @torch.no_grad()
-def test_e03_embeddings_in_place_of_ids() -> None:
+def test_embeddings_in_place_of_ids() -> None:
     ours, theirs = both("e2b_like")
     ids = some_ids(2, 11)
     per_layer = theirs.model.get_per_layer_inputs(ids)

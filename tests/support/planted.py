@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import emulated
 import torch
 from torch import Tensor
+
+from . import emulated
 
 
 def right() -> dict[str, Callable[..., Any]]:
@@ -82,6 +83,18 @@ FAULTS = {
     "softcap": trap,
     "softcap_argmax": refuse,
     "ple_gate": hang,
+}
+# What the check says of those that return, and of two that write where they may not, or do not.
+WRONG = {
+    "rms_norm": r"gives a wrong result 0: \S+ and not \S+ at \[0, 3\], 3 of 231 values are off$",
+    "add_rms_norm": r"gives a wrong result 0: nan and not \S+ at \[2, 76\], 1 of 231 values",
+    "moe_norm": r"gives a wrong result 0: nan and not \S+ at \[2, 0\], 77 of 231 values",
+    "geglu": "gives other bits in a second run, or where memory held something else",
+    "attention_decode": r"gives a wrong result 0: \S+ and not \S+ at \[\d, 0, \d, 3\], ",
+    "moe_experts": r"gives a wrong result 0: torch.float32 \[1, 72\] and not torch.bfloat16 \[1",
+    "ple_embed": r"gives a wrong table: \S+ and not \S+ at \[0, 0\], 1 of 770 values are off",
+    "qkv_norm_rope_cache": r"gives a wrong k_cache: nan and not \S+ at \[0, 1, 0, 0\], 96 of 384",
+    "moe_route": r"gives a wrong result 0: \S+ and not \S+ at \[0, ",
 }
 
 

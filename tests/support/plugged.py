@@ -3,7 +3,6 @@
 import collections
 from pathlib import Path
 
-import make_golden
 import pytest
 import torch
 import transformers
@@ -12,7 +11,9 @@ from gemma4_kernels import ops, opset
 from gemma4_kernels.integrations import transformers as plugin
 from gemma4_kernels.integrations.transformers import attention, base, experts, modules
 
-GOLDEN = Path(__file__).parent / "golden"
+from . import make_golden
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["dense", "e2b_like", "moe_like", "k_eq_v", "attention_bias"]
 each = pytest.mark.parametrize("name", NAMES)
 S, F = make_golden.S, make_golden.F

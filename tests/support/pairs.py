@@ -1,11 +1,12 @@
 """The same tiny model twice: transformers' own class, and this one's, with the same weights."""
 
-import tiny
 import torch
 import transformers
 from torch import Tensor, nn
 
 from gemma4 import Gemma4ForCausalLM
+
+from . import tiny
 
 S, F = tiny.S, tiny.F
 # A layer of each kind is enough: sliding and full, owning keys and (e_series) borrowing them.

@@ -23,7 +23,7 @@ import torch
 import gemma4_kernels.ops
 from gemma4_kernels import opset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build"
 NAME = "gemma4_emulated"

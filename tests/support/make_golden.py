@@ -1,6 +1,6 @@
 """Tiny random Gemma 4 checkpoints, and what transformers computes for them.
 
-    python tests/make_golden.py [VARIANT ...]
+    python tests/support/make_golden.py [VARIANT ...]
 
 Writes tests/golden/VARIANT/{model.safetensors, config.json, config_flat.json, golden.safetensors}:
 config.json as transformers writes it, config_flat.json as published checkpoints spell it. Every
@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 S, F = "sliding_attention", "full_attention"
 TOKENS, NEW_TOKENS, SHORT_ROW = 22, 10, 13
 BASE = dict(

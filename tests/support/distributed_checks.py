@@ -11,8 +11,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import pairs
-import tiny
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,6 +19,8 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from . import pairs, tiny
 
 NAMES = ["dense", "moe", "e_series"]
 IDS = tiny.ids(4, 11)

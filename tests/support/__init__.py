@@ -1,0 +1,1 @@
+"""What tests and benches share; benches import nothing else of the tests."""

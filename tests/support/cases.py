@@ -1,0 +1,250 @@
+"""How a call of each op is made from a few sizes, for tests and benches alike.
+
+Each function returns the arguments that have no default, by the names of the op's schema, drawn by
+a backend. What a test is about (a view, a NaN, another dtype) it puts in their place itself.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gemma4_kernels
+from gemma4_kernels import opset
+
+from .backends import FP32, Backend, in_dtypes
+
+Arguments = dict[str, Any]
+# What autocast's linear layers made, beside fp32 weights, residuals and tables.
+BRANCHES = {
+    "rms_norm": ("x",),
+    "add_rms_norm": ("x",),
+    "moe_norm": ("x",),
+    "qkv_norm_rope": ("q", "k", "v"),
+    "qkv_norm_rope_cache": ("q", "k", "v", "k_cache", "v_cache"),
+    "moe_route": ("logits",),
+    "moe_experts": ("x",),
+    "ple_embed": ("projected",),
+    "ple_gate": ("gate",),
+}
+
+
+def under_autocast(op: str, arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """With the branches in `dtype`, and the rest as it is."""
+    return in_dtypes(arguments, **dict.fromkeys(BRANCHES[op], dtype))
+
+
+def complete(op: str, arguments: Arguments) -> Arguments:
+    """All that the schema names, in its order; what is not given as the public function has it."""
+    public = getattr(gemma4_kernels, op, None)  # a backward has none
+    parameters = inspect.signature(public).parameters.values() if public else ()
+    given = {p.name: p.default for p in parameters} | arguments
+    return {name: given[name] for name in opset.OPS[op].names}
+
+
+def rms_norm(
+    b: Backend, *shape: int, dtype: torch.dtype = FP32, std: float = 2.0, weighted: bool = True
+) -> Arguments:
+    weight = b.weight(shape[-1], dtype=dtype) if weighted else None
+    return {"x": b.randn(*shape, dtype=dtype, std=std), "weight": weight}
+
+
+def add_rms_norm(
+    b: Backend,
+    *shape: int,
+    dtype: torch.dtype = FP32,
+    next_weight: bool = True,
+    scale: bool = True,
+) -> Arguments:
+    return {
+        "x": b.randn(*shape, dtype=dtype, std=2.0),
+        "residual": b.randn(*shape, dtype=dtype, std=3.0),
+        "post_weight": b.weight(shape[-1], dtype=dtype),
+        "next_weight": b.weight(shape[-1], dtype=dtype) if next_weight else None,
+        # Layer scalars of the released models lie between 0.005 and 0.92.
+        "scale": b.randn(1, dtype=dtype, mean=0.3, std=0.1) if scale else None,
+    }
+
+
+def moe_norm(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
+    scale = b.weight(shape[-1], dtype=dtype)
+    return rms_norm(b, *shape, dtype=dtype) | {"scale": scale}
+
+
+def frequencies(head_dim: int, live: int | None = None, theta: float = 10_000.0) -> Tensor:
+    """Pairs past the live ones stand still, as on the full-attention layers."""
+    live = head_dim // 2 if live is None else live
+    inv_freq = torch.zeros(head_dim // 2, dtype=torch.float64)
+    inv_freq[:live] = theta ** (-2 * torch.arange(live) / head_dim)
+    return inv_freq.float()
+
+
+def qkv_norm_rope(
+    b: Backend,
+    tokens: int,
+    heads: int,
+    kv_heads: int | None,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = FP32,
+    with_v: bool = True,
+    packed: bool = True,
+    live: int | None = None,
+    positions: Tensor | None = None,
+) -> Arguments:
+    """Of one projection's output, unless they are not packed; no KV heads: they are borrowed."""
+    sizes = [heads, kv_heads or 0, kv_heads or 0]
+    if packed:
+        q, k, v = b.randn(tokens, sum(sizes), head_dim, dtype=dtype, std=2.0).split(sizes, 1)
+    else:
+        q, k, v = (b.randn(tokens, n, head_dim, dtype=dtype, std=2.0) for n in sizes)
+    has_k = kv_heads is not None
+    return {
+        "q": q,
+        "k": k if has_k else None,
+        "v": v if has_k and with_v else None,
+        "q_weight": b.weight(head_dim, dtype=dtype),
+        "k_weight": b.weight(head_dim, dtype=dtype) if has_k else None,
+        "positions": b.to(torch.arange(tokens) if positions is None else positions),
+        "inv_freq": b.to(frequencies(head_dim, live)),
+    }
+
+
+def qkv_norm_rope_cache(
+    b: Backend,
+    slots: Sequence[int],
+    cache: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = FP32,
+    **options: Any,
+) -> Arguments:
+    """Into a cache of these leading dimensions, which holds NaN."""
+    tokens = len(slots)
+    arguments = qkv_norm_rope(b, tokens, heads, kv_heads, head_dim, dtype=dtype, **options)
+    for name in ("k_cache", "v_cache"):
+        arguments[name] = b.nan(*cache, kv_heads, head_dim, dtype=dtype)
+    return arguments | {"slots": b.to(torch.tensor(slots, dtype=torch.int64))}
+
+
+def geglu(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
+    """Of a width of the product, which is half of what goes in."""
+    return {"gate_up": b.randn(*shape[:-1], 2 * shape[-1], dtype=dtype, std=2.0)}
+
+
+def attention_prefill(
+    b: Backend,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = FP32,
+    **options: Any,
+) -> Arguments:
+    """Sequences of so many queries and keys; scores of about 1."""
+    std = head_dim**-0.25
+    cu_q, cu_k = (b.int32(*torch.tensor([0, *n]).cumsum(0).tolist()) for n in (queries, keys))
+    return {
+        "q": b.randn(sum(queries), heads, head_dim, dtype=dtype, std=std),
+        "k": b.randn(sum(keys), kv_heads, head_dim, dtype=dtype, std=std),
+        "v": b.randn(sum(keys), kv_heads, head_dim, dtype=dtype),
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": max(queries),
+        "max_seqlen_k": max(keys),
+    } | options
+
+
+def attention_prefill_backward(b: Backend, forward: Arguments) -> Arguments:
+    """Behind a call of the forward."""
+    out, lse = b.ops.attention_prefill(**forward | {"return_lse": True})
+    arguments = complete("attention_prefill", forward) | {"out": out.detach(), "lse": lse.detach()}
+    arguments |= {"grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse)}
+    return {name: arguments[name] for name in opset.OPS["attention_prefill_backward"].names}
+
+
+def attention_decode(
+    b: Backend,
+    seq_lens: Sequence[int],
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    new: int = 1,
+    dtype: torch.dtype = FP32,
+    **options: Any,
+) -> Arguments:
+    """So many new tokens of each row of a cache; scores of about 1."""
+    batch, std = len(seq_lens), head_dim**-0.25
+    return {
+        "q": b.randn(batch, new, heads, head_dim, dtype=dtype, std=std),
+        "k_cache": b.randn(batch, slots, kv_heads, head_dim, dtype=dtype, std=std),
+        "v_cache": b.randn(batch, slots, kv_heads, head_dim, dtype=dtype),
+        "seq_lens": b.int32(*seq_lens),
+    } | options
+
+
+def moe_route(
+    b: Backend, tokens: int, experts: int, k: int, *, dtype: torch.dtype = FP32
+) -> Arguments:
+    logits, scale = b.randn(tokens, experts, dtype=dtype), b.weight(experts, dtype=dtype)
+    return {"logits": logits, "per_expert_scale": scale, "k": k}
+
+
+def moe_experts(
+    b: Backend,
+    tokens: int,
+    experts: int,
+    k: int,
+    width: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """Random experts of each token; the weights are no narrower than fp32."""
+    chosen = torch.rand(tokens, experts).argsort(-1)[:, :k].int()
+    gate_up = b.randn(experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
+    wide = torch.promote_types(dtype, FP32)
+    return {
+        "x": b.randn(tokens, width, dtype=dtype),
+        "gate_up": gate_up,
+        "down": b.randn(experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5),
+        "experts": b.to(chosen),
+        "weights": b.randn(tokens, k, dtype=wide, mean=0.7, std=0.2),
+    }
+
+
+def ple_embed(
+    b: Backend, tokens: int, rows: int, layers: int, width: int, *, dtype: torch.dtype = FP32
+) -> Arguments:
+    """No row of the table twice, where it has enough of them."""
+    ids = torch.randperm(max(tokens, rows))[:tokens] % rows
+    return {
+        "ids": b.to(ids),
+        "table": b.randn(rows, layers * width, dtype=dtype),
+        "projected": b.randn(tokens, layers * width, dtype=dtype, std=3.0),
+        "weight": b.weight(width, dtype=dtype),
+    }
+
+
+def ple_gate(
+    b: Backend, tokens: int, layers: int, width: int, layer: int, *, dtype: torch.dtype = FP32
+) -> Arguments:
+    gate = b.randn(tokens, width, dtype=dtype, std=2.0)
+    return {"gate": gate, "ple": b.randn(tokens, layers, width, dtype=dtype), "layer": layer}
+
+
+def softcap(
+    b: Backend, *shape: int, dtype: torch.dtype = FP32, std: float = 20.0, cap: float = 30.0
+) -> Arguments:
+    return {"logits": b.randn(*shape, dtype=dtype, std=std), "cap": cap}
+
+
+softcap_argmax = softcap

@@ -1,0 +1,124 @@
+"""Small calls of each op: awkward widths, all dtypes, both head sizes and others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import cases
+from .backends import BF16, FP16, FP32, Backend, in_dtypes
+from .cases import Arguments, under_autocast
+
+Call = tuple[str, Arguments]
+
+WEIGHTS = {"weight", "post_weight", "next_weight", "q_weight", "k_weight", "inv_freq", "scale"}
+SMALL = WEIGHTS | {"positions", "slots", "ids"}
+WIDTHS = (512, 1536, 3840, 5376, 77)
+HEAD_DIMS = (64, 128, 256, 512, 24)
+PLE_WIDTHS = (128, 256, 512, 77)
+
+
+def launch_cases(b: Backend) -> Iterator[Call]:
+    """Calls that together launch every instance of every kernel."""
+    half = (BF16, FP16)
+    for dtype in (*half, FP32):
+        for width in WIDTHS:
+            for op in ("rms_norm", "add_rms_norm", "moe_norm"):
+                yield op, getattr(cases, op)(b, T, width, dtype=dtype)
+        for head_dim in HEAD_DIMS:
+            yield "qkv_norm_rope", cases.qkv_norm_rope(b, T, 2, 1, head_dim, dtype=dtype)
+        for width in PLE_WIDTHS:
+            yield "ple_embed", cases.ple_embed(b, 4, 4, 2, width, dtype=dtype)
+            yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
+            for op in ("geglu", "softcap", "softcap_argmax"):
+                yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+        for experts in (128, 512):
+            yield "moe_route", cases.moe_route(b, 4, experts, 8, dtype=dtype)
+    for dtype in half:
+        yield from mixed_cases(b, dtype)
+        for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
+            arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
+            yield "moe_experts", arguments
+            yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        for head_dim in HEAD_DIMS[:4]:
+            for softcap in (0.0, 30.0):
+                for n in (1, 17, 65):
+                    arguments = prefill(b, n, 17, 1, head_dim, dtype)
+                    yield "attention_prefill", arguments | {"softcap": softcap}
+            yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            arguments = prefill(b, 17, 17, 1, head_dim, dtype)
+            yield "attention_prefill_backward", cases.attention_prefill_backward(b, arguments)
+
+
+def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
+    """`dtype` beside fp32 weights alone, and beside fp32 residuals and tables too."""
+
+    def mixed(op: str, *sizes: int, also: str | None = None) -> Iterator[Call]:
+        arguments = under_autocast(op, getattr(cases, op)(b, *sizes), dtype)
+        yield op, arguments
+        if also:
+            yield op, in_dtypes(arguments, **{also: dtype})
+
+    for width in WIDTHS:
+        yield from mixed("rms_norm", T, width)
+        yield from mixed("add_rms_norm", T, width, also="residual")
+        yield from mixed("moe_norm", T, width, also="scale")
+    for head_dim in HEAD_DIMS:
+        yield from mixed("qkv_norm_rope", T, 2, 1, head_dim)
+    for width in PLE_WIDTHS:
+        yield from mixed("ple_embed", 4, 4, 1, width, also="table")
+        yield from mixed("ple_gate", 4, 2, width, 1)
+
+
+def prefill(
+    b: Backend, tokens: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype = BF16
+) -> Arguments:
+    """One sequence, whose query heads share one KV head."""
+    return cases.attention_prefill(b, [tokens], [keys], heads, 1, head_dim, dtype=dtype)
+
+
+def decode(
+    b: Backend, keys: int, heads: int, head_dim: int, dtype: torch.dtype = BF16
+) -> Arguments:
+    arguments = cases.attention_decode(b, [keys], keys, heads, 1, head_dim, dtype=dtype)
+    return arguments | {"return_lse": False}
+
+
+T = 64  # tokens
+SLOTS = range(1, 2 * T, 2)
+# Of q, k and v apart, for the memory of views would be counted for all three.
+HEADS: dict[str, Any] = dict(packed=False)
+CASES: dict[str, tuple[str, tuple, dict[str, Any]]] = {  # op, sizes, options
+    "rms_norm, E2B": ("rms_norm", (T, 1536), {}),
+    "rms_norm, 12B": ("rms_norm", (T, 3840), {}),
+    "add_rms_norm, E4B": ("add_rms_norm", (T, 2560), {}),
+    "add_rms_norm, 26B": ("add_rms_norm", (T, 2816), {}),
+    "moe_norm, 26B": ("moe_norm", (T, 2816), {}),
+    "qkv_norm_rope, sliding": ("qkv_norm_rope", (T, 8, 2, 256), HEADS),
+    "qkv_norm_rope, full": ("qkv_norm_rope", (T, 8, 2, 512), HEADS),
+    "qkv_norm_rope, V from K": ("qkv_norm_rope", (T, 4, 4, 512), HEADS | dict(with_v=False)),
+    "qkv_norm_rope_cache": (
+        "qkv_norm_rope_cache",
+        (SLOTS, [2 * T], 8, 2, 256),
+        HEADS,
+    ),
+    "geglu": ("geglu", (T, 2048), {}),
+    "ple_embed": ("ple_embed", (T, T, 5, 256), {}),
+    "ple_gate": ("ple_gate", (T, 5, 256, 2), {}),
+    # Under autocast: fp32 beside what is in 16 bits, here in fp32 where the dtype is.
+    "rms_norm, fp32 weight": ("rms_norm", (T, 2816), {}),
+    "add_rms_norm, fp32 residual": ("add_rms_norm", (T, 2560), {}),
+    "qkv_norm_rope, fp32 weights": ("qkv_norm_rope", (T, 8, 2, 256), HEADS),
+    "ple_embed, fp32 table": ("ple_embed", (T, T, 5, 256), {}),
+    "ple_gate, fp32 ple": ("ple_gate", (T, 5, 256, 2), {}),
+    "softcap": ("softcap", (T, 4096), {}),
+    "softcap_argmax": ("softcap_argmax", (T, 8192), {}),
+}
+
+
+def case_of(b: Backend, label: str, dtype: torch.dtype) -> Call:
+    """One of CASES."""
+    op, sizes, options = CASES[label]
+    mixed = "fp32" in label
+    arguments = getattr(cases, op)(b, *sizes, dtype=FP32 if mixed else dtype, **options)
+    return op, under_autocast(op, arguments, dtype) if mixed else arguments

@@ -1,0 +1,58 @@
+"""What ptxas and the disassembler say of every kernel on every architecture."""
+
+import re
+
+import compiled
+import pytest
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_for_every_architecture(kernels):
+    """But for those with wgmma, which are for Hopper."""
+    made = {(kernel.name, kernel.arch) for kernel in kernels}
+    assert made == {
+        (name, arch)
+        for name, _ in made
+        for arch in (compiled.ARCHS if "HopperTile" not in name else ["sm_90a"])
+    }
+    assert all(kernel.registers for kernel in kernels)
+
+
+@pytest.mark.slow
+def test_nothing_spills(kernels):
+    assert [str(kernel) for kernel in kernels if kernel.stack] == []
+
+
+# What moves rows must move them 16 bytes at a time: a row kernel's, and of the kernels that are
+# cut to a width in elements those of full width.
+LOAD, STORE, COPY = r"LDG\.E\..*128.*", r"STG\.E\..*128.*", r"LDGSTS\.E\..*128.*"
+INSTRUCTIONS = {
+    r"((add_)?rms|moe)_norm_kernel<.*>": (LOAD, STORE),
+    r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
+    r"ple_embed_kernel<.*>": (LOAD, STORE),
+    r"(geglu|ple_gate|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
+    r"softcap_argmax_kernel<(.*, 8|float, 4)>": (LOAD,),
+    r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
+    r"attention_kernel<.*HopperTile.*>": (
+        *(COPY, STORE, r"HGMMA\.64x(32|64)x16\..*", r"HGMMA\.64x128x16\..*"),
+    ),
+    r"attention_merge_kernel<.*>": (LOAD,),
+    r"attention_delta_kernel<.*>": (LOAD,),
+    r"attention_backward_kernel<.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
+    r"moe_stream_\w+_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
+    r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
+    r"moe_combine_kernel<.*>": (LOAD, STORE),
+}
+
+
+@pytest.mark.slow
+def test_instructions(kernels):
+    local = [str(kernel) for kernel in kernels if kernel.has(r"(LDL|STL)\b.*")]
+    assert local == [], "kernels that use local memory"
+    for pattern, wanted in INSTRUCTIONS.items():
+        chosen = [kernel for kernel in kernels if re.fullmatch(pattern, kernel.name)]
+        assert chosen, f"no kernel is called {pattern}"
+        lacking = [
+            f"{kernel} lacks {name}" for kernel in chosen for name in wanted if not kernel.has(name)
+        ]
+        assert lacking == []
