@@ -147,6 +147,43 @@ def geglu(gate_up: Tensor) -> None:
         )
 
 
+def linear_small(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    factor: Tensor | None,
+    gated: bool,
+) -> None:
+    _floating("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
+    tokens, width = x.shape
+    _like("weight", weight, "x", x)
+    if weight.ndim != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight must be [N, {width}], got {list(weight.shape)}")
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"a gated weight must have an even height, got {list(weight.shape)}")
+    if (residual is None) != (post_weight is None):
+        raise ValueError("residual and post_weight must come together or not")
+    if scale is not None and residual is None:
+        raise ValueError("scale must not come without a residual")
+    if factor is not None and gated:
+        raise ValueError("factor must not come with gated")
+    if residual is not None:
+        _beside("residual", residual, "x", x, (tokens, width))
+    for name, row in (("post_weight", post_weight), ("norm_weight", norm_weight)):
+        if row is not None:
+            _beside(name, row, "x", x, (width,))
+    if scale is not None:
+        _beside("scale", scale, "x", x, (1,))
+    if factor is not None:
+        _like("factor", factor, "x", x)
+        _shape("factor", factor, (tokens, weight.shape[0]))
+
+
 def _attention(
     q: Tensor,
     k: Tensor,

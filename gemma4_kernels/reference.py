@@ -133,6 +133,32 @@ def geglu(gate_up: Tensor) -> Tensor:
     return _finite(F.gelu(gate, approximate="tanh") * up).contiguous()
 
 
+def linear_small(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    factor: Tensor | None,
+    eps: float,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    a, new_residual = x, x.new_empty(0)
+    if residual is not None:
+        assert post_weight is not None  # they come together
+        a, _ = add_rms_norm(x, residual, post_weight, None, scale, eps)
+        new_residual = a
+    if norm_weight is not None:
+        a = rms_norm(a, norm_weight, eps)
+    y = F.linear(a.to(weight.dtype), weight)
+    if gated:
+        y = geglu(y)
+    elif factor is not None:
+        y = ple_gate(y, factor.unsqueeze(1), 0)
+    return y, new_residual
+
+
 def _visible(
     first: int, last: int, num_keys: int, window: int, right: int | None
 ) -> tuple[int, int]:
