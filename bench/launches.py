@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,8 +26,9 @@ from limits import RELEASED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.decode
-import gemma4.layers
+import gemma4.model
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
+from gemma4.layers import DecoderLayer
 
 NARROW = dict(
     vocab_size=96,
@@ -81,13 +83,16 @@ class _EnoughError(Exception):
 def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
     """Launches of one step of `generate` by part, a number for each layer of a kind."""
     launches, steps = Launches(), []
-    run_layer, decode = gemma4.layers.DecoderLayer.packed, gemma4.decode.Decoder.__call__
+    decode = gemma4.decode.Decoder.__call__
 
-    def packed(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        launches.part = f"{layer.self_attn.layer_idx} {layer.self_attn.kind.partition('_')[0]}"
-        result = run_layer(layer, *args, **kwargs)
-        launches.part = "final"
-        return result
+    def counted(run_layer: Callable[..., Any]) -> Callable[..., Any]:
+        def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            launches.part = f"{layer.self_attn.layer_idx} {layer.self_attn.kind.partition('_')[0]}"
+            result = run_layer(layer, *args, **kwargs)
+            launches.part = "final"
+            return result
+
+        return run
 
     def call(decoder: Any, ids: Any) -> Any:
         steps.append(launches.counts)
@@ -97,7 +102,8 @@ def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
         return decode(decoder, ids)
 
     with (
-        mock.patch.object(gemma4.layers.DecoderLayer, "packed", packed),
+        mock.patch.object(DecoderLayer, "packed", counted(DecoderLayer.packed)),
+        mock.patch.object(gemma4.model, "step", counted(gemma4.model.step)),
         mock.patch.object(gemma4.decode.Decoder, "__call__", call),
         emulated.one_schedule(),
         contextlib.suppress(_EnoughError),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, opset, reference
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Op, new
 
@@ -11,7 +11,7 @@ from ..opset import HALF, Op, new
 MOST_TOKENS, MOST_NORMED_WIDTH, MOST_NORMED_ELEMENTS = 16, 6144, 40960
 
 
-def linear_small_unserved(
+def _unserved(
     x: Tensor,
     weight: Tensor,
     residual: Tensor | None,
@@ -21,7 +21,6 @@ def linear_small_unserved(
     factor: Tensor | None,
     gated: bool,
 ) -> str | None:
-    """Why no kernel serves such a call of `linear_small`; None where one does."""
     if x.ndim != 2 or weight.ndim != 2:
         return f"it is for x [T, D] and weight [N, D], got {list(x.shape)}, {list(weight.shape)}"
     (tokens, width), rows = x.shape, weight.shape[0]
@@ -61,7 +60,7 @@ _linear_small = Op(
     outputs=_outputs,
     dtypes=HALF,
     beside=("residual", "post_weight", "scale", "norm_weight"),
-    unserved=linear_small_unserved,
+    unserved=_unserved,
 )
 
 
@@ -99,3 +98,15 @@ def linear_small(
     args = (x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated)
     y, new_residual = _linear_small(*args)
     return y, None if residual is None else new_residual
+
+
+def linear_small_pays(x: Tensor, weight: Tensor, norm_weight: Tensor | None, gated: bool) -> bool:
+    """Whether such a call is no slower than its parts: it has a kernel, or they would have none.
+
+    x, weight, norm_weight (with or without a residual) and gated as in `linear_small`.
+    """
+    args = (x, weight, None, None, None, norm_weight, None, 0.0, gated)
+    kernels, name = opset.kernels, _linear_small.name
+    if name in kernels.names and kernels.covers(x.device):
+        return name not in kernels.failed(x.device) and _linear_small.why_eager(args) is None
+    return _unserved(*args[:7], gated) is None
