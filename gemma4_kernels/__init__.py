@@ -1,47 +1,16 @@
 """Ops of Google's Gemma 4 text models for PyTorch, usable alone from any program."""
 
-from . import extension, opset
+from . import extension, flash_attn, ops, opset
 from .check import record
-from .flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .flash_attn import *
 from .info import build_info
-from .ops import (
-    add_rms_norm,
-    attention_decode,
-    attention_prefill,
-    geglu,
-    moe_experts,
-    moe_norm,
-    moe_route,
-    ple_embed,
-    ple_gate,
-    qkv_norm_rope,
-    qkv_norm_rope_cache,
-    rms_norm,
-    softcap,
-    softcap_argmax,
-)
+from .ops import *
 
 __version__ = "0.1.0"
 
-opset.kernels = opset.Kernels("gemma4_kernels_compiled", "CUDA", extension.covers, record.failed)
+# In steps that type checkers follow, though the names stand elsewhere.
+__all__ = ["build_info"]
+__all__ += flash_attn.__all__
+__all__ += ops.__all__
 
-__all__ = [
-    "add_rms_norm",
-    "attention_decode",
-    "attention_prefill",
-    "build_info",
-    "flash_attn_func",
-    "flash_attn_varlen_func",
-    "flash_attn_with_kvcache",
-    "geglu",
-    "moe_experts",
-    "moe_norm",
-    "moe_route",
-    "ple_embed",
-    "ple_gate",
-    "qkv_norm_rope",
-    "qkv_norm_rope_cache",
-    "rms_norm",
-    "softcap",
-    "softcap_argmax",
-]
+opset.kernels = opset.Kernels("gemma4_kernels_compiled", "CUDA", extension.covers, record.failed)

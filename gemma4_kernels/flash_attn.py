@@ -2,8 +2,7 @@
 
 Head sizes up to 512. What these kernels do not offer is refused by the argument's name, never left
 out in silence. Shapes: B sequences, N queries and S keys each, H query heads, G key-value heads (H
-a multiple of G), C head channels. Over 400 lines for the signatures, of up to 19 arguments, and
-what is said of each.
+a multiple of G), C head channels.
 """
 
 from typing import TypedDict
@@ -12,16 +11,19 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .flash_attn_cache import FlashAttnCache, check_tensor, count_new, is_count, open_cache
+from .reference.common import check_floating
 
-
-class _Bounds(TypedDict):
-    causal: bool
-    window: int
-    window_right: int
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
 
 class _Options(TypedDict):
+    """Keyword arguments of `attention_prefill`."""
+
     scale: float
+    causal: bool
+    window: int
+    window_right: int
     softcap: float
     return_lse: bool
 
@@ -34,43 +36,39 @@ def _refuse(**arguments: object) -> None:
         raise ValueError(f"{name} is not supported, got {got}")
 
 
-def _tensor(name: str, x: object, ndim: int) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
-    return x
-
-
-def _check_indices(name: str, given: object, ndim: int, q: Tensor) -> None:
-    """Integers for each of q's sequences."""
-    x = _tensor(name, given, ndim)
-    if x.dtype == torch.bool or x.is_floating_point():
-        raise TypeError(f"{name} must hold integers, got {x.dtype}")
-    if len(x) != len(q) or x.device != q.device:
-        raise ValueError(
-            f"{name} must have a row for each of {len(q)} sequences on {q.device}, "
-            f"got {list(x.shape)} on {x.device}"
-        )
-
-
-def _is_count(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _window(window_size: tuple[int, int], causal: bool) -> _Bounds:
-    """flash-attn's (left, right), both inclusive and -1 for no bound, as these ops have it."""
+def _options(
+    q: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    return_lse: bool,
+) -> _Options:
+    """flash-attn's as these ops have them; its (left, right) are inclusive, -1 for no bound."""
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or not all(_is_count(side, least=-1) for side in window_size):
+    if not pair or not all(is_count(side, least=-1) for side in window_size):
         raise ValueError(
             f"window_size must hold two key counts, or -1 for no bound, got {window_size!r}"
         )
     left, right = window_size
-    return {"causal": causal, "window": left + 1, "window_right": -1 if causal else right}
+    return {
+        "scale": q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        "causal": causal,
+        "window": left + 1,
+        "window_right": -1 if causal else right,
+        "softcap": softcap,
+        "return_lse": return_lse,
+    }
 
 
-def _scale(softmax_scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+def _equal_spans(q: Tensor, length: int) -> Tensor:
+    """cu_seqlens of as many sequences as q has, each of this length."""
+    return torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * length
+
+
+def _lse_by_sequence(lse_HT: Tensor, q_BNHC: Tensor) -> Tensor:
+    """[B, H, N]"""
+    return lse_HT.unflatten(1, q_BNHC.shape[:2]).transpose(0, 1).contiguous()
 
 
 def flash_attn_func(
@@ -97,29 +95,20 @@ def flash_attn_func(
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _tensor(name, x, 4)
-    batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    cu_q, cu_k = (
-        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n
-        for n in (num_queries, num_keys)
-    )
+        check_tensor(name, x, 4)
+    num_queries, num_keys = q.shape[1], k.shape[1]
     out, lse = ops.attention_prefill(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        cu_q,
-        cu_k,
+        _equal_spans(q, num_queries),
+        _equal_spans(q, num_keys),
         num_queries,
         num_keys,
-        scale=_scale(softmax_scale, q),
-        softcap=softcap,
-        return_lse=return_attn_probs,
-        **_window(window_size, causal),
+        **_options(q, softmax_scale, causal, window_size, softcap, return_attn_probs),
     )
     out = out.view(q.shape)
-    if lse is None:
-        return out
-    return out, lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous(), None
+    return out if lse is None else (out, _lse_by_sequence(lse, q), None)
 
 
 def flash_attn_varlen_func(
@@ -149,7 +138,7 @@ def flash_attn_varlen_func(
     Raises ValueError for dropout_p and alibi_slopes, which are not supported.
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
-    _tensor("q", q, 3)
+    check_tensor("q", q, 3)
     out, lse = ops.attention_prefill(
         q,
         k,
@@ -158,11 +147,8 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        scale=_scale(softmax_scale, q),
-        softcap=softcap,
         block_table=block_table,
-        return_lse=return_attn_probs,
-        **_window(window_size, causal),
+        **_options(q, softmax_scale, causal, window_size, softcap, return_attn_probs),
     )
     return out if lse is None else (out, lse, None)
 
@@ -209,160 +195,43 @@ def flash_attn_with_kvcache(
     """
     _refuse(cache_leftpad=cache_leftpad, alibi_slopes=alibi_slopes)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _tensor(name, x, 4)
-    room_name = "k_cache" if block_table is None else "block_table"
-    k_cache, v_cache, block_table = _rows_or_pages(
-        q, k_cache, v_cache, cache_batch_idx, block_table
-    )
-    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    lengths, longest = _lengths(q, room if cache_seqlens is None else cache_seqlens)
-    num_new = _count_new(q, k_cache, k, v)
-    if longest is not None and longest + num_new > room:
+        check_tensor(name, x, 4)
+    cache = open_cache(q, k_cache, v_cache, cache_batch_idx, block_table, cache_seqlens)
+    num_new = count_new(q, k_cache, k, v)
+    if cache.longest is not None and cache.longest + num_new > cache.room:
         raise ValueError(
-            f"{room_name} must have room for cache_seqlens and the new keys, "
-            f"{longest} + {num_new}, got room for {room}"
+            f"{'k_cache' if block_table is None else 'block_table'} must have room for "
+            f"cache_seqlens and the new keys, {cache.longest} + {num_new}, got room for "
+            f"{cache.room}"
         )
-    bounds = _window(window_size, causal)
+    options = _options(q, softmax_scale, causal, window_size, softcap, return_softmax_lse)
     if rotary_cos is not None or rotary_sin is not None:
         if k is None:
             raise ValueError("rotary_cos and rotary_sin must come with k and v, got neither")
         # A window that holds the whole cache is none, there as here.
-        follows = causal or any(0 <= side < room for side in window_size)
+        follows = causal or any(0 <= side < cache.room for side in window_size)
         turned_q = q.shape[1] if follows else 1
-        num_positions = max(num_new, turned_q)
-        needed = room if longest is None else longest + num_positions
-        cos, sin = _cos_and_sin(q, rotary_cos, rotary_sin, needed)
-        positions = lengths.long()[:, None] + torch.arange(num_positions, device=q.device)
-        cos, sin = cos[positions, None], sin[positions, None]
+        cos, sin = _cos_and_sin(q, rotary_cos, rotary_sin, cache, max(num_new, turned_q))
         q = _rotate(q, cos[:, :turned_q], sin[:, :turned_q], rotary_interleaved)
         k = _rotate(k, cos[:, :num_new], sin[:, :num_new], rotary_interleaved)
     if k is not None and v is not None:
-        _append(k_cache, v_cache, k, v, lengths, block_table)
-        lengths = lengths + num_new
-    options: _Options = {
-        "scale": _scale(softmax_scale, q),
-        "softcap": softcap,
-        "return_lse": return_softmax_lse,
-    }
-    out, lse = _attend(q, k_cache, v_cache, lengths, block_table, bounds, options)
+        cache.append(k, v)
+    out, lse = _attend(q, cache, options)
     return out if lse is None else (out, lse)
 
 
-def _attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    bounds: _Bounds,
-    options: _Options,
-) -> tuple[Tensor, Tensor | None]:
-    batch, num_queries = q.shape[:2]
-    if bounds["causal"] or num_queries == 1:
-        window = bounds["window"]
-        return ops.attention_decode(
-            q, k_cache, v_cache, lengths, block_table, window=window, **options
-        )
-    if block_table is None:
-        block_table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
-    out, lse = ops.attention_prefill(
-        q.flatten(0, 1),
-        k_cache,
-        v_cache,
-        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * num_queries,
-        torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
-        num_queries,
-        k_cache.shape[1] * block_table.shape[1],
-        block_table=block_table,
-        **bounds,
-        **options,
-    )
-    if lse is not None:
-        lse = lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
-    return out.view(q.shape), lse
-
-
-def _rows_or_pages(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The caches with one row a sequence, or with a table of their pages."""
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"v_cache must have the shape of k_cache, {list(k_cache.shape)}, "
-            f"got {list(v_cache.shape)}"
-        )
-    if cache_batch_idx is not None:
-        if block_table is not None:
-            raise ValueError("cache_batch_idx and block_table must not come together")
-        _check_indices("cache_batch_idx", cache_batch_idx, 1, q)
-        _check_pages("cache_batch_idx", cache_batch_idx, k_cache)
-        return k_cache, v_cache, cache_batch_idx[:, None]  # rows are pages too, one each
-    if block_table is not None:
-        _check_indices("block_table", block_table, 2, q)
-        return k_cache, v_cache, block_table
-    if len(k_cache) < len(q):
-        raise ValueError(
-            f"k_cache must have a row for each of {len(q)} sequences, got {len(k_cache)}"
-        )
-    return k_cache[: len(q)], v_cache[: len(q)], None
-
-
-def _lengths(q: Tensor, cache_seqlens: int | Tensor) -> tuple[Tensor, int | None]:
-    """[B] int32 counts of the keys in the cache, and the largest, if the host need not wait."""
-    if not isinstance(cache_seqlens, Tensor):
-        if not _is_count(cache_seqlens):
-            raise ValueError(f"cache_seqlens must be a count of keys, got {cache_seqlens!r}")
-        lengths = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
-        return lengths, cache_seqlens
-    _check_indices("cache_seqlens", cache_seqlens, 1, q)
-    lengths = cache_seqlens.int()
-    if not _on_host(lengths) or not len(q):
-        return lengths, None
-    shortest, longest = (int(x) for x in cache_seqlens.aminmax())
-    if shortest < 0:
-        raise ValueError(f"cache_seqlens must be counts of keys, got {shortest}")
-    return lengths, longest
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether values can be looked at: not on a device, and not by the compiler."""
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _check_pages(name: str, pages: Tensor, cache: Tensor) -> None:
-    if _on_host(pages) and ((pages < 0) | (pages >= len(cache))).any():
-        raise ValueError(f"{name} must lie in 0..{len(cache) - 1}, got {pages.tolist()}")
-
-
-def _count_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -> int:
-    """How many keys each sequence appends."""
-    if (k is None) != (v is None):
-        raise ValueError("k and v must come together or not")
-    if k is None:
-        return 0
-    want = [len(q), _tensor("k", k, 4).shape[1], *k_cache.shape[2:]]
-    for name, given in (("k", k), ("v", v)):
-        x = _tensor(name, given, 4)
-        if x.dtype != k_cache.dtype:
-            raise TypeError(f"{name} must have k_cache's dtype, {k_cache.dtype}, got {x.dtype}")
-        if list(x.shape) != want or x.device != k_cache.device:
-            raise ValueError(
-                f"{name} must be {want} on {k_cache.device}, got {list(x.shape)} on {x.device}"
-            )
-    return k.shape[1]
-
-
 def _cos_and_sin(
-    q: Tensor, rotary_cos: Tensor | None, rotary_sin: Tensor | None, num_positions: int
+    q: Tensor,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache: FlashAttnCache,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = _tensor("rotary_cos", rotary_cos, 2), _tensor("rotary_sin", rotary_sin, 2)
+    """[B, count, 1, R] each, of the next positions."""
+    cos, sin = check_tensor("rotary_cos", rotary_cos, 2), check_tensor("rotary_sin", rotary_sin, 2)
+    num_positions = cache.room if cache.longest is None else cache.longest + count
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        check_floating(name, x)
         if len(x) < num_positions or 2 * x.shape[1] > q.shape[3] or x.device != q.device:
             raise ValueError(
                 f"{name} must be [{num_positions} or more, {q.shape[3] // 2} or fewer] on "
@@ -373,7 +242,38 @@ def _cos_and_sin(
             f"rotary_sin must have the shape of rotary_cos, {list(cos.shape)}, "
             f"got {list(sin.shape)}"
         )
-    return cos, sin
+    positions = cache.next_positions(count)
+    return cos[positions, None], sin[positions, None]
+
+
+def _attend(q: Tensor, cache: FlashAttnCache, options: _Options) -> tuple[Tensor, Tensor | None]:
+    num_queries, table = q.shape[1], cache.block_table
+    if options["causal"] or num_queries == 1:
+        return ops.attention_decode(
+            q,
+            cache.k,
+            cache.v,
+            cache.lengths,
+            table,
+            scale=options["scale"],
+            window=options["window"],
+            softcap=options["softcap"],
+            return_lse=options["return_lse"],
+        )
+    if table is None:
+        table = torch.arange(len(q), dtype=torch.int32, device=q.device)[:, None]
+    out, lse = ops.attention_prefill(
+        q.flatten(0, 1),
+        cache.k,
+        cache.v,
+        _equal_spans(q, num_queries),
+        torch.nn.functional.pad(cache.lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        num_queries,
+        cache.room,
+        block_table=table,
+        **options,
+    )
+    return out.view(q.shape), None if lse is None else _lse_by_sequence(lse, q)
 
 
 def _rotate(x_BNHC: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -386,23 +286,3 @@ def _rotate(x_BNHC: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
     turned = first * cos - second * sin, first * sin + second * cos
     head = torch.stack(turned, -1 if interleaved else -2).flatten(-2)
     return torch.cat([head.to(x_BNHC.dtype), rest], -1)
-
-
-def _append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-) -> None:
-    positions = lengths.long()[:, None] + torch.arange(k.shape[1], device=k.device)
-    page_size = k_cache.shape[1]
-    if block_table is None:
-        rows = torch.arange(len(k), device=k.device)[:, None].expand_as(positions)
-    else:
-        rows = block_table.gather(1, positions // page_size).long()
-        _check_pages("block_table", rows, k_cache)
-        positions = positions % page_size
-    k_cache.index_put_((rows, positions), k)
-    v_cache.index_put_((rows, positions), v)

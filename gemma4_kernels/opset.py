@@ -8,8 +8,6 @@ in use, and each call runs its kernel if it has one that serves the call, else t
 import contextlib
 import functools
 import inspect
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import judge
 from .autocast import unaffected
 
 NAMESPACE = "gemma4_kernels"
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
-# What a number may not fall below, in every op that takes an argument of this name.
-LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0, "window_right": -1}
-MOST = torch.iinfo(torch.int64).max
 
 # An op's arguments, each of the kind that its schema names, and its result.
 Args = tuple[Any, ...]
@@ -82,7 +78,7 @@ class Op(Generic[Result]):
         self.schema, self.name = schema, schema.partition("(")[0]
         self.names = [argument.name for argument in arguments]
         self.twin = unaffected(twin)
-        self._judges = [_judge(a.name, str(a.type)) for a in arguments]
+        self._judges = [judge(a.name, str(a.type)) for a in arguments]
         self._demands = self._bound(check) if check else _nothing
         self._unserved = self._bound(unserved) if unserved else _nothing
         self._outputs, self.dtypes = self._bound(outputs), dtypes
@@ -121,8 +117,8 @@ class Op(Generic[Result]):
         self._demands(args)
 
     def _judge(self, args: Args) -> None:
-        for judge, value in zip(self._judges, args, strict=True):
-            judge(value)
+        for judge_one, value in zip(self._judges, args, strict=True):
+            judge_one(value)
 
     def why_eager(self, args: Args) -> str | None:
         """What keeps the op's kernel, where there is one, from serving this call; None if nothing.
@@ -158,7 +154,7 @@ class Op(Generic[Result]):
         """The function, given of all the op's arguments those that it names."""
         parameters = inspect.signature(function).parameters
         wanted = [self.names.index(name) for name in parameters if name in self.names]
-        return lambda args: function(*[args[i] for i in wanted])
+        return lambda args: function(*map(args.__getitem__, wanted))
 
     def _register_gradient(self, gradient: Gradient | NoGradient | None) -> None:
         if "!" in self.schema:
@@ -214,13 +210,14 @@ class Kernels:
         failed: Callable[[torch.device], Mapping[str, str]] = lambda device: {},
     ) -> None:
         self.covers, self.failed = covers, failed
-        self._library = torch.library.Library(namespace, "DEF")
-        for op in OPS.values():
-            self._library.define(op.schema)
-            op.register_fake(namespace, self._library)
-        self.ops = getattr(torch.ops, namespace)
+        # The library's implementations come before their schemas, which no other op is given here.
         registered = set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
         self.names = frozenset(name for name in OPS if f"{namespace}::{name}" in registered)
+        self._library = torch.library.Library(namespace, "DEF")
+        for name in self.names:
+            self._library.define(OPS[name].schema)
+            OPS[name].register_fake(namespace, self._library)
+        self.ops = getattr(torch.ops, namespace)
 
     def serve(self, op: Op[Result], args: Args) -> bool:
         """Whether a kernel serves this call of an op; where there is one that does not, a warning
@@ -282,45 +279,6 @@ def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 def _nothing(args: Args) -> None:
     """What an op without a check demands, and what is unserved where a kernel serves all."""
-
-
-def _judge(name: str, kind: str) -> Callable[[object], None]:
-    """What raises unless a value is one of this kind, as a schema names it."""
-    least = LEAST.get(name, -math.inf)
-
-    def tensor(value: object) -> None:
-        if not isinstance(value, Tensor) and (value is not None or kind == "Tensor"):
-            raise TypeError(f"{name} must be a tensor, got {_told(value)}")
-
-    def flag(value: object) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {_told(value)}")
-
-    def number(value: object) -> None:
-        # The exact type first: an abstract one takes ten times as long.
-        if type(value) is not float and not (
-            isinstance(value, numbers.Real) and not isinstance(value, bool)
-        ):
-            raise TypeError(f"{name} must be a number, got {_told(value)}")
-        if not math.isfinite(value) or value < least:
-            sort = "finite" if least < 0 else "finite and at least 0"
-            raise ValueError(f"{name} must be {sort}, got {value}")
-
-    def integer(value: object) -> None:
-        if type(value) is not int and not (
-            isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        ):
-            raise TypeError(f"{name} must be an integer, got {_told(value)}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not value <= MOST:
-            raise ValueError(f"{name} must be at most {MOST}, got {value}")
-
-    return {"float": number, "int": integer, "bool": flag}.get(kind, tensor)
-
-
-def _told(value: object) -> str:
-    return "None" if value is None else f"{value!r:.40} of type {type(value).__name__}"
 
 
 class _Context(Protocol):

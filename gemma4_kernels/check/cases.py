@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops.attention import HEAD_DIMS
+from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
 
 HOST = torch.device("cpu")
 EPS = 1e-6
@@ -94,7 +96,7 @@ def moe_norm(draw: Draw) -> Iterator[Arguments]:
 
 
 def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
-    for head_dim in (24, 64, 128, 256, 512):
+    for head_dim in (24, *HEAD_DIMS):
         std = SMALL if head_dim == 128 else 1.0
         q, k, v = draw.strided(3, 8, head_dim, std=std).split([4, 2, 2], 1)
         weights = draw.weight(head_dim), draw.weight(head_dim)
@@ -156,7 +158,7 @@ def paged(draw: Draw, lengths: tuple[int, ...], page_size: int, *shape: int) -> 
 
 
 def attention_prefill(draw: Draw) -> Iterator[Arguments]:
-    for head_dim in (256, 512, 64, 128):
+    for head_dim in HEAD_DIMS:
         for causal, window, right, softcap in MASKS:
             options = 1.0, causal, window, right, softcap, None, True
             yield *packed(draw, 1 if causal else 2, head_dim), *options
@@ -167,7 +169,7 @@ def attention_prefill(draw: Draw) -> Iterator[Arguments]:
 
 
 def attention_prefill_backward(draw: Draw) -> Iterator[Arguments]:
-    for head_dim in (256, 512, 64, 128):
+    for head_dim in HEAD_DIMS:
         for mask in MASKS:
             arguments = packed(draw, 1 if mask[0] else 2, head_dim)
             tensors = (x.to(HOST) for x in arguments[:5])
@@ -181,7 +183,7 @@ def attention_prefill_backward(draw: Draw) -> Iterator[Arguments]:
 
 def attention_decode(draw: Draw) -> Iterator[Arguments]:
     lengths = 1, 0, 45, 270  # the last is divided among blocks
-    for head_dim in (256, 512, 64, 128):
+    for head_dim in HEAD_DIMS:
         for new, group in ((1, 4), (3, 8)):
             seq_lens, q = draw.ints(*lengths), heads(draw, 4, new, 2 * group, head_dim)
             rows = [heads(draw, 4, 272, 2, head_dim) for _ in range(2)]
@@ -197,7 +199,7 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
 
 
 def moe_route(draw: Draw) -> Iterator[Arguments]:
-    for experts, k in ((5, 5), (128, 8), (512, 32)):
+    for experts, k in ((5, 5), (128, 8), (MOST_EXPERTS, MOST_ROUTES)):
         for dtype in draw.others:
             logits = torch.stack([draw.permutation(experts) for _ in range(3)]) / experts * 8
             logits[1, 1] = logits[1, 0]  # of equals the first comes first

@@ -1,4 +1,4 @@
-"""The public functions. Each is one op; its arithmetic is the eager twin's, in `reference.py`.
+"""The public functions. Each is one op; its arithmetic is the eager twin's, in `reference`.
 
 Shape letters: T tokens (all sequences, packed), B sequences, N new tokens of a sequence, S key
 positions, D model width, H query heads, G key-value heads, C head channels, F feed-forward width,

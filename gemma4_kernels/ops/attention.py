@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, needs_grad, new
+from ..reference import attention as reference
 
+# Those that csrc/attention has tiles for; its launchers refuse others, whoever calls.
 HEAD_DIMS = (64, 128, 256, 512)
 
 
@@ -88,7 +89,7 @@ _attention_prefill = Op(
     " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, int window,"
     " int window_right, float softcap, Tensor? block_table, bool return_lse) -> (Tensor, Tensor)",
     reference.attention_prefill,
-    check=checks.attention_prefill,
+    check=reference.check_attention_prefill,
     outputs=_packed_out,
     dtypes=HALF,
     unserved=_prefill_unserved,
@@ -169,7 +170,7 @@ _attention_decode = Op(
     " Tensor? block_table, float scale, int window, bool ring, float softcap, bool return_lse)"
     " -> (Tensor, Tensor)",
     reference.attention_decode,
-    check=checks.attention_decode,
+    check=reference.check_attention_decode,
     outputs=_rows_out,
     dtypes=HALF,
     unserved=_decode_unserved,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
 from ..opset import Args, Gradient, NoGradient, Op, new
+from ..reference import logits as reference
 
 
 def _softcap_backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -15,7 +15,7 @@ def _softcap_backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
 _softcap = Op(
     "softcap(Tensor logits, float cap) -> Tensor",
     reference.softcap,
-    check=checks.softcap,
+    check=reference.check_softcap,
     outputs=lambda logits: new(logits, *logits.shape),
     # The output and not the input: the loss keeps one copy of the logits alive, not two.
     gradient=Gradient(lambda inputs, output: (output, inputs[1]), _softcap_backward),
@@ -30,7 +30,7 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 _softcap_argmax = Op(
     "softcap_argmax(Tensor logits, float cap) -> Tensor",
     reference.softcap_argmax,
-    check=checks.softcap_argmax,
+    check=reference.check_softcap_argmax,
     outputs=lambda logits: new(logits, *logits.shape[:-1], dtype=torch.int64),
     gradient=NoGradient("an index has no gradient"),
 )

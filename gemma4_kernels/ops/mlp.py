@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from .. import checks, reference
 from ..opset import Op, new
+from ..reference import mlp as reference
 
 _geglu = Op(
     "geglu(Tensor gate_up) -> Tensor",
     reference.geglu,
-    check=checks.geglu,
+    check=reference.check_geglu,
     outputs=lambda gate_up: new(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2),
 )
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, new
+from ..reference import moe as reference
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 _moe_norm = Op(
     "moe_norm(Tensor x, Tensor weight, Tensor scale, float eps) -> (Tensor, Tensor)",
     reference.moe_norm,
-    check=checks.moe_norm,
+    check=reference.check_moe_norm,
     outputs=_y_and_router_x,
     beside=("weight", "scale"),
 )
@@ -33,6 +33,7 @@ def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6) -> tup
     return _moe_norm(x, weight, scale, eps)
 
 
+# As kMostRoutedExperts and kMostRoutes of csrc/moe/ops.h, which hold for every caller.
 MOST_EXPERTS, MOST_ROUTES = 512, 32
 
 
@@ -52,7 +53,7 @@ def _routes_unserved(logits: Tensor, k: int) -> str | None:
 _moe_route = Op(
     "moe_route(Tensor logits, Tensor per_expert_scale, int k) -> (Tensor, Tensor)",
     reference.moe_route,
-    check=checks.moe_route,
+    check=reference.check_moe_route,
     outputs=_routes,
     beside=("per_expert_scale",),
     unserved=_routes_unserved,
@@ -105,7 +106,7 @@ def _backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
 _moe_experts = Op(
     "moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights) -> Tensor",
     reference.moe_experts,
-    check=checks.moe_experts,
+    check=reference.check_moe_experts,
     outputs=lambda x: new(x, *x.shape),
     dtypes=HALF,
     beside=("weights",),

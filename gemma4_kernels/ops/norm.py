@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
 from ..opset import Op, new
+from ..reference import norm as reference
 
 _rms_norm = Op(
     "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
     reference.rms_norm,
-    check=checks.rms_norm,
+    check=reference.check_rms_norm,
     outputs=lambda x: new(x, *x.shape),
     beside=("weight",),
 )
@@ -36,7 +36,7 @@ _add_rms_norm = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor post_weight, Tensor? next_weight,"
     " Tensor? scale, float eps) -> (Tensor, Tensor)",
     reference.add_rms_norm,
-    check=checks.add_rms_norm,
+    check=reference.check_add_rms_norm,
     outputs=_residual_and_y,
     beside=("residual", "post_weight", "next_weight", "scale"),
 )

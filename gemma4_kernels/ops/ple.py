@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
 from ..opset import Op, new
+from ..reference import ple as reference
 
 
 def _embedded(table: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def _embed_unserved(table: Tensor, projected: Tensor) -> str | None:
 _ple_embed = Op(
     "ple_embed(Tensor ids, Tensor table, Tensor projected, Tensor weight, float eps) -> Tensor",
     reference.ple_embed,
-    check=checks.ple_embed,
+    check=reference.check_ple_embed,
     outputs=_embedded,
     main="projected",
     beside=("table", "weight"),
@@ -50,7 +50,7 @@ def ple_embed(
 _ple_gate = Op(
     "ple_gate(Tensor gate, Tensor ple, int layer) -> Tensor",
     reference.ple_gate,
-    check=checks.ple_gate,
+    check=reference.check_ple_gate,
     outputs=lambda gate, ple: new(
         gate, *gate.shape, dtype=torch.promote_types(gate.dtype, ple.dtype)
     ),

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .. import checks, reference
 from ..opset import Op, needs_grad, new
+from ..reference import rope as reference
 
 
 def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,7 +15,7 @@ _qkv_norm_rope = Op(
     "qkv_norm_rope(Tensor q, Tensor? k, Tensor? v, Tensor q_weight, Tensor? k_weight,"
     " Tensor positions, Tensor inv_freq, float eps) -> (Tensor, Tensor, Tensor)",
     reference.qkv_norm_rope,
-    check=checks.qkv_norm_rope,
+    check=reference.check_qkv_norm_rope,
     outputs=_qkv,
     beside=("q_weight", "k_weight"),
 )
@@ -52,7 +52,7 @@ _qkv_norm_rope_cache = Op(
     " Tensor positions, Tensor inv_freq, float eps, Tensor(a!) k_cache, Tensor(b!) v_cache,"
     " Tensor slots) -> Tensor",
     reference.qkv_norm_rope_cache,
-    check=checks.qkv_norm_rope_cache,
+    check=reference.check_qkv_norm_rope_cache,
     outputs=lambda q: new(q, *q.shape),
     beside=("q_weight", "k_weight"),
 )

@@ -26,7 +26,8 @@ from support.plugged import (
 from support.plugged import way as way
 from torch.nn.utils import parametrize
 
-from gemma4_kernels import ops, reference
+from gemma4_kernels import ops
+from gemma4_kernels.reference.attention import FUSED_ROWS
 
 
 @each
@@ -283,7 +284,7 @@ def test_long_prompts(name, way, monkeypatch):
     theirs, ours = both(name)
     calls = Calls()
     use_ops(monkeypatch, calls)
-    long = reference.FUSED_ROWS + 3
+    long = FUSED_ROWS + 3
     ids, mask = some_ids(2, long + 2), left_padding(2, long + 2)
     found, cache = [], None
     for begin, end in ((0, long), (long, long + 1), (long + 1, long + 2)):

@@ -101,8 +101,8 @@ def test_attention_prefill(backend, poisoned_memory, case, return_lse, dtype):
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
 def test_many_row_blocks(backend, monkeypatch, head_dim, return_lse):
     """Row blocks smaller than the sequence, window edges inside, before and after them."""
-    monkeypatch.setattr("gemma4_kernels.reference.FUSED_ROWS", 16)
-    monkeypatch.setattr("gemma4_kernels.reference.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("gemma4_kernels.reference.attention.FUSED_ROWS", 16)
+    monkeypatch.setattr("gemma4_kernels.reference.attention.SCORE_ELEMENTS", 1)
     cu_seqlens = backend.int32(0, 70, 103)
     for options in (
         {},

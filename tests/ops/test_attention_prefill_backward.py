@@ -64,7 +64,7 @@ def test_gradient(backend, poisoned_memory, case, with_lse, dtype):
     "case", ["window of many tiles", "ragged", "softcap", "both sides", "more queries than keys"]
 )
 def test_gradient_in_row_blocks(backend, monkeypatch, case):
-    monkeypatch.setattr("gemma4_kernels.reference.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("gemma4_kernels.reference.attention.SCORE_ELEMENTS", 1)
     assert_gradients(backend, case, torch.float32, with_lse=True)
 
 

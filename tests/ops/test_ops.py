@@ -33,7 +33,7 @@ def defined_in(module):
     return {
         name
         for name, value in inspect.getmembers(module, inspect.isfunction)
-        if not name.startswith("_") and value.__module__ == module.__name__
+        if not name.startswith("_") and value.__module__.startswith(module.__name__)
     }
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import ops, opset, reference
+from ... import ops, opset
+from ...reference.attention import FUSED_ROWS
 from . import base
 
 # attention_decode takes up to this many new tokens a sequence.
@@ -36,7 +37,7 @@ def attention(
         return _masked(module, query, key, value, attention_mask, scale, softcap), None
     packed = attention_mask is not None and attention_mask.shape[-1] > 2
     # For more queries a mask would be large, and the op leaves out the keys that none of them sees.
-    short = query.shape[2] <= reference.FUSED_ROWS
+    short = query.shape[2] <= FUSED_ROWS
     if not base.takes_ops(query) and short and is_causal and not packed and not softcap:
         seen = _seen(query, key, attention_mask, sliding_window or 0)
         return _by_torch(query, key, value, seen, scale), None
