@@ -56,8 +56,8 @@ class Stage:
 def gpu_tests() -> str:
     """The files whose tests or fixtures run on a GPU too: the others may need what is not there."""
     case = re.compile(r"^def \w+\([^)]*\b(backend|device_backend|on_card)\b", re.MULTILINE)
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return " ".join(f"tests/{file.name}" for file in files if case.search(file.read_text()))
+    files = sorted((ROOT / "tests").glob("*/test_*.py"))
+    return " ".join(str(file.relative_to(ROOT)) for file in files if case.search(file.read_text()))
 
 
 def sanitizer(proves: str) -> Stage:

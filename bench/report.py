@@ -2,7 +2,7 @@
 
     python bench/report.py [--plots FOLDER]
 
-All is drawn from files in bench/results, nothing is measured here; tests/test_report.py holds the
+All is drawn from files in bench/results, nothing is measured here; test_report.py holds the
 committed tables to them. With --plots, pictures of each op in gpu_*.json, the pages of
 gpu_check.py, and in ops_*.jsonl, what bench_ops.py has measured (see plots.py).
 """

@@ -6,7 +6,7 @@ Three tables, the same from run to run. `compiled`: each kernel on each architec
 cuobjdump, with the threads and the shared memory that its launcher gives it in the emulator.
 `counted`: bytes, sectors, bank wavefronts and matrix products that the emulator counts on small
 shapes, beside what would do. `estimates`: times on an H100, from the first table and limits.py;
-never measured. tests/test_static_report.py lets no kernel become worse than the committed tables,
+never measured. test_static_report.py lets no kernel become worse than the committed tables,
 of which report.py makes static.md and the README's.
 """
 

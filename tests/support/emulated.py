@@ -146,11 +146,11 @@ def rebuild(op: str, csrc: Path, folder: Path) -> Path:
 
 
 def build_checks(instrument: str = "hooks") -> Path:
-    """The program of tests/emulation_checks.cpp."""
+    """The program of tests/kernels/emulation_checks.cpp."""
     kernels, host, link = _flags(instrument)
     sources = dict.fromkeys(sorted(CSRC.glob("emulation/*.cpp")), host)
     del sources[CSRC / "emulation" / "module.cpp"]
-    sources[ROOT / "tests" / "emulation_checks.cpp"] = f"{kernels} -I{CSRC}"
+    sources[ROOT / "tests" / "kernels" / "emulation_checks.cpp"] = f"{kernels} -I{CSRC}"
     folder = BUILD / f"emulation_checks_{instrument}"
     return _ninja(folder, "emulation_checks", link, sources)
 

@@ -14,7 +14,7 @@ from support.tiny import ids
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
-E2B_LIKE = Path(__file__).parent / "golden" / "e2b_like"
+E2B_LIKE = Path(__file__).parents[1] / "golden" / "e2b_like"
 FLAT = json.loads((E2B_LIKE / "config_flat.json").read_text())
 S, F = "sliding_attention", "full_attention"
 ROPE = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = sorted(folder.name for folder in GOLDEN.iterdir())
 BF16 = [name for name in VARIANTS if name.endswith("_bf16")]
 FP32 = [name for name in VARIANTS if name not in BF16]

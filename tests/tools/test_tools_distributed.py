@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         capture_output=True,
         text=True,
         timeout=600,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert file.is_file(), run.stdout + run.stderr
     return json.loads(file.read_text())

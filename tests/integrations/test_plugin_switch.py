@@ -130,7 +130,7 @@ def test_wrong_version_is_named(version, monkeypatch):
 
 
 def test_versions_are_those_of_the_metadata():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     bounds = re.findall(r'"transformers([^"]*)"', text)
     assert len(bounds) == 2  # the extras `transformers` and `test`
     assert set(bounds) == {">={}.{},<{}.{}".format(*sum(base.VERSIONS, ()))}

@@ -38,7 +38,7 @@ def run_test(case, folder):
 def node(op, test):
     """The test's file, in its room, and its name there."""
     file, _, name = test.rpartition("::")
-    (path,) = (emulated.ROOT / "tests").glob(f"**/{file or f'test_{op}.py'}")
+    (path,) = (emulated.ROOT / "tests").glob(f"*/{file or f'test_{op}.py'}")
     return f"{path}::{name}"
 
 
@@ -48,7 +48,7 @@ own = threading.local()
 def run_tests(library, tests, folder):
     """pytest's exit status and output, slow tests too, from forks of this thread's process."""
     if not hasattr(own, "forks"):
-        command = [sys.executable, Path(__file__).with_name("support") / "pytest_forks.py"]
+        command = [sys.executable, emulated.ROOT / "tests" / "support" / "pytest_forks.py"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         own.forks = subprocess.Popen(command, env=environment, **pipes)

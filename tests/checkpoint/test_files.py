@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
     old = tiny(DENSE)
     old.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    command = [sys.executable, "-c", LIMITED, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", LIMITED, tmp_path, Path(__file__).parents[1]]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(said) == 5
     assert all("File too large" in line for line in said)
@@ -213,7 +213,7 @@ print(sorted(path.name for path in folder.iterdir()))
     ("changes", "kills"), [(1, 5), pytest.param(3, 60, marks=pytest.mark.slow)]
 )
 def test_killed_at_any_moment(changes: int, kills: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", KILLED, tmp_path, Path(__file__).parents[1]]
     command += [str(changes), str(kills)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -10,7 +10,7 @@ from gemma4 import Gemma4ForCausalLM
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["dense", "e2b_like", "e4b_like", "moe_like", "k_eq_v", "attention_bias", "untied"]
 
 

@@ -15,7 +15,7 @@ from gemma4.generate.stopping import StopStrings
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NEW = 10
 close = torch.testing.assert_close
 
