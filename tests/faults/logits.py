@@ -6,7 +6,7 @@ FAULTS = {
             ("linear/softcap.cuh", "if (column >= p.width) return;", ""),
             (
                 "linear/softcap.cu",
-                "in_pieces ? p.width / kFullWidth<T> : p.width",
+                "aligned ? p.width / kFullWidth<T> : p.width",
                 "p.width / kFullWidth<T>",
             ),
         ],
