@@ -5,13 +5,14 @@
 
 namespace gemma4 {
 
-struct GegluParams {
-  const void* gate_up;  // [rows, 2 width]
-  void* y;              // [rows, width]
-  int64_t rows, stride;
+struct GeluMulParams {
+  const void* gate;   // [rows, width]
+  const void* other;  // [rows, width], of ple_gate's other dtype
+  void* y;            // [rows, width], likewise
+  int64_t rows, gate_stride, other_stride;
   int width;
 };
-void geglu(const GegluParams& params, DType dtype, const Device& device);
+void geglu(const GeluMulParams& params, DType dtype, const Device& device);
 
 struct SoftcapParams {
   const void* logits;  // [rows, width]

@@ -1,4 +1,3 @@
-#include "../common/pieces.h"
 #include "moe_stream.cuh"
 #include "moe_tiles.cuh"
 
@@ -33,8 +32,8 @@ void tiles(const MoeExpertsParams& p, const Device& device) {
   launch(device, "moe_experts, tiles of down", moe_tiles_kernel<T, W, kRows, false>,
          row_tiles * ceil_div(p.width, kTileWeightRows), kTileThreads,
          sizeof(MoeTilesSmem<T, kRows>), p);
-  const PiecePlan plan = plan_pieces(p.tokens, p.width / 8);
-  launch(device, "moe_experts, combine", moe_combine_kernel<T>, plan.grid, plan.block, 0, p);
+  launch_elementwise(device, "moe_experts, combine", moe_combine_kernel<T>, p.tokens, p.width / 8,
+                     p);
 }
 
 }  // namespace

@@ -38,17 +38,17 @@ FAULTS = {
     },
     "ple_gate": {
         "test_ple_gate[emulated-odd width-float32]": [
-            ("ple/ple_gate.cuh", "row * p.ple_stride", "row * p.gate_stride"),
+            ("linear/gelu_mul.cuh", "row * p.other_stride", "row * p.gate_stride"),
         ],
         "test_ple_gate[emulated-one token-float32]": [
-            ("ple/ple_gate.cuh", "gelu_tanh(gate[j]) * ple[j]", "gate[j] * ple[j]"),
-            ("ple/ple_gate.cuh", "if (column >= p.width) return;", ""),
+            ("linear/gelu_mul.cuh", "gelu_tanh(gate[j]) * other[j]", "gate[j] * other[j]"),
+            ("common/elementwise.cuh", "if (column >= width) return;", ""),
         ],
         "test_strided[emulated]": [
-            ("ple/ple_gate.cuh", "row * p.width + column, y", "row * p.gate_stride + column, y"),
+            ("linear/gelu_mul.cuh", "row * p.width + column, y", "row * p.gate_stride + column, y"),
         ],
         "test_layers_that_start_anywhere[emulated]": [
-            ("ple/ple_gate.cu", "are_aligned<R>(p.ple, p.ple_stride, p.width) &&", ""),
+            ("linear/gelu_mul.cuh", "are_aligned<R>(p.other, p.other_stride, p.width) &&", ""),
         ],
     },
 }
