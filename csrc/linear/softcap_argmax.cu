@@ -16,7 +16,7 @@ void softcap_argmax(const SoftcapArgmaxParams& params, DType dtype, const Device
       p.logits = static_cast<const T*>(params.logits) + first * p.stride;
       const bool aligned = are_aligned<T>(p.logits, p.stride, p.width);
       const int width = aligned ? kFullWidth<T> : 1;
-      // Enough blocks to fill the card, and at least four pieces a thread.
+      // Enough blocks to fill the card, and at least four vectors a thread.
       const int64_t most = ceil_div<int64_t>(p.width, 4 * kThreads * width);
       const int64_t wanted = ceil_div<int64_t>(4 * device.sm_count, p.rows);
       const Grid grid(std::min(wanted, most), p.rows);

@@ -29,14 +29,14 @@ constexpr int kStreamWarps = 8, kStreamRows = 16;
 
 // kTokens columns; kAssignments bounds A.
 template <int kTokens_, int kAssignments_>
-struct MoeStream {
+struct MoeBatch {
   static constexpr int kTokens = kTokens_, kAssignments = kAssignments_;
 };
 
-template <class T, class Stream>
+template <class T, class Batch>
 struct GateUpSmem {
-  float4 partial[kStreamWarps][2 * Stream::kTokens / 8][32];
-  alignas(16) T hidden[Stream::kTokens * kStreamRows];
+  float4 partial[kStreamWarps][2 * Batch::kTokens / 8][32];
+  alignas(16) T hidden[Batch::kTokens * kStreamRows];
 
   // Every other four tokens have their halves swapped, or the lanes that hold them would meet.
   DEVICE T* hidden_at(int token, int row) {
@@ -44,9 +44,9 @@ struct GateUpSmem {
   }
 };
 
-template <class Stream>
+template <class Batch>
 struct DownSmem {
-  alignas(16) float product[Stream::kAssignments][kStreamRows];
+  alignas(16) float product[Batch::kAssignments][kStreamRows];
 };
 
 DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
@@ -107,14 +107,14 @@ DEVICE void multiply(float (&d)[4], uint4 row, uint4 row_8, uint4 token FROM_HER
   ptx::mma_16816<T>(d, {row.z, row_8.z, row.w, row_8.w}, token.z, token.w HERE);
 }
 
-template <class T, class W, class Stream>
+template <class T, class W, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
   using Columns = LaneColumns<T, W>;
-  constexpr int kBlocks = Stream::kTokens / 8;
-  auto& smem = shared_memory<GateUpSmem<T, Stream>>();
+  constexpr int kBlocks = Batch::kTokens / 8;
+  auto& smem = shared_memory<GateUpSmem<T, Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const MoeTile tile = moe_tile(p, blockIdx.y, Stream::kTokens);
+  const MoeTile tile = moe_tile(p, blockIdx.y, Batch::kTokens);
   if (tile.rows == 0) return;
 
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
@@ -185,17 +185,17 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
         load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
 }
 
-template <class T, class W, class Stream>
+template <class T, class W, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
   using Columns = LaneColumns<T, W>;
-  constexpr int kBlocks = Stream::kTokens / 8;
-  auto& smem = shared_memory<DownSmem<Stream>>();
+  constexpr int kBlocks = Batch::kTokens / 8;
+  auto& smem = shared_memory<DownSmem<Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
 
   for (int t = warp;; t += kStreamWarps) {
-    const MoeTile tile = moe_tile(p, t, Stream::kTokens);
+    const MoeTile tile = moe_tile(p, t, Batch::kTokens);
     if (tile.rows == 0) break;
     const W* weight_row =
         static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
