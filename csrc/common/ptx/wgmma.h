@@ -25,7 +25,7 @@ DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" 
 // The compiler takes a wgmma's sums for written, and its operands in registers for read, when it is
 // issued. What it computes of them before or after may not pass this place.
 template <class Registers>
-DEVICE void hold(Registers& registers) {
+DEVICE void fence_operand(Registers& registers) {
   using Value = std::remove_all_extents_t<Registers>;
 #pragma unroll
   for (int i = 0; i < int(sizeof(Registers) / 4); i++)
@@ -39,7 +39,7 @@ DEVICE void hold(Registers& registers) {
 // them.
 template <class Sums>
 DEVICE void wgmma_fence(Sums& sums) {
-  hold(sums);
+  fence_operand(sums);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -47,7 +47,7 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int kGroupsLeft, class Sums>
 DEVICE void wgmma_wait(Sums& sums) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
-  hold(sums);
+  fence_operand(sums);
 }
 
 // d [64 x n] += a [64x16] bᵀ, b [n x 16], both in tiles as wgmma_tile describes them; _trans: d +=
@@ -121,7 +121,7 @@ WGMMAS(fp16, "f16")
 DEVICE bool has_wgmma() { return emulation::has_wgmma(); }
 DEVICE void fence_async_proxy() { emulation::fence_async_proxy(); }
 template <class Registers>
-DEVICE void hold(Registers&) {}
+DEVICE void fence_operand(Registers&) {}
 template <class Sums>
 DEVICE void wgmma_fence(Sums& FROM_HERE) {
   emulation::wgmma_fence(loc);
