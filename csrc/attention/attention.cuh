@@ -42,7 +42,7 @@ struct AttentionSmem : ScoreExchange<Tile> {
   alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
   alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
   // Where this tile's and the next ones' keys lie, in elements.
-  int64_t k_offset[kPlaces][Tile::kKeys], v_offset[kPlaces][Tile::kKeys];
+  int64_t offset[kPlaces][Tile::kKeys];
 };
 
 // Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
@@ -104,20 +104,16 @@ DEVICE KeyRange split_at(const AttentionParams& p, const Sequence& s, int split)
   return {begin, min(begin + size, all.end)};
 }
 
-// Which key of which row, page or pack.
-struct KeySlot {
-  int64_t outer, inner;
-
-  DEVICE int64_t offset(const KeyStrides& strides, int g) const {
-    return outer * strides.outer + inner * strides.inner + g * strides.head;
+// Where a key lies in k and in v alike, in elements.
+DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, int g, int key) {
+  int64_t outer = b, inner = s.k_begin + key;
+  if (p.block_table.data) {
+    outer = index_at(p.block_table, int64_t{b} * p.pages_per_row + key / p.page_size);
+    inner = key % p.page_size;
+  } else if (p.ring > 0) {
+    inner = key % p.ring;
   }
-};
-
-DEVICE KeySlot slot_of(const AttentionParams& p, const Sequence& s, int b, int key) {
-  if (p.block_table.data)
-    return {index_at(p.block_table, int64_t{b} * p.pages_per_row + key / p.page_size),
-            key % p.page_size};
-  return {b, p.ring > 0 ? key % p.ring : s.k_begin + key};
+  return outer * p.key_strides.outer + inner * p.key_strides.inner + g * p.key_strides.head;
 }
 
 // A block's share of one sequence's rows: every `tiles`-th of those from `tile` on.
@@ -135,19 +131,19 @@ DEVICE RowTile row_tile(int rows, int rows_of_tile) {
 }
 
 // out = 0 and lse = -inf in the rows that no block computes: before the first sequence, behind the
-// last one, and of this one what max_seqlen_q leaves out.
+// last one, and of this one what max_seqlen_q leaves out. (A loop over heads that begins at the
+// thread's index makes nvcc compute the main loop's addresses anew in every iteration.)
 template <class T>
 DEVICE void fill_unowned(const AttentionParams& p, const Sequence& s, const RowTile& of, int g) {
   const int group = p.q_heads / p.kv_heads;
   const auto fill = [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin + of.tile; token < end; token += of.tiles) {
-      const int64_t row = token * p.q_heads + int64_t{g} * group;
-      T* out = static_cast<T*>(p.out) + row * p.head_dim;
-      for (int i = threadIdx.x * 8; i < group * p.head_dim; i += blockDim.x * 8)
-        ptx::store_16(out + i, {0, 0, 0, 0});
-      for (int h = threadIdx.x; p.lse && h < group; h += blockDim.x)
-        p.lse[(g * group + h) * p.lse_head_stride + token] = -INFINITY;
-    }
+    for (int64_t token = begin + of.tile; token < end; token += of.tiles)
+      for (int head = g * group; head < (g + 1) * group; head++) {
+        T* out = static_cast<T*>(p.out) + (token * p.q_heads + head) * p.head_dim;
+        for (int i = threadIdx.x * 8; i < p.head_dim; i += blockDim.x * 8)
+          ptx::store_16(out + i, {0, 0, 0, 0});
+        if (p.lse && threadIdx.x == 0) p.lse[head * p.lse_head_stride + token] = -INFINITY;
+      }
   };
   const bool last = of.b == p.batch - 1;
   const int64_t end = last ? p.tokens : within(p.cu_seqlens_q[of.b + 1], p.tokens);
@@ -286,11 +282,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   const auto place_keys = [&](int turn) {
     const int key = keys.begin + turn * kKeys + static_cast<int>(threadIdx.x);
     if (threadIdx.x >= kKeys) return;
-    const KeySlot slot = slot_of(p, s, b, min(key, keys.end - 1));
-    smem.k_offset[turn % smem.kPlaces][threadIdx.x] = slot.offset(p.k_strides, g);
-    smem.v_offset[turn % smem.kPlaces][threadIdx.x] = slot.offset(p.v_strides, g);
+    smem.offset[turn % smem.kPlaces][threadIdx.x] =
+        key_offset(p, s, b, g, min(key, keys.end - 1));
   };
-  const auto copy_keys = [&](T* tile, const void* base, const int64_t* offset, int turn) {
+  const auto copy_keys = [&](T* tile, const void* base, int turn) {
+    const int64_t* offset = smem.offset[turn % smem.kPlaces];
     if (turn < turns)
       copy_rows<kHeadDim, kKeys, Tile::kThreads>(tile, [&](int row) {
         return SourceRow<T>{static_cast<const T*>(base) + offset[row],
@@ -298,10 +294,10 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
       });
   };
   const auto copy_k = [&](int turn) {
-    copy_keys(smem.k[turn % Tile::kStages], p.k, smem.k_offset[turn % smem.kPlaces], turn);
+    copy_keys(smem.k[turn % Tile::kStages], p.k, turn);
   };
   const auto copy_v = [&](int turn) {
-    copy_keys(smem.v[turn % Tile::kStages], p.v, smem.v_offset[turn % smem.kPlaces], turn);
+    copy_keys(smem.v[turn % Tile::kStages], p.v, turn);
   };
 
   float out[kColumns / 8][4] = {};

@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return (token_of(row) * f.q_heads + head_of(row)) * int64_t{kHeadDim};
   };
   // Keys are packed here, neither in pages nor in a ring.
-  const auto k_at = [&](int key) { return KeySlot{0, s.k_begin + key}.offset(f.k_strides, g); };
-  const auto v_at = [&](int key) { return KeySlot{0, s.k_begin + key}.offset(f.v_strides, g); };
+  const auto key_at = [&](int key) {
+    return (s.k_begin + key) * f.key_strides.inner + g * f.key_strides.head;
+  };
   const auto lse_at = [&](int row) { return head_of(row) * f.tokens + token_of(row); };
   // As a multiple of ln 2; where a row sees no key, p is 0 and not exp(-inf + inf).
   const auto log2_sum = [&](int row) {
@@ -137,8 +138,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       to.lse[i] = first_row + i < range.end ? log2_sum(row) : INFINITY;
       to.delta[i] = p.delta[lse_at(row)];
     } else {
-      to.u[i] = k_at(row);
-      to.w[i] = v_at(row);
+      to.u[i] = to.w[i] = key_at(row);
       to.position[i] = first_row + i;
     }
   };
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   float by_u[kColumns / 8][4] = {}, by_w[kOfKeys ? kColumns / 8 : 1][4] = {};
   if (range.begin < range.end) {
     if constexpr (kOfKeys) {
-      copy_own(smem.x, f.k, k_at);
-      copy_own(smem.y, f.v, v_at);
+      copy_own(smem.x, f.k, key_at);
+      copy_own(smem.y, f.v, key_at);
     } else {
       copy_own(smem.x, f.q, q_at);
       copy_own(smem.y, p.grad_out, out_at);

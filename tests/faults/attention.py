@@ -50,8 +50,8 @@ FAULTS = {
             ),
             (
                 "attention/attention.cuh",
-                "smem.k_offset[turn % smem.kPlaces][threadIdx.x] =",
-                "smem.k_offset[0][threadIdx.x] =",
+                "smem.offset[turn % smem.kPlaces][threadIdx.x] =",
+                "smem.offset[0][threadIdx.x] =",
             ),
             (
                 "attention/attention.cuh",
@@ -165,25 +165,18 @@ FAULTS = {
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (
                 "attention/attention.cuh",
-                "slot_of(p, s, b, min(key, keys.end - 1))",
-                "slot_of(p, s, b, key)",
+                "key_offset(p, s, b, g, min(key, keys.end - 1))",
+                "key_offset(p, s, b, g, key)",
             ),
         ],
     },
     "attention_decode": {
         "test_traffic.py::test_decode_work[256-pages]": [
             ("attention/attention.cuh", "key / p.page_size)", "key / p.page_size + 1)"),
-            ("attention/attention.cuh", "key % p.page_size};", "key};"),
+            ("attention/attention.cuh", "inner = key % p.page_size;", "inner = key;"),
         ],
         "test_attention_decode[emulated-ring, not yet full-bfloat16]": [
-            ("attention/attention.cuh", "? key % p.ring :", "? (key + 1) % p.ring :"),
-        ],
-        "test_launch.py::test_keys_and_values_have_strides_of_their_own": [
-            (
-                "attention/attention.cuh",
-                "slot.offset(p.v_strides, g)",
-                "slot.offset(p.k_strides, g)",
-            ),
+            ("attention/attention.cuh", "inner = key % p.ring;", "inner = (key + 1) % p.ring;"),
         ],
         "test_launch.py::test_decode_of_many_sequences": [
             ("attention/attention.cu", "* p.batch, p.kv_heads", "* (p.batch % 65536), p.kv_heads"),
