@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
   if (Tile::kWgmma && !ptx::has_wgmma()) return ptx::trap();  // the launcher chose wrongly
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
+  const int lane = threadIdx.x % 32;
 
   const int g = blockIdx.y, split = blockIdx.z, group = p.q_heads / p.kv_heads;
   const RowTile of = row_tile(p.max_seqlen_q * group, kRows);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   KeyRange visible[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int row = first_row + Tile::row() + threadIdx.x % 32 / 4 + i * 8;
+    const int row = first_row + Tile::row() + lane / 4 + i * 8;
     visible[i] = visible_at(p, queries.position(row), s.keys);
     visible[i].begin = max(visible[i].begin, range.begin);
     visible[i].end = min(visible[i].end, range.end);

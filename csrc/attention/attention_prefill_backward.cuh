@@ -235,6 +235,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kColumns = Tile::kColumns;
   auto& smem = shared_memory<BackwardSmem<T, Tile>>();
   const AttentionParams& f = p.forward;
+  const int lane = threadIdx.x % 32;
 
   const int g = blockIdx.y, group = f.q_heads / f.kv_heads;
   const RowTile of = row_tile(kOfKeys ? p.max_seqlen_k : f.max_seqlen_q * group, kRows);
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   OwnRows own{};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int row = min(first + Tile::row() + threadIdx.x % 32 / 4 + i * 8, last);
+    const int row = min(first + Tile::row() + lane / 4 + i * 8, last);
     own.position[i] = kOfKeys ? row : queries.position(row);
     if constexpr (!kOfKeys) {
       own.lse[i] = log2_sum(f.lse[at.lse(row)]);
