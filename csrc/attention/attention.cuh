@@ -17,24 +17,13 @@
 // L2, of which each block does; in decode DRAM (k and v once).
 #pragma once
 
-#include "../common/launch.h"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "mainloop_wgmma.cuh"
+#include "plan.h"
 #include "softmax.cuh"
 
 namespace gemma4 {
-
-template <class T, class Tile>
-struct AttentionSmem : ScoreExchange<Tile> {
-  static constexpr int kOffsets = Tile::kStages + 1;
-  static constexpr int kAlignment = Tile::kWgmma ? 1024 : 128;
-  alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
-  alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
-  alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
-  // Where this tile's and the next ones' keys lie, in elements.
-  int64_t offset[kOffsets][Tile::kKeys];
-};
 
 // Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
 // without a number the compiler picks one that it cannot keep everywhere.
@@ -82,7 +71,8 @@ template <class T, class Tile, bool kSoftcap>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
-  if (Tile::kWgmma && !ptx::has_wgmma()) return ptx::trap();  // the launcher chose wrongly
+  // Chosen wrongly; where it never is, no more code is made than this.
+  if (!kChosenHere<T, Tile> || (Tile::kWgmma && !ptx::has_wgmma())) return ptx::trap();
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
   const int lane = threadIdx.x % 32;
 

@@ -26,9 +26,11 @@
 #pragma once
 
 #include <climits>
+#include <type_traits>
 
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
+#include "cards.h"
 #include "epilogue.cuh"
 #include "products.cuh"
 #include "sequence.cuh"
@@ -54,6 +56,46 @@ struct BackwardSmem {
   ScoreExchange<Tile> score, slope;
   BackwardRows<Tile::kKeys> rows[2];  // of this tile and of the next
 };
+
+// Calls f.operator()<Tile>() with the largest tile that fits.
+template <class T, class F>
+constexpr void with_backward_tile(int head_dim, size_t max_smem_bytes, F&& f) {
+  const auto either = [&]<class Large, class Small>() {
+    if (sizeof(BackwardSmem<T, Large>) <= max_smem_bytes) return f.template operator()<Large>();
+    if (sizeof(BackwardSmem<T, Small>) <= max_smem_bytes) return f.template operator()<Small>();
+    throw std::runtime_error("attention_prefill_backward: no tile of head_dim " +
+                             std::to_string(head_dim) + " fits in " +
+                             std::to_string(max_smem_bytes) + " bytes of shared memory");
+  };
+  switch (head_dim) {
+    case 64:
+      return f.template operator()<AttentionTile<64, 64, 64, 1>>();
+    case 128:
+      return f.template operator()<AttentionTile<128, 64, 32, 1>>();
+    case 256:
+      return either
+          .template operator()<AttentionTile<256, 64, 32, 2>, AttentionTile<256, 64, 16, 2>>();
+    case 512:
+      return either
+          .template operator()<AttentionTile<512, 32, 16, 4>, AttentionTile<512, 16, 16, 4>>();
+    default:
+      throw std::runtime_error(
+          "attention_prefill_backward: there are kernels for head_dim 64, 128, 256 and 512, got " +
+          std::to_string(head_dim));
+  }
+}
+
+// Whether a card that runs this code is ever given this tile.
+template <class T, class Tile>
+constexpr bool backward_chosen_on_any_card() {
+  bool found = false;
+  for (const Card& card : kCards)
+    with_backward_tile<T>(Tile::kHeadDim, card.max_smem_bytes,
+                          [&]<class Chosen>() { found |= std::is_same_v<Chosen, Tile>; });
+  return found;
+}
+template <class T, class Tile>
+constexpr bool kBackwardChosenHere = backward_chosen_on_any_card<T, Tile>();
 
 constexpr int kDeltaWarps = 8;
 
@@ -233,6 +275,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardParams p) {
   constexpr int kHeadDim = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   constexpr int kColumns = Tile::kColumns;
+  // Chosen wrongly; where it never is, no more code is made than this.
+  if (!kBackwardChosenHere<T, Tile>) return ptx::trap();
   auto& smem = shared_memory<BackwardSmem<T, Tile>>();
   const AttentionParams& f = p.forward;
   const int lane = threadIdx.x % 32;

@@ -112,7 +112,7 @@ FAULTS = {
                 "ptx::cp_async_wait<1>();\n    ptx::fence_async_proxy();",
             ),
             (
-                "attention/attention.cuh",
+                "attention/plan.h",
                 "Tile::kStages + 1;",
                 "2;",
             ),
