@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "attention.cuh"
 
 namespace gemma4 {
 

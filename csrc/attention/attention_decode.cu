@@ -1,5 +1,6 @@
 #include "attention_merge.cuh"
 #include "plan.h"
+#include "sequence.cuh"
 
 namespace gemma4 {
 

@@ -2,38 +2,6 @@
 
 namespace gemma4 {
 
-namespace {
-
-// Calls f.operator()<Tile>() with the largest tile that fits.
-template <class T, class F>
-void with_backward_tile(int head_dim, size_t max_smem_bytes, F&& f) {
-  const auto either = [&]<class Large, class Small>() {
-    if (sizeof(BackwardSmem<T, Large>) <= max_smem_bytes) return f.template operator()<Large>();
-    if (sizeof(BackwardSmem<T, Small>) <= max_smem_bytes) return f.template operator()<Small>();
-    throw std::runtime_error("attention_prefill_backward: no tile of head_dim " +
-                             std::to_string(head_dim) + " fits in " +
-                             std::to_string(max_smem_bytes) + " bytes of shared memory");
-  };
-  switch (head_dim) {
-    case 64:
-      return f.template operator()<AttentionTile<64, 64, 64, 1>>();
-    case 128:
-      return f.template operator()<AttentionTile<128, 64, 32, 1>>();
-    case 256:
-      return either
-          .template operator()<AttentionTile<256, 64, 32, 2>, AttentionTile<256, 64, 16, 2>>();
-    case 512:
-      return either
-          .template operator()<AttentionTile<512, 32, 16, 4>, AttentionTile<512, 16, 16, 4>>();
-    default:
-      throw std::runtime_error(
-          "attention_prefill_backward: there are kernels for head_dim 64, 128, 256 and 512, got " +
-          std::to_string(head_dim));
-  }
-}
-
-}  // namespace
-
 void attention_prefill_backward(const AttentionBackwardParams& p, DType dtype,
                                 const Device& device) {
   constexpr const char* name = "attention_prefill_backward";

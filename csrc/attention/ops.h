@@ -27,7 +27,7 @@ struct AttentionParams {
   const int32_t* seq_lens;                     // [B]
   Indices block_table;                         // [B, pages_per_row] or null
   int64_t q_stride, q_head_stride;
-  KeyStrides k_strides, v_strides;
+  KeyStrides key_strides;  // of k and of v: one offset finds both
   int64_t lse_head_stride;
   int64_t tokens;
   int64_t capacity;  // keys that there is memory for: of all sequences if packed, else of each

@@ -1,17 +1,39 @@
-// Which tile an attention launch gets.
+// Which tile an attention launch gets, and its shared memory.
 #pragma once
 
-#include "attention.cuh"
+#include <type_traits>
+
+#include "../common/launch.h"
+#include "cards.h"
+#include "mainloop_wgmma.cuh"
+#include "ops.h"
+#include "products.cuh"
 
 namespace gemma4 {
 
+template <class T, class Tile>
+struct AttentionSmem : ScoreExchange<Tile> {
+  static constexpr int kOffsets = Tile::kStages + 1;
+  static constexpr int kAlignment = Tile::kWgmma ? 1024 : 128;
+  alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
+  alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
+  // Where this tile's and the next ones' keys lie, in elements.
+  int64_t offset[kOffsets][Tile::kKeys];
+};
+
+// The released models want head_dim 256 and 512 without softcap; 64, 128 and softcap are for others
+// that the transformers plug-in serves. Of the 2.1 MB of instructions and 29 s of one core that
+// attention.cu takes for sm_90a, 64 and 128 are 0.65 MB and about 7 s, softcap is 1.1 MB and about
+// 15 s; packed, as in the library, a third of the bytes.
+//
 // Calls f.operator()<Tile>() with the tile for this head size, this many rows of a sequence and
-// this device. 16 rows where that is all there are; else as many as fit, and where two blocks fit a
+// this card. 16 rows where that is all there are; else as many as fit, and where two blocks fit a
 // multiprocessor, warps that need no exchange. On Hopper L2 is the bound, and one block with twice
 // the rows is better than two.
 template <class T, class F>
-void with_tile(const char* name, int head_dim, int64_t rows, const Device& device, F&& f) {
-  const size_t max_smem_bytes = device.max_smem_bytes;
+constexpr void with_tile(const char* name, int head_dim, int64_t rows, const Card& card, F&& f) {
+  const size_t max_smem_bytes = card.max_smem_bytes;
   const auto fits = [&]<class Tile>(int blocks) {
     // A multiprocessor has 1 KB more than one block may take, and keeps 1 KB for each block.
     return blocks * (sizeof(AttentionSmem<T, Tile>) + 1024) <= max_smem_bytes + 1024;
@@ -23,22 +45,22 @@ void with_tile(const char* name, int head_dim, int64_t rows, const Device& devic
                                std::to_string(max_smem_bytes) + " bytes of shared memory");
     f.template operator()<Tile>();
   };
-  const bool few = rows <= 16, wgmma = has_wgmma(device);
+  const bool small = rows <= 16, wgmma = card.wgmma;
   switch (head_dim) {
     case 64:
-      return few ? use.template operator()<AttentionTile<64, 16, 64, 4>>()
-                 : use.template operator()<AttentionTile<64, 64, 64, 1>>();
+      return small ? use.template operator()<AttentionTile<64, 16, 64, 4>>()
+                   : use.template operator()<AttentionTile<64, 64, 64, 1>>();
     case 128:
-      return few ? use.template operator()<AttentionTile<128, 16, 32, 4>>()
-                 : use.template operator()<AttentionTile<128, 64, 64, 1>>();
+      return small ? use.template operator()<AttentionTile<128, 16, 32, 4>>()
+                   : use.template operator()<AttentionTile<128, 64, 64, 1>>();
     case 256:
-      if (few) return use.template operator()<AttentionTile<256, 16, 32, 4>>();
+      if (small) return use.template operator()<AttentionTile<256, 16, 32, 4>>();
       if (wgmma && rows > 64) return use.template operator()<HopperTile<256, 128, 64, 1>>();
       return fits.template operator()<AttentionTile<256, 64, 32, 1>>(2)
                  ? use.template operator()<AttentionTile<256, 64, 32, 1>>()
                  : use.template operator()<AttentionTile<256, 64, 32, 2>>();
     case 512:
-      if (few) return use.template operator()<AttentionTile<512, 16, 32, 4>>();
+      if (small) return use.template operator()<AttentionTile<512, 16, 32, 4>>();
       if (wgmma) return use.template operator()<HopperTile<512, 64, 32, 2>>();
       return fits.template operator()<AttentionTile<512, 64, 32, 2>>(1)
                  ? use.template operator()<AttentionTile<512, 64, 32, 2>>()
@@ -49,6 +71,24 @@ void with_tile(const char* name, int head_dim, int64_t rows, const Device& devic
                                std::to_string(head_dim));
   }
 }
+
+template <class T, class F>
+void with_tile(const char* name, int head_dim, int64_t rows, const Device& device, F&& f) {
+  with_tile<T>(name, head_dim, rows, Card{device.max_smem_bytes, has_wgmma(device)}, f);
+}
+
+// Whether a card that runs this code is ever given this tile.
+template <class T, class Tile>
+constexpr bool chosen_on_any_card() {
+  bool found = false;
+  for (const Card& card : kCards)
+    for (int rows : {16, 64, 128})
+      with_tile<T>("", Tile::kHeadDim, rows, card,
+                   [&]<class Chosen>() { found |= std::is_same_v<Chosen, Tile>; });
+  return found;
+}
+template <class T, class Tile>
+constexpr bool kChosenHere = chosen_on_any_card<T, Tile>();
 
 // One launch of attention_kernel over all rows, heads and splits; in attention.cu, so that its
 // instances are compiled once.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <tuple>
+#include <utility>
 
 #include "register.h"
 #include "torch.h"
@@ -11,7 +12,7 @@
 namespace binding {
 namespace {
 
-using gemma4::AttentionParams, gemma4::KeyStrides;
+using gemma4::AttentionParams;
 
 // The common part of both attention ops: what does not depend on where the keys lie.
 AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -55,24 +56,38 @@ void set_pages(Call& call, AttentionParams& p, const Tensor& k, const Tensor& bl
   p.block_table = call.flat_indices("block_table", block_table);
 }
 
-KeyStrides key_strides(const Tensor& t) {
-  const int64_t dims = t.dim();
-  return {dims == 4 ? t.stride(0) : 0, t.stride(dims - 3), t.stride(dims - 2)};
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); d++)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
 }
 
-// Each with strides of its own.
 void set_keys(Call& call, AttentionParams& p, const Tensor& k, const Tensor& v) {
+  const int64_t dims = k.dim();
   p.k = call.in("k", k);
   p.v = call.in("v", v);
-  p.k_strides = key_strides(k);
-  p.v_strides = key_strides(v);
+  p.key_strides = {dims == 4 ? k.stride(0) : 0, k.stride(dims - 3), k.stride(dims - 2)};
 }
 
 // A copy of a cache at every step would take as much time and memory as the cache.
-void expect_aligned(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(is_aligned(t), name,
-                  " must begin on a multiple of 16 bytes, hold contiguous heads and have strides "
-                  "that are multiples of 8 elements");
+void set_cache(Call& call, AttentionParams& p, const char* k_name, const Tensor& k,
+               const char* v_name, const Tensor& v) {
+  for (const auto& [name, t] : {std::pair{k_name, &k}, std::pair{v_name, &v}})
+    STD_TORCH_CHECK(is_aligned(*t), name,
+                    " must begin on a multiple of 16 bytes, hold contiguous heads and have strides "
+                    "that are multiples of 8 elements");
+  STD_TORCH_CHECK(same_strides(k, v), k_name, " and ", v_name, " must have the same strides");
+  set_keys(call, p, k, v);
+}
+
+// Of one step alone, whose copy is small beside the step.
+void set_packed_keys(Call& call, AttentionParams& p, const Tensor& k, const Tensor& v) {
+  Tensor k_held = aligned(k), v_held = aligned(v);
+  if (!same_strides(k_held, v_held)) {
+    k_held = torch::stable::contiguous(k_held);
+    v_held = torch::stable::contiguous(v_held);
+  }
+  set_keys(call, p, call.keep(k_held), call.keep(v_held));
 }
 
 // What the forward and the backward over packed sequences know alike.
@@ -83,13 +98,10 @@ AttentionParams packed(Call& call, const Tensor& q, const Tensor& k, const Tenso
   AttentionParams p = attention_params(call, q, k, v, scale, window, softcap);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   const Tensor& q_held = call.keep(aligned(q));
-  if (k.dim() == 4) {
-    expect_aligned("k", k);
-    expect_aligned("v", v);
-    set_keys(call, p, k, v);
-  } else {
-    set_keys(call, p, call.keep(aligned(k)), call.keep(aligned(v)));
-  }
+  if (k.dim() == 4)
+    set_cache(call, p, "k", k, "v", v);
+  else
+    set_packed_keys(call, p, k, v);
   p.q = call.in("q", q_held);
   p.cu_seqlens_q = lengths(call, "cu_seqlens_q", cu_seqlens_q, batch + 1);
   p.cu_seqlens_k = lengths(call, "cu_seqlens_k", cu_seqlens_k, batch + 1);
@@ -192,9 +204,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   const Tensor& q_held = call.keep(flat);
   p.capacity = slots;
   if (block_table) set_pages(call, p, k_cache, *block_table, batch);
-  expect_aligned("k_cache", k_cache);
-  expect_aligned("v_cache", v_cache);
-  set_keys(call, p, k_cache, v_cache);
+  set_cache(call, p, "k_cache", k_cache, "v_cache", v_cache);
   p.ring = ring ? as_int("k_cache", slots) : 0;
   p.q = call.in("q", q_held);
   p.out = call.out("out", out);

@@ -52,10 +52,16 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
   const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
   int parity = 0;
+  // Held in registers beside x and the weights on their way it would be one row too many.
+  if (p.norm_weight)
+    columns.each(
+        [&](int, int column) { ptx::prefetch(static_cast<const T*>(p.norm_weight) + column); });
   for (int token = 0; token < p.tokens; token++) {
     const auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
-    auto r = x;
-    if (p.residual) {
+    Row<T, 8, kNormVectors> r;
+    if (!p.residual) {
+      r = x;
+    } else {
       T* r_row = static_cast<T*>(p.new_residual) + int64_t{token} * p.width;
       const auto residual =
           columns.load(static_cast<const T*>(p.residual) + token * p.residual_stride);
@@ -72,16 +78,15 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
         if (blockIdx.x == 0) store(r_row + column, sum);
       });
     }
-    const auto norm_weight =
-        columns.load(static_cast<const T*>(p.norm_weight), p.norm_weight != nullptr);
     const float sum = p.norm_weight ? block_sum(columns.sum_of_squares(r), smem, parity) : 0.0f;
     const float scale = inv_rms(sum, p.width, p.eps);
     columns.each([&](int i, int column) {
       auto y = r.at(i, column);
-      const auto w = norm_weight.at(i, column);
-      if (p.norm_weight)
+      if (p.norm_weight) {
+        const auto w = load<8>(static_cast<const T*>(p.norm_weight) + column);
 #pragma unroll
         for (int j = 0; j < y.kWidth; j++) y.set(j, y[j] * scale * w[j]);
+      }
       store(a + token * p.a_stride + column, y);
     });
   }

@@ -23,28 +23,29 @@ def _head_dim_unserved(q: Tensor) -> str | None:
 
 def _prefill_unserved(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None) -> str | None:
     # Packed k and v of one step are copied where they do not fit; a cache would be at every step.
-    return _head_dim_unserved(q) or (
-        None if block_table is None else _cache_unserved("k", k) or _cache_unserved("v", v)
-    )
+    return _head_dim_unserved(q) or (None if block_table is None else _cache_unserved(k=k, v=v))
 
 
 def _decode_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    return (
-        _head_dim_unserved(q)
-        or _cache_unserved("k_cache", k_cache)
-        or _cache_unserved("v_cache", v_cache)
-    )
+    return _head_dim_unserved(q) or _cache_unserved(k_cache=k_cache, v_cache=v_cache)
 
 
-def _cache_unserved(name: str, x: Tensor) -> str | None:
-    strides = [1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
-    fits = strides[-1:] == [1] and all(stride == 1 or stride % 8 == 0 for stride in strides)
-    if fits and x.storage_offset() % 8 == 0:
-        return None
-    return (
-        f"{name} must begin on a multiple of 16 bytes, with contiguous heads and strides that are "
-        f"multiples of 8 elements, got strides {list(x.stride())} from {x.storage_offset()} on"
-    )
+def _cache_unserved(**caches: Tensor) -> str | None:
+    layouts = []
+    for name, x in caches.items():
+        strides = [1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        fits = strides[-1:] == [1] and all(stride == 1 or stride % 8 == 0 for stride in strides)
+        if not fits or x.storage_offset() % 8 != 0:
+            return (
+                f"{name} must begin on a multiple of 16 bytes, with contiguous heads and strides "
+                f"that are multiples of 8 elements, got strides {list(x.stride())} from "
+                f"{x.storage_offset()} on"
+            )
+        layouts.append(strides)
+    if layouts[0] != layouts[1]:
+        both = " and ".join(str(list(x.stride())) for x in caches.values())
+        return f"{' and '.join(caches)} must have the same strides, got {both}"
+    return None
 
 
 def _packed_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -1,124 +1,123 @@
-WARP = "attention/attention_warp.cuh"
 FAULTS = {
     "attention_prefill": {
         "test_attention_lengths.py::test_rows_of_no_sequence_are_zero"
         "[one is longer than said-emulated]": [
-            ("attention/attention.cuh", "min(s.queries, p.max_seqlen_q), end", "s.queries, end"),
+            ("attention/epilogue.cuh", "min(s.queries, p.max_seqlen_q), end", "s.queries, end"),
         ],
         "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[begin late-emulated]": [
-            ("attention/attention.cuh", "  if (of.b == 0) fill(0, s.q_begin);\n", ""),
+            ("attention/epilogue.cuh", "  if (of.b == 0) fill(0, s.q_begin);\n", ""),
         ],
         "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[end early-emulated]": [
-            ("attention/attention.cuh", "last ? p.tokens : within", "within"),
+            ("attention/epilogue.cuh", "last ? p.tokens : within", "within"),
         ],
         "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[below zero-emulated]": [
-            ("attention/attention.cuh", "max(int64_t{0}, min(x, size))", "min(x, size)"),
+            ("attention/sequence.cuh", "max(int64_t{0}, min(x, size))", "min(x, size)"),
         ],
         "test_traffic.py::test_prefill_work[512-99 KB]": [
             ("common/tile.cuh", "    if (!in_tile(i)) break;\n", ""),
         ],
         "test_traffic.py::test_prefill_work[64-99 KB]": [
             (
-                "attention/attention.cuh",
-                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_v",
-                "    ptx::cp_async_wait<0>();\n    copy_v",
+                "attention/mainloop.cuh",
+                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    keys.copy_v",
+                "    ptx::cp_async_wait<0>();\n    keys.copy_v",
             ),
             (
-                "attention/attention.cuh",
-                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    copy_v",
-                "    ptx::cp_async_wait<1>();\n    __syncthreads();\n    copy_v",
+                "attention/mainloop.cuh",
+                "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    keys.copy_v",
+                "    ptx::cp_async_wait<1>();\n    __syncthreads();\n    keys.copy_v",
             ),
             (
-                "attention/attention.cuh",
-                "    __syncthreads();\n    copy_k(turn + 1);",
-                "    copy_k(turn + 1);",
+                "attention/mainloop.cuh",
+                "    __syncthreads();\n    keys.copy_k(iteration + 1);",
+                "    keys.copy_k(iteration + 1);",
             ),
             (
-                "attention/attention.cuh",
+                "attention/mainloop.cuh",
                 "    ptx::cp_async_wait<1>();\n    __syncthreads();\n",
                 "    ptx::cp_async_wait<1>();\n",
             ),
             (
-                "attention/attention.cuh",
+                "attention/mainloop.cuh",
                 "    ptx::cp_async_wait<1>();\n    __syncthreads();\n",
                 "    ptx::cp_async_wait<2>();\n    __syncthreads();\n",
             ),
             (
                 "attention/attention.cuh",
-                "(first_row + row) % group;\n    return static",
-                "(first_row + row) / group;\n    return static",
+                "queries.head(first_row + row);\n    return static",
+                "queries.query(first_row + row);\n    return static",
             ),
             (
                 "attention/attention.cuh",
-                "smem.k_offset[turn % smem.kPlaces][threadIdx.x] =",
-                "smem.k_offset[0][threadIdx.x] =",
+                "smem.offset[iteration % smem.kOffsets][threadIdx.x] =",
+                "smem.offset[0][threadIdx.x] =",
             ),
             (
-                "attention/attention.cuh",
-                "  place_keys(0);\n  __syncthreads();\n",
-                "  place_keys(0);\n",
+                "attention/mainloop.cuh",
+                "  keys.load_offsets(0);\n  __syncthreads();\n",
+                "  keys.load_offsets(0);\n",
             ),
         ],
         "test_attention_prefill[emulated-window of many tiles-out-bfloat16]": [
             ("common/tile.cuh", "columns % 64 * 2", "columns % 32 * 2"),
-            (WARP, "      sum[i] *= decay[i];\n", ""),
-            (WARP, "out[n][e] *= decay[e / 2];", "out[n][e] *= 1.0f;"),
+            ("attention/softmax.cuh", "      row_sum[i] *= rescale[i];\n", ""),
+            ("attention/softmax.cuh", "out[n][e] *= rescale[e / 2];", "out[n][e] *= 1.0f;"),
             ("attention/attention.cuh", "key < by_all.begin || ", ""),
             (
-                WARP,
-                "decay[0] != 1.0f || decay[1] != 1.0f",
-                "decay[0] != 1.0f",
+                "attention/softmax.cuh",
+                "rescale[0] != 1.0f || rescale[1] != 1.0f",
+                "rescale[0] != 1.0f",
             ),
         ],
         "test_attention_prefill[emulated-window-out-bfloat16]": [
-            ("attention/attention.cuh", "i - p.window + 1)", "i - p.window)"),
+            ("attention/sequence.cuh", "i - p.window + 1)", "i - p.window)"),
         ],
         "test_attention_prefill[emulated-one token-out-bfloat16]": [
-            ("attention/attention.cuh", "i + p.window_right + 1)", "i + p.window_right)"),
-            ("attention/attention.cuh", "j >= visible[e / 2].end", "j > visible[e / 2].end"),
+            ("attention/sequence.cuh", "i + p.window_right + 1)", "i + p.window_right)"),
+            ("attention/softmax.cuh", "j >= visible[e / 2].end", "j > visible[e / 2].end"),
         ],
         "test_attention_prefill[emulated-below a tile-out-bfloat16]": [
             (
-                WARP,
-                "__shfl_xor_sync(0xffffffffu, new_highest, 2)",
-                "__shfl_xor_sync(0xffffffffu, new_highest, 1)",
+                "attention/softmax.cuh",
+                "__shfl_xor_sync(0xffffffffu, new_max, 2)",
+                "__shfl_xor_sync(0xffffffffu, new_max, 1)",
             ),
         ],
         "test_attention_prefill[emulated-one token-lse-bfloat16]": [
             (
-                WARP,
+                "attention/products.cuh",
                 "for (int w = 1; w < Tile::kColumnWarps; w++)",
                 "for (int w = 2; w < Tile::kColumnWarps; w++)",
             ),
         ],
         "test_traffic.py::test_prefill_work[256-Hopper]": [
             (
-                "attention/attention.cuh",
-                "    ptx::fence_async_proxy();\n    __syncthreads();\n    copy_k",
-                "    __syncthreads();\n    copy_k",
+                "attention/mainloop_wgmma.cuh",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    keys.copy_k",
+                "    __syncthreads();\n    keys.copy_k",
             ),
             (
-                "attention/attention.cuh",
-                "    ptx::fence_async_proxy();\n    __syncthreads();\n    copy_k",
-                "    ptx::fence_async_proxy();\n    copy_k",
+                "attention/mainloop_wgmma.cuh",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    keys.copy_k",
+                "    ptx::fence_async_proxy();\n    keys.copy_k",
             ),
             (
-                "attention/attention.cuh",
+                "attention/mainloop_wgmma.cuh",
                 "  ptx::fence_async_proxy();\n  __syncthreads();\n  start_multiply",
                 "  __syncthreads();\n  start_multiply",
             ),
             (
-                "attention/attention.cuh",
+                "attention/mainloop_wgmma.cuh",
                 "ptx::cp_async_wait<0>();\n    ptx::fence_async_proxy();",
                 "ptx::cp_async_wait<1>();\n    ptx::fence_async_proxy();",
             ),
             (
-                "attention/attention.cuh",
+                "attention/plan.h",
                 "Tile::kStages + 1;",
                 "2;",
             ),
             (
-                "attention/attention.cuh",
+                "attention/mainloop_wgmma.cuh",
                 "    ptx::wgmma_wait<0>(out);\n  };",
                 "    ptx::wgmma_wait<1>(out);\n  };",
             ),
@@ -128,25 +127,25 @@ FAULTS = {
         ],
         "test_traffic.py::test_prefill_work[512-Hopper]": [
             (
-                "attention/attention.cuh",
-                "smem.put(next, (turn + 1) % 2);",
-                "smem.put(next, turn % 2);",
+                "attention/mainloop_wgmma.cuh",
+                "smem.store_partial(next, (iteration + 1) % 2);",
+                "smem.store_partial(next, iteration % 2);",
             ),
         ],
         "test_attention_tiles.py::test_prefill_tiles[Hopper-256-causal-bf16]": [
             (
-                "attention/attention.cuh",
-                "      ptx::wgmma_wait<1>(next);\n      smem.put",
-                "      smem.put",
+                "attention/mainloop_wgmma.cuh",
+                "      ptx::wgmma_wait<1>(next);\n      smem.store_partial",
+                "      smem.store_partial",
             ),
             (
-                "attention/attention.cuh",
-                "smem.q, smem.k[(turn + 1) % 2])",
-                "smem.q, smem.k[turn % 2])",
+                "attention/mainloop_wgmma.cuh",
+                "smem.q, smem.k[(iteration + 1) % 2])",
+                "smem.q, smem.k[iteration % 2])",
             ),
-            (WARP, "same_in_warp(Tile::row() / 64 * 64)", "0"),
+            ("attention/mainloop_wgmma.cuh", "warp_uniform(Tile::row() / 64 * 64)", "0"),
             (
-                WARP,
+                "attention/mainloop_wgmma.cuh",
                 "ptx::wgmma_fence(d);\n#pragma unroll\n  for (int n",
                 "#pragma unroll\n  for (int n",
             ),
@@ -155,63 +154,56 @@ FAULTS = {
         ],
         "test_attention_tiles.py::test_prefill_tiles[Hopper-512-causal-bf16]": [
             (
-                "attention/attention.cuh",
-                "      ptx::wgmma_wait<1>(next);\n      smem.put",
-                "      smem.put",
+                "attention/mainloop_wgmma.cuh",
+                "      ptx::wgmma_wait<1>(next);\n      smem.store_partial",
+                "      smem.store_partial",
             ),
             ("common/tile.cuh", "(columns / 64 * kRows + rows) * 8", "(columns / 64 + rows) * 8"),
-            (WARP, "(b_tile, 0, column)", "(b_tile, 0, 0)"),
+            ("attention/mainloop_wgmma.cuh", "(b_tile, 0, column)", "(b_tile, 0, 0)"),
         ],
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (
                 "attention/attention.cuh",
-                "slot_of(p, s, b, min(key, keys.end - 1))",
-                "slot_of(p, s, b, key)",
+                "key_offset(p, s, b, g, min(key, range.end - 1))",
+                "key_offset(p, s, b, g, key)",
             ),
         ],
     },
     "attention_decode": {
         "test_traffic.py::test_decode_work[256-pages]": [
-            ("attention/attention.cuh", "key / p.page_size)", "key / p.page_size + 1)"),
-            ("attention/attention.cuh", "key % p.page_size};", "key};"),
+            ("attention/sequence.cuh", "key / p.page_size)", "key / p.page_size + 1)"),
+            ("attention/sequence.cuh", "inner = key % p.page_size;", "inner = key;"),
         ],
         "test_attention_decode[emulated-ring, not yet full-bfloat16]": [
-            ("attention/attention.cuh", "? key % p.ring :", "? (key + 1) % p.ring :"),
-        ],
-        "test_launch.py::test_keys_and_values_have_strides_of_their_own": [
-            (
-                "attention/attention.cuh",
-                "slot.offset(p.v_strides, g)",
-                "slot.offset(p.k_strides, g)",
-            ),
+            ("attention/sequence.cuh", "inner = key % p.ring;", "inner = (key + 1) % p.ring;"),
         ],
         "test_launch.py::test_decode_of_many_sequences": [
             ("attention/attention.cu", "* p.batch, p.kv_heads", "* (p.batch % 65536), p.kv_heads"),
         ],
         "test_traffic.py::test_decode_work[256-rows]": [
             (
-                "attention/attention.cuh",
+                "attention/sequence.cuh",
                 "all.begin + split * size",
                 "all.begin + split * (size - 1)",
             ),
-            ("attention/attention.cuh", "row >= rows || sum[i] == 0.0f", "sum[i] == 0.0f"),
+            ("attention/epilogue.cuh", "row >= rows || row_sum[i] == 0.0f", "row_sum[i] == 0.0f"),
         ],
         "test_attention_tiles.py::test_many_keys": [
-            ("attention/attention.cuh", "(even + 63) / 64 * 64", "even / 64 * 64"),
+            ("attention/sequence.cuh", "(even + 63) / 64 * 64", "even / 64 * 64"),
         ],
         "test_attention_decode[emulated-one key-bfloat16]": [
-            ("attention/attention.cuh", "log2f(sum[i])) * kLn2", "log2f(sum[i]))"),
+            ("attention/softmax.cuh", "log2f(row_sum[i])) * kLn2", "log2f(row_sum[i]))"),
         ],
         "test_attention_decode[emulated-rows alike-bfloat16]": [
             (
-                "attention/attention.cuh",
+                "attention/sequence.cuh",
                 "int first() const { return keys - queries; }",
                 "int first() const { return keys - 1; }",
             ),
             (
-                "attention/attention.cuh",
-                "p.q_heads + head) * p.lse_head_stride + query] = lse;",
-                "p.q_heads + head) * p.lse_head_stride] = lse;",
+                "attention/epilogue.cuh",
+                "p.q_heads + head) * p.lse_head_stride + query] = lse[i];",
+                "p.q_heads + head) * p.lse_head_stride] = lse[i];",
             ),
         ],
         "test_attention_decode[emulated-many tiles-bfloat16]": [

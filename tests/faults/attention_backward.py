@@ -1,4 +1,3 @@
-WARP = "attention/attention_warp.cuh"
 BACKWARD = "attention/attention_prefill_backward.cuh"
 FAULTS = {
     "attention_prefill_backward": {
@@ -25,15 +24,19 @@ FAULTS = {
             ),
             (BACKWARD, "p_pairs, smem.w);\n      __syncthreads();\n", "p_pairs, smem.w);\n"),
             (BACKWARD, "ds_pairs, smem.u);\n    __syncthreads();\n", "ds_pairs, smem.u);\n"),
-            (WARP, "__syncwarp();\n", ""),
-            (BACKWARD, "(most - s.first() + 1) * group", "(most - s.first()) * group"),
+            ("attention/epilogue.cuh", "__syncwarp();\n", ""),
+            (
+                BACKWARD,
+                "(end - s.first()) * queries.group",
+                "(end - s.first() - 1) * queries.group",
+            ),
         ],
         "test_traffic.py::test_prefill_backward_work[(256, 99)]": [
             (BACKWARD, "if constexpr (Tile::kColumnWarps > 1) __syncthreads();", ""),
         ],
         "test_gradient[emulated-one token-out-torch.bfloat16]": [
             (BACKWARD, "ds -= kOfKeys", "ds -= true ? 0.0f : kOfKeys"),
-            (BACKWARD, "g * group + q_row % group", "q_row % group"),
+            ("attention/sequence.cuh", "g * group + row % group", "row % group"),
         ],
         "test_gradient[emulated-one token-out and lse-torch.bfloat16]": [
             (BACKWARD, "sum - p.grad_lse[at]", "sum"),
@@ -47,7 +50,7 @@ FAULTS = {
         ],
         "test_gradient[emulated-window-out-torch.bfloat16]": [
             (BACKWARD, "query - key >= left", "query - key > left"),
-            (BACKWARD, "min(last + min(left", "min(first + min(left"),
+            (BACKWARD, "min(last + min(window.left", "min(first + min(window.left"),
         ],
         "test_gradient[emulated-left only, no or one key out-out-torch.bfloat16]": [
             (BACKWARD, "q_high - k_low >= left", "q_high - k_low > left"),
@@ -59,21 +62,37 @@ FAULTS = {
             (BACKWARD, "k_high - q_low > right", "k_high - q_low - 1 > right"),
         ],
         "test_scores_far_below_zero[emulated]": [
-            (BACKWARD, "|| k_high >= s.keys;", ";"),
+            (BACKWARD, "|| k_high >= keys;", ";"),
             (BACKWARD, "first_row + i < range.end ? log2_sum", "true ? log2_sum"),
         ],
         "test_gradient[emulated-below a tile-out-torch.bfloat16]": [
-            (BACKWARD, "max(first - right, s.first())", "max(last - right, s.first())"),
-            (BACKWARD, ": own_delta[i]", ": own_delta[0]"),
+            (
+                BACKWARD,
+                "max(first - window.right, s.first())",
+                "max(last - window.right, s.first())",
+            ),
+            (BACKWARD, ": own.delta[i]", ": own.delta[0]"),
         ],
         "test_gradient[emulated-sliding heads-out-torch.bfloat16]": [
-            (WARP, "[first_warp + w * Tile::kRowWarps]", "[w * Tile::kRowWarps]"),
+            (
+                "attention/products.cuh",
+                "[first_warp + w * Tile::kRowWarps]",
+                "[w * Tile::kRowWarps]",
+            ),
         ],
         "test_strided[emulated-0]": [
-            (BACKWARD, "smem.rows[turn % 2].u, first_row", "smem.rows[turn % 2].w, first_row"),
+            (
+                BACKWARD,
+                "smem.rows[iteration % 2].u, first_row",
+                "smem.rows[iteration % 2].w, first_row",
+            ),
         ],
         "test_gradient[emulated-exact tile-out-torch.bfloat16]": [
-            (BACKWARD, "place_rows(turn + 1, row + kKeys);", "place_rows(turn + 1, row);"),
+            (
+                BACKWARD,
+                "tiles.load_rows(iteration + 1, row + kKeys);",
+                "tiles.load_rows(iteration + 1, row);",
+            ),
         ],
         "test_tokens_outside_of_all_sequences[emulated]": [
             (

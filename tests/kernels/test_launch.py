@@ -131,19 +131,43 @@ def test_bits_of_decode_do_not_depend_on_what_is_reserved(backend):
         assert all(map(torch.equal, tight, roomy))
 
 
-def test_keys_and_values_have_strides_of_their_own(backend):
+def transposed(cache):
+    """The same values, with other strides."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def test_caches_of_unlike_strides_are_named(backend):
+    """One offset finds a key and its value, or no kernel does; the op's twin serves them."""
+    kernels = getattr(torch.ops, emulated.NAME)
     q = backend.randn(2, 3, 4, 64, dtype=BF16)
-    k = backend.randn(2, 50, 2, 64, dtype=BF16)
-    v = backend.randn(2, 2, 50, 72, dtype=BF16)[..., :64].transpose(1, 2)
-    out, lse = backend.ops.attention_decode(q, k, v, backend.int32(50, 31))
+    k, v = (backend.randn(2, 50, 2, 64, dtype=BF16) for _ in "kv")
+    v = transposed(v)
+    lengths = backend.int32(50, 31)
+    with pytest.raises(RuntimeError, match="k_cache and v_cache must have the same strides"):
+        kernels.attention_decode(q, k, v, lengths, None, 1.0, 0, False, 0.0, True)
+    opset.warn.cache_clear()
+    with pytest.warns(UserWarning, match="k_cache and v_cache must have the same strides, got "):
+        out, lse = backend.ops.attention_decode(q, k, v, lengths)
     for b, length in enumerate((50, 31)):
         check((out[b], lse[b]), q[b], k[b, :length], v[b, :length])
     pages = torch.tensor([[1, 0]], dtype=torch.int32)
     cu_q, cu_k = backend.int32(0, 3), backend.int32(0, 90)
-    out, lse = backend.ops.attention_prefill(
-        q[0], k, v, cu_q, cu_k, 3, 90, block_table=pages, return_lse=True
-    )
+    with pytest.warns(UserWarning, match="k and v must have the same strides, got "):
+        out, lse = backend.ops.attention_prefill(
+            q[0], k, v, cu_q, cu_k, 3, 90, block_table=pages, return_lse=True
+        )
     check((out, lse), q[0], *(x.flip(0).flatten(0, 1)[:90] for x in (k, v)))
+
+
+def test_packed_keys_and_values_of_unlike_strides_are_copied(backend, recwarn):
+    opset.warn.cache_clear()
+    q = backend.randn(5, 4, 64, dtype=BF16)
+    k, v = (backend.randn(50, 2, 64, dtype=BF16) for _ in "kv")
+    cu_q, cu_k = backend.int32(0, 5), backend.int32(0, 50)
+    for keys, values in ((transposed(k[None])[0], v), (k, transposed(v[None])[0])):
+        actual = backend.ops.attention_prefill(q, keys, values, cu_q, cu_k, 5, 50, return_lse=True)
+        check(actual, q, k, v)
+    assert not recwarn
 
 
 def misaligned(cache):

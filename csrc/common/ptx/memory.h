@@ -49,6 +49,9 @@ DEVICE void store_8(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 
+// Into L2, for a load to come.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- shared memory
 
 DEVICE uint32_t shared_address(const void* p) {
@@ -115,6 +118,8 @@ DEVICE uint2 load_8(const void* p FROM_HERE) {
 DEVICE uint2 load_8_once(const void* p FROM_HERE) { return load_8(p HERE); }
 DEVICE void store_16(void* p, uint4 value FROM_HERE) { emulation::store(p, &value, 16 HERE); }
 DEVICE void store_8(void* p, uint2 value FROM_HERE) { emulation::store(p, &value, 8 HERE); }
+
+DEVICE void prefetch(const void*) {}
 
 DEVICE uint32_t shared_address(const void* p FROM_HERE) {
   return emulation::shared_address(p HERE);
