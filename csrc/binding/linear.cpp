@@ -1,10 +1,70 @@
 #include "../linear/ops.h"
 
+#include <tuple>
+
 #include "register.h"
 #include "torch.h"
 
 namespace binding {
 namespace {
+
+std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor residual,
+                                        OptionalTensor post_weight, OptionalTensor scale,
+                                        OptionalTensor norm_weight, OptionalTensor factor,
+                                        double eps, bool gated) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be [T, D] and weight [N, D]");
+  const int64_t tokens = x.size(0), width = x.size(1), rows = weight.size(0) / (gated ? 2 : 1);
+  const bool normed = residual || norm_weight;
+  STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens && width % 8 == 0 &&
+                      weight.size(0) % (gated ? 16 : 8) == 0,
+                  "there are kernels for at most ", gemma4::kMostSmallTokens,
+                  " tokens and widths that are multiples of 8, got ", text(shape_of(x)), " and ",
+                  text(shape_of(weight)));
+  STD_TORCH_CHECK(!normed || (width <= gemma4::kMostNormedWidth &&
+                              tokens * width <= gemma4::kMostNormedElements),
+                  "there are kernels that norm up to ", gemma4::kMostNormedWidth, " columns and ",
+                  gemma4::kMostNormedElements, " elements, got ", text(shape_of(x)));
+  STD_TORCH_CHECK(!residual == !post_weight, "residual and post_weight must come together or not");
+  STD_TORCH_CHECK(!scale || residual, "scale must not come without a residual");
+  STD_TORCH_CHECK(!(gated && factor), "a gated product must not have a factor");
+  call.expect("weight", weight, {weight.size(0), width});
+  // A copy would be as large as the layer.
+  STD_TORCH_CHECK(weight.is_contiguous() && is_aligned(weight),
+                  "weight must be contiguous and begin on a multiple of 16 bytes");
+  const auto row = [&](const char* name, const OptionalTensor& t, int64_t size) -> const void* {
+    if (!t) return nullptr;
+    call.expect(name, *t, {size});
+    return call.in(name, call.keep(aligned(*t)));
+  };
+  const auto rows_of = [&](const char* name, const OptionalTensor& t, int64_t size,
+                           int64_t& stride) -> const void* {
+    if (!t) return nullptr;
+    call.expect(name, *t, {tokens, size});
+    const Tensor& held = call.keep(aligned(*t));
+    stride = held.stride(0);
+    return call.in(name, held);
+  };
+  gemma4::LinearSmallParams p{};
+  p.x = rows_of("x", x, width, p.x_stride);
+  p.weight = call.in("weight", weight);
+  p.residual = rows_of("residual", residual, width, p.residual_stride);
+  p.post_weight = row("post_weight", post_weight, width);
+  p.scale = row("scale", scale, 1);
+  p.norm_weight = row("norm_weight", norm_weight, width);
+  p.factor = rows_of("factor", factor, rows, p.factor_stride);
+  Tensor y = call.empty({tokens, rows});
+  Tensor new_residual = call.empty(residual ? Shape{tokens, width} : Shape{0});
+  p.y = call.out("y", y);
+  p.new_residual = residual ? call.out("new_residual", new_residual) : nullptr;
+  p.tokens = as_int("x", tokens);
+  p.width = as_int("x", width);
+  p.rows = as_int("weight", rows);
+  p.eps = static_cast<float>(eps);
+  p.gated = gated;
+  gemma4::linear_small(p, call.dtype(), call.device());
+  return {y, new_residual};
+}
 
 Tensor geglu(Tensor gate_up) {
   Call call(gate_up);
@@ -60,6 +120,7 @@ Tensor softcap_argmax(Tensor logits, double cap) {
 }  // namespace
 
 void register_linear(Library& m) {
+  m.impl("linear_small", TORCH_BOX(&linear_small));
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("softcap", TORCH_BOX(&softcap));
   m.impl("softcap_argmax", TORCH_BOX(&softcap_argmax));

@@ -13,6 +13,7 @@ sentence names the argument, what it must be and what came.
 """
 
 from .attention import attention_decode, attention_prefill
+from .linear import linear_small
 from .logits import softcap, softcap_argmax
 from .mlp import geglu
 from .moe import moe_experts, moe_norm, moe_route
@@ -25,6 +26,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "geglu",
+    "linear_small",
     "moe_experts",
     "moe_norm",
     "moe_route",

@@ -13,6 +13,7 @@ heads, G KV heads, C head channels, F feed-forward width, E experts, K experts p
 width, L layers.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -70,11 +71,22 @@ class Attention(nn.Module):
 
     def packed(self, y_TD: Tensor, plan: PackedPlan, tail: Tail | None = None) -> Tensor:
         """tail: keys are made for all tokens, and attended to by the last columns alone."""
-        q, k, v = self._project(y_TD, plan)
+        out_THC = self.attend(self._project(y_TD, plan), y_TD.dtype, plan, tail)
+        return plan.call(self.o_proj, nn.Linear, out_THC.flatten(1))
+
+    def attend(
+        self,
+        parts: tuple[Tensor, Tensor | None, Tensor | None],
+        dtype: torch.dtype,
+        plan: PackedPlan,
+        tail: Tail | None = None,
+    ) -> Tensor:
+        """What is between the projections, of an input of this dtype, and `o_proj`: [T, H, C]."""
+        q, k, v = parts
         if plan.rotation is None and self._norms_are_plain(plan):
             q, keys = self._norm_and_rotate(q, k, v, plan)
         else:
-            q, keys = self._call_norms(q, k, v, plan, y_TD.dtype)
+            q, keys = self._call_norms(q, k, v, plan, dtype)
         if self.shares_kv:
             # A recomputing checkpoint must not replace what later layers were given.
             plan.keys.setdefault(self.layer_idx, keys)
@@ -82,25 +94,28 @@ class Attention(nn.Module):
         if tail is not None:
             layout, chosen = tail
             q = q[chosen]
-        out_THC = keys.attend(q, layout, self.causal, self.window, self.window_right)
-        return plan.call(self.o_proj, nn.Linear, out_THC.flatten(1))
+        return keys.attend(q, layout, self.causal, self.window, self.window_right)
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """Of q, k and v: no v where k gives it, q alone where keys are borrowed."""
+        if self.owner != self.layer_idx:
+            return [self.q_proj]
+        return [self.q_proj, self.k_proj] + ([] if self.v_proj is None else [self.v_proj])
 
     def _project(
         self, y_TD: Tensor, plan: PackedPlan
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """q [T, H, C], k and v [T, G, C]; no v where k gives it, no k where keys are borrowed."""
-        if self.owner != self.layer_idx:
-            return self._heads(plan.call(self.q_proj, nn.Linear, y_TD)), None, None
-        linears = [self.q_proj, self.k_proj]
-        if self.v_proj is not None:
-            linears.append(self.v_proj)
-        one = plan.joined(*linears)
-        if one is None:
-            parts = [self._heads(plan.call(part, nn.Linear, y_TD)) for part in linears]
-        else:
-            heads = self._heads(F.linear(y_TD, *one))
-            parts = heads.split([part.out_features // self.head_dim for part in linears], 1)
-        return parts[0], parts[1], parts[2] if len(parts) == 3 else None
+        """q [T, H, C], k and v [T, G, C], what there is of them."""
+        one = plan.joined(*self.linears) if len(self.linears) > 1 else None
+        if one is not None:
+            return self.split(F.linear(y_TD, *one))
+        return _three([self._heads(plan.call(part, nn.Linear, y_TD)) for part in self.linears])
+
+    def split(self, qkv_TN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The joined product's parts, as heads."""
+        sizes = [part.out_features // self.head_dim for part in self.linears]
+        return _three(self._heads(qkv_TN).split(sizes, 1))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.head_dim))
@@ -140,6 +155,12 @@ class Attention(nn.Module):
         v = plan.call(self.v_norm, UnscaledRMSNorm, k if v is None else v)
         k = rotated(plan.call(self.k_norm, RMSNorm, k), cos, sin).to(made)
         return q, plan.store(self.layer_idx, k, v)
+
+
+def _three(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    q, k, v, *_ = [*parts, None, None]
+    assert q is not None
+    return q, k, v
 
 
 class MLP(nn.Module):
@@ -326,7 +347,7 @@ class DecoderLayer(nn.Module):
         else:
             branch_TD = plan.layout.call(self.mlp, y_TD)
         if self.has_experts:
-            branch_TD = self._with_experts(x_TD, branch_TD, plan)
+            branch_TD = self.with_experts(x_TD, branch_TD, plan)
         closing = self.post_feedforward_layernorm
         if self.ple_width:
             x_TD, _ = self._close(branch_TD, x_TD, closing, plan)
@@ -356,7 +377,7 @@ class DecoderLayer(nn.Module):
             branch_TD, x_TD, post_norm.weight, next_weight, scale, post_norm.eps
         )
 
-    def _with_experts(self, x_TD: Tensor, dense_TD: Tensor, plan: PackedPlan) -> Tensor:
+    def with_experts(self, x_TD: Tensor, dense_TD: Tensor, plan: PackedPlan) -> Tensor:
         """norm_1(dense) + norm_2(experts); the router reads the raw residual."""
         norm = self.pre_feedforward_layernorm_2
         if (

@@ -24,6 +24,7 @@ from gemma4_kernels.fusion import is_plain, why_not_fused
 from .cache import Cache
 from .checkpoint import Pretrained, save_pretrained
 from .config import Gemma4TextConfig
+from .decode_layer import Residual, fits, step
 from .generate import GenerationConfig, generate
 from .layers import DecoderLayer, Tail
 from .layout import Layout, make_layout
@@ -555,6 +556,8 @@ class Gemma4TextModel(Pretrained):
             token_part = None if per_layer_inputs is None else layout.pack(per_layer_inputs)
             ple_TLP = self._ple(ids_T, x_TD, token_part, plan)
         self._set_rotation(plan, x_TD)
+        if isinstance(plan, DecodePlan) and not output_hidden_states:
+            return self._decode(x_TD, ple_TLP, plan), None
         # The last layer that makes keys: after it, nothing reads the states of dropped columns.
         last_owner = len(layers) - self.config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
@@ -587,6 +590,23 @@ class Gemma4TextModel(Pretrained):
         if states is None:
             return y_TD, None
         return y_TD, (*states, plan.layout.unpack(y_TD))
+
+    def _decode(self, x_TD: Tensor, ple_TLP: Tensor | None, plan: DecodePlan) -> Tensor:
+        """Normed states [T, D]; each layer in the fewest launches, if nobody looks inside."""
+        residual = Residual(x_TD)
+        for index, layer in enumerate(self.layers):
+            ple = None if ple_TLP is None else (ple_TLP, index)
+            if isinstance(layer, DecoderLayer) and fits(layer, plan, x_TD):
+                residual = step(layer, residual, ple, plan)
+            else:
+                x_TD, _ = residual.closed()
+                x_TD, _ = self._layer(index, x_TD, None, ple_TLP, plan, None, None)
+                residual = Residual(x_TD)
+        if plan.plain(self.norm, RMSNorm):
+            x_TD, y_TD = residual.closed(self.norm)
+        else:
+            x_TD, y_TD = residual.closed()
+        return plan.call(self.norm, RMSNorm, x_TD) if y_TD is None else y_TD
 
     def _layer(
         self,

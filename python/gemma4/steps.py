@@ -277,6 +277,7 @@ class DecodePlan(PackedPlan):
         self.rows = torch.arange(rows, device=device)
         self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
         self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
+        self.fitting: dict[int, bool] = {}  # of decode_layer.py
         self._plain: dict[int, bool] = {}
         self._whole: dict[int, bool] = {}
         self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}

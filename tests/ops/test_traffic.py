@@ -220,6 +220,49 @@ def test_moe_experts_padding_work(counted):
     assert counted.counts().mma == 3 * 160 * 128 * 64 // (16 * 8 * 16)
 
 
+LINEARS = {  # tokens, columns, what comes with them: of each model's linear layers in a step
+    "E2B q, k, v": (1, 1536, {"residual", "norm_weight"}),
+    "E2B down": (1, 12288, set()),
+    "E4B o": (1, 4096, set()),
+    "E4B gate and up": (4, 2560, {"residual", "norm_weight", "gated"}),
+    "E4B PLE gate": (1, 2560, {"residual", "factor"}),
+    "E4B PLE projection": (8, 256, set()),
+    "12B o": (1, 8192, set()),
+    "12B down": (2, 15360, set()),
+    "26B dense down": (16, 2112, set()),
+    "26B gate and up": (14, 2816, {"residual", "norm_weight", "gated"}),
+    "31B q, k, v": (7, 5376, {"residual", "norm_weight"}),
+    "31B down": (1, 21504, set()),
+}
+
+
+@pytest.mark.parametrize("case", LINEARS)
+def test_linear_small_work(counted, case):
+    """Weights are read once, in whole sectors; no product too many, no bank twice."""
+    (tokens, width, parts), backend = LINEARS[case], emulated_backend()
+    gated, rows = "gated" in parts, 48
+    made = {
+        "residual": backend.randn(tokens, width, dtype=BF16),
+        "norm_weight": backend.weight(width, dtype=BF16),
+        "factor": backend.randn(tokens, rows, dtype=BF16),
+    }
+    options = {name: x for name, x in made.items() if name in parts}
+    if "residual" in parts:
+        options["post_weight"] = backend.weight(width, dtype=BF16)
+    x = backend.randn(tokens, width, dtype=BF16)
+    weight = backend.randn(2 * rows if gated else rows, width, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.linear_small(x, weight, gated=gated, **options)
+    counts = counted.counts()
+    (read,) = [b for b in counts.buffers if b.name == "weight"]
+    assert counts.launches == 1
+    assert read.read_bytes == weight.nbytes == 32 * read.sectors_touched
+    batches = -(-width // 1024)  # of 8 warps, which take two lines of 64 columns each
+    assert counts.mma == weight.shape[0] // 8 * batches * 1024 // 16
+    # Eight rows of y, and of the factor, are half a sector.
+    check_sites(counts, exempt=("y", "factor", "scale"))
+
+
 PLANS = {  # head_dim, rows, KB of shared memory, Hopper: rows, keys and column warps of the tile
     (64, 1000, 99, False): (64, 64, 1),
     (128, 1000, 64, False): (64, 64, 1),

@@ -97,6 +97,24 @@ def geglu(gate_up, dtype=None):
     return _round(_round(gelu_tanh(gate), dtype) * up, dtype)
 
 
+@_formula
+def linear_small(
+    x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated, dtype=None, wide=None
+):
+    a = new_residual = x
+    if residual is not None:
+        a, _ = add_rms_norm(x, residual, post_weight, None, scale, eps, dtype, wide)
+        new_residual = a
+    if norm_weight is not None:
+        a = rms_norm(a, norm_weight, eps, wide or dtype)
+    y = _round(_round(a, dtype) @ weight.T, dtype)
+    if gated:
+        y = geglu(y, dtype)
+    elif factor is not None:
+        y = _round(_round(gelu_tanh(y), dtype) * factor, dtype)
+    return y, new_residual
+
+
 def sees(query: int, key: int, causal: bool, window: int, window_right: int) -> bool:
     """Whether the query at position `query` sees the key at position `key`."""
     if causal and key > query:

@@ -1,0 +1,215 @@
+// y = a Wᵀ for up to 16 tokens, every weight read once.
+//
+// a is x; or, where a branch closes and the next one opens, r = (residual + rms_norm(x)
+// post_weight) scale, which is stored, and a = rms_norm(r) norm_weight, each half of it if wanted.
+// y is the product; or gelu_tanh(gate) up of the two halves of its rows; or gelu_tanh(product)
+// factor.
+//
+// A block owns tiles of kSets x 8 rows of W (gated: 8 gate rows and their 8 up rows), every
+// gridDim-th of them: 16 rows where there are enough for all multiprocessors, 8 so that 256 rows
+// still make 32 blocks. Its warps take turns along the columns, a line of 128 bytes of each row at
+// a time, and add up through shared memory in the order of the warps. Rows of W are the 8-column
+// side of mma.sync and tokens its 16 rows: a token's bits depend neither on the others, nor on
+// their number, nor on the tile.
+//
+// kSets x 4 loads of 16 bytes are on their way in each lane at any time, from before the
+// norms to the last tile: a place is asked for anew as soon as it is used. Every block makes all of
+// a for itself: its rows come from L2 while the first weights come from DRAM, and a launch is
+// saved.
+//
+// Shared memory: sizeof(LinearSmallSmem) and, where a is not x, a itself. Bound: the weights, from
+// DRAM.
+#pragma once
+
+#include "../common/math.cuh"
+#include "../common/reduce.cuh"
+#include "../common/stream.cuh"
+#include "../common/tile.cuh"
+#include "../common/vec.cuh"
+#include "ops.h"
+
+namespace gemma4 {
+
+constexpr int kLinearWarps = 8, kLinearThreads = kLinearWarps * 32;
+constexpr int kLinearLines = 2;  // of 64 columns, on their way
+// 16 bytes each that a thread holds of a row it norms.
+constexpr int kNormVectors = 3;
+
+template <int kSets>
+struct LinearSmallSmem {
+  float4 partial[2][kSets][kLinearWarps][32];
+  BlockSum sum;
+};
+
+template <class T>
+DEVICE float gated(float gate, float other) {
+  return saturate<T>(gelu_tanh(gate) * other);
+}
+
+// Makes a, all of it; the first block stores r.
+template <class T>
+DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
+  const auto column = [](int i) -> int { return (i * kLinearThreads + threadIdx.x) * 8; };
+  const float scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  int turn = 0;
+  const auto inverse_rms = [&](const Vec<T, 8>(&row)[kNormVectors]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kNormVectors; i++) sum += sum_of_squares<8>(row[i]);
+    return 1.0f / sqrtf(block_sum(sum, smem, turn++) / p.width + p.eps);
+  };
+  const auto load_row = [&](Vec<T, 8>(&row)[kNormVectors], const void* from, int64_t offset) {
+#pragma unroll
+    for (int i = 0; i < kNormVectors; i++)
+      if (column(i) < p.width) row[i] = load<8>(static_cast<const T*>(from) + offset + column(i));
+  };
+
+  for (int token = 0; token < p.tokens; token++) {
+    Vec<T, 8> r[kNormVectors] = {};
+    if (p.residual) {
+      Vec<T, 8> x[kNormVectors] = {}, post_weight[kNormVectors] = {};
+      load_row(x, p.x, token * p.x_stride);
+      load_row(r, p.residual, token * p.residual_stride);
+      load_row(post_weight, p.post_weight, 0);
+      const float inv_rms = inverse_rms(x);
+#pragma unroll
+      for (int i = 0; i < kNormVectors; i++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          r[i].set(j, (r[i][j] + x[i][j] * inv_rms * post_weight[i][j]) * scale);
+        if (blockIdx.x == 0 && column(i) < p.width)
+          store(static_cast<T*>(p.new_residual) + int64_t{token} * p.width + column(i), r[i]);
+      }
+    } else {
+      load_row(r, p.x, token * p.x_stride);
+    }
+    Vec<T, 8> norm_weight[kNormVectors] = {};
+    if (p.norm_weight) load_row(norm_weight, p.norm_weight, 0);
+    const float inv_rms = p.norm_weight ? inverse_rms(r) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kNormVectors; i++) {
+      if (column(i) >= p.width) continue;
+      if (p.norm_weight)
+#pragma unroll
+        for (int j = 0; j < 8; j++) r[i].set(j, r[i][j] * inv_rms * norm_weight[i][j]);
+      store(a + token * p.a_stride + column(i), r[i]);
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, bool kOpens, int kSets, bool kGated>
+__global__ void __launch_bounds__(kLinearThreads, 2)
+    linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
+  static_assert(!kGated || kSets == 2);
+  constexpr int kRows = kGated ? 8 : 8 * kSets;  // of y, of a tile
+  auto& smem = shared_memory<LinearSmallSmem<kSets>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tiles = p.rows / kRows;
+  const int64_t next_set = int64_t{kGated ? p.rows : 8} * p.width;
+
+  // A warp's lines of 64 columns; of each half of one a lane takes 8.
+  const int lines = (p.width + kLinearWarps * 64 - 1) / (kLinearWarps * 64);
+  const auto column = [&](int line, int half) {
+    return (line * kLinearWarps + warp) * 64 + half * 32 + lane % 4 * 8;
+  };
+
+  // Where in the weights the next loads are.
+  int ahead = blockIdx.x, first = 0;
+  const T* row = static_cast<const T*>(p.weight) + int64_t{ahead * kRows + lane / 4} * p.width;
+  uint4 weight[2 * kLinearLines][kSets];
+  const auto ask = [&](int i) {
+    const int from = column(first + i / 2, i % 2);
+#pragma unroll
+    for (int set = 0; set < kSets; set++)
+      weight[i][set] = load_once_if(ahead < tiles && from < p.width, row + set * next_set + from);
+  };
+  const auto advance = [&] {
+    first += kLinearLines;
+    if (first < lines) return;
+    first = 0;
+    ahead += gridDim.x;
+    row += int64_t{kRows} * gridDim.x * p.width;
+  };
+#pragma unroll
+  for (int i = 0; i < 2 * kLinearLines; i++) ask(i);
+  advance();
+
+  const T* a = static_cast<const T*>(p.x);
+  int64_t stride = p.x_stride;
+  if constexpr (kOpens) {
+    T* made = reinterpret_cast<T*>(&smem + 1);
+    open_branch(p, made, smem.sum);
+    a = made, stride = p.a_stride;
+  }
+  const auto token = [&](int i, int from) {
+    const bool exists = i < p.tokens && from < p.width;
+    if constexpr (kOpens)
+      return exists ? load_shared(reinterpret_cast<const uint4*>(a + i * stride + from))
+                    : uint4{0, 0, 0, 0};
+    else
+      return load_if(exists, a + i * stride + from);
+  };
+
+  for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn++) {
+    float sum[kSets][4] = {};
+    for (int line = 0; line < lines; line += kLinearLines) {
+#pragma unroll
+      for (int i = 0; i < 2 * kLinearLines; i++) {
+        const int from = column(line + i / 2, i % 2);
+        const uint4 low = token(lane / 4, from), high = token(8 + lane / 4, from);
+#pragma unroll
+        for (int set = 0; set < kSets; set++) multiply<T>(sum[set], low, high, weight[i][set]);
+        ask(i);
+      }
+      advance();
+    }
+
+    // Two of them: while one warp still adds, the others may already fill the other.
+    auto& partial = smem.partial[turn % 2];
+#pragma unroll
+    for (int set = 0; set < kSets; set++)
+      store_shared(&partial[set][warp][lane], {sum[set][0], sum[set][1], sum[set][2], sum[set][3]});
+    __syncthreads();
+    if (warp != turn % kLinearWarps) continue;
+    float4 total[kSets] = {};
+#pragma unroll
+    for (int set = 0; set < kSets; set++)
+#pragma unroll
+      for (int w = 0; w < kLinearWarps; w++) {
+        const float4 part = load_shared(&partial[set][w][lane]);
+        total[set].x += part.x, total[set].y += part.y;
+        total[set].z += part.z, total[set].w += part.w;
+      }
+    const auto write = [&](int t, int r, float low, float high) {
+      if (t < p.tokens)
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + int64_t{t} * p.rows + r) =
+            pack_pair<T>(low, high);
+    };
+    const int t = lane / 4, r = tile * kRows + lane % 4 * 2;
+    if constexpr (kGated) {
+      const float4 gate = total[0], up = total[1];
+      write(t, r, gated<T>(gate.x, up.x), gated<T>(gate.y, up.y));
+      write(t + 8, r, gated<T>(gate.z, up.z), gated<T>(gate.w, up.w));
+    } else {
+#pragma unroll
+      for (int set = 0; set < kSets; set++) {
+        float4 y = total[set];
+        if (p.factor) {
+          const auto factor = [&](int token, int row) {
+            return token < p.tokens
+                       ? to_float(static_cast<const T*>(p.factor)[token * p.factor_stride + row])
+                       : 0.0f;
+          };
+          y = {gated<T>(y.x, factor(t, r + set * 8)), gated<T>(y.y, factor(t, r + set * 8 + 1)),
+               gated<T>(y.z, factor(t + 8, r + set * 8)),
+               gated<T>(y.w, factor(t + 8, r + set * 8 + 1))};
+        }
+        write(t, r + set * 8, y.x, y.y);
+        write(t + 8, r + set * 8, y.z, y.w);
+      }
+    }
+  }
+}
+
+}  // namespace gemma4

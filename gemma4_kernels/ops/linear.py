@@ -1,0 +1,113 @@
+"""Linear layers of few tokens, with what stands before and behind them in a layer."""
+
+import torch
+from torch import Tensor
+
+from .. import opset
+from ..autocast import cast, product_dtype
+from ..opset import HALF, Op, new
+from ..reference import linear as reference
+
+# Of a kernel: tokens; columns of a row that it norms, and elements of all of them.
+MOST_TOKENS, MOST_NORMED_WIDTH, MOST_NORMED_ELEMENTS = 16, 6144, 40960
+
+
+def _unserved(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    factor: Tensor | None,
+    gated: bool,
+) -> str | None:
+    if x.ndim != 2 or weight.ndim != 2:
+        return f"it is for x [T, D] and weight [N, D], got {list(x.shape)}, {list(weight.shape)}"
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens > MOST_TOKENS:
+        return f"it is for at most {MOST_TOKENS} tokens, got {tokens}"
+    if width % 8 or rows % (16 if gated else 8):
+        return f"it is for widths that are multiples of 8, got {list(weight.shape)}"
+    if any(t is not None and t.dtype != x.dtype for t in (weight, post_weight, norm_weight)):
+        return f"it is for weights in the dtype of x, {x.dtype}"
+    if any(t is not None and t.dtype != x.dtype for t in (residual, scale, factor)):
+        return f"it is for a residual, scale and factor in the dtype of x, {x.dtype}"
+    normed = residual is not None or norm_weight is not None
+    if normed and (width > MOST_NORMED_WIDTH or tokens * width > MOST_NORMED_ELEMENTS):
+        return (
+            f"its norms are for at most {MOST_NORMED_WIDTH} columns and "
+            f"{MOST_NORMED_ELEMENTS} elements, got {list(x.shape)}"
+        )
+    if not weight.is_contiguous() or weight.storage_offset() % 8:
+        return "weight is not contiguous, or does not begin on a multiple of 16 bytes"
+    return None
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, residual: Tensor | None, gated: bool
+) -> tuple[Tensor, Tensor]:
+    y = new(x, x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+    if residual is None:
+        return y, new(x, 0)
+    return y, new(x, *x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+_linear_small = Op(
+    "linear_small(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, Tensor? scale,"
+    " Tensor? norm_weight, Tensor? factor, float eps, bool gated) -> (Tensor, Tensor)",
+    reference.linear_small,
+    check=reference.check_linear_small,
+    outputs=_outputs,
+    dtypes=HALF,
+    beside=("residual", "post_weight", "scale", "norm_weight"),
+    unserved=_unserved,
+)
+
+
+def linear_small(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    post_weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    factor: Tensor | None = None,
+    gated: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    """A linear layer of up to 16 tokens, with the norms before it and the gate behind it.
+
+    a = x; with a residual, new_residual = (residual + rms_norm(x, post_weight)) scale and a = that;
+    with norm_weight, a = rms_norm(a, norm_weight). y = a weightᵀ; gated, geglu(y) of its two
+    halves; with a factor, gelu(y, approximate="tanh") · factor.
+
+    x, residual [T, D]; weight [N, D], gated with the N / 2 gate rows first; post_weight, which
+    comes with a residual, and norm_weight [D]; scale [1]; factor [T, N]; eps as in `rms_norm`. x,
+    weight and factor have one floating dtype, and under autocast are cast to its dtype; the others
+    may be of any.
+    Returns y [T, N or N / 2] in the dtype of weight, and new_residual [T, D] in the one that x and
+    residual promote to, or None. A kernel reads every weight once, and a token's bits do not depend
+    on the others. Products with a gate or factor are held within ±65504 in fp16, as in `geglu`.
+    """
+    dtype = product_dtype(x)
+    if dtype is not None:
+        x, weight = cast(dtype, x, weight)
+        if factor is not None:
+            (factor,) = cast(dtype, factor)
+    args = (x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated)
+    y, new_residual = _linear_small(*args)
+    return y, None if residual is None else new_residual
+
+
+def linear_small_pays(x: Tensor, weight: Tensor, norm_weight: Tensor | None, gated: bool) -> bool:
+    """Whether such a call is no slower than its parts: it has a kernel, or they would have none.
+
+    x, weight, norm_weight (with or without a residual) and gated as in `linear_small`.
+    """
+    args = (x, weight, None, None, None, norm_weight, None, 0.0, gated)
+    kernels, name = opset.kernels, _linear_small.name
+    if name in kernels.names and kernels.covers(x.device):
+        return name not in kernels.failed(x.device) and _linear_small.why_eager(args) is None
+    return _unserved(*args[:7], gated) is None

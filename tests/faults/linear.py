@@ -1,0 +1,48 @@
+KERNEL, LAUNCHER = "linear/linear_small.cuh", "linear/linear_small.cu"
+FAULTS = {
+    "linear_small": {
+        "test_linear_small[emulated-9 tokens-bfloat16]": [
+            (KERNEL, "post_weight[i][j]) * scale)", "post_weight[i][j]))"),
+            (KERNEL, "r[i][j] * inv_rms * norm_weight[i][j]", "r[i][j] * inv_rms"),
+            (KERNEL, "token(8 + lane / 4, from)", "token(lane / 4, from)"),
+            (KERNEL, "block_sum(sum, smem, turn++)", "block_sum(sum, smem, 0)"),
+            (KERNEL, "  __syncthreads();\n}", "}"),
+            (KERNEL, "i < p.tokens && from", "from"),
+        ],
+        "test_linear_small[emulated-no whole line-bfloat16]": [
+            (KERNEL, "i < p.tokens && from < p.width", "i < p.tokens"),
+            (KERNEL, "ahead < tiles && from < p.width", "ahead < tiles"),
+            (KERNEL, "blockIdx.x == 0 && column(i) < p.width", "blockIdx.x == 0"),
+        ],
+        "test_linear_small[emulated-several batches-bfloat16]": [
+            (KERNEL, "    if (first < lines) return;\n", ""),
+        ],
+        "test_linear_small[emulated-several batches of several tiles-bfloat16]": [
+            (KERNEL, "    first = 0;\n", ""),
+        ],
+        "test_linear_small[emulated-more tiles than blocks-bfloat16]": [
+            (KERNEL, "int64_t{kRows} * gridDim.x * p.width", "int64_t{kRows} * p.width"),
+            (KERNEL, "smem.partial[turn % 2]", "smem.partial[0]"),
+            (KERNEL, "    __syncthreads();\n    if (warp", "    if (warp"),
+            (LAUNCHER, "p.rows % 16 == 0 && ", ""),
+        ],
+        "test_linear_small[emulated-gated-bfloat16]": [
+            (KERNEL, "kGated ? p.rows : 8", "8"),
+        ],
+        "test_linear_small[emulated-gated, more tiles than blocks-bfloat16]": [
+            (KERNEL, "gated<T>(gate.z, up.z)", "gated<T>(gate.z, up.x)"),
+        ],
+        "test_linear_small[emulated-factor-bfloat16]": [
+            (KERNEL, "token * p.factor_stride + row", "token * p.rows + row + 1"),
+        ],
+        "test_fp16_saturates[emulated]": [
+            (KERNEL, "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
+        ],
+        "test_traffic.py::test_linear_small_work[31B q, k, v]": [
+            (LAUNCHER, "round_up(p.width, 64) + 32", "round_up(p.width, 64)"),
+        ],
+        "test_traffic.py::test_linear_small_work[12B down]": [
+            (KERNEL, "half * 32 + lane % 4 * 8", "half * 8 + lane % 4 * 16"),
+        ],
+    },
+}
