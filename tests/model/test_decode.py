@@ -10,7 +10,6 @@ from support.marks import needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.model
-import gemma4.model
 import gemma4.modules
 import gemma4.steps
 from gemma4.cache import Cache
