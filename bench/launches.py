@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import emulated
+import paths  # noqa: F401
 import torch
 from limits import RELEASED
+from support import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.decode
-import gemma4.model
+import gemma4.decode_layers
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from gemma4.layers import DecoderLayer
 
@@ -103,7 +104,7 @@ def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
 
     with (
         mock.patch.object(DecoderLayer, "packed", counted(DecoderLayer.packed)),
-        mock.patch.object(gemma4.model, "step", counted(gemma4.model.step)),
+        mock.patch.object(gemma4.decode_layers, "step", counted(gemma4.decode_layers.step)),
         mock.patch.object(gemma4.decode.Decoder, "__call__", call),
         emulated.one_schedule(),
         contextlib.suppress(_EnoughError),

@@ -1,6 +1,6 @@
-"""The shape of a Gemma 4 text model, with every field checked; config_file.py reads its spellings.
+"""The shape of a Gemma 4 text model, with every field checked.
 
-The checks and the table of released sizes take this file past 400 lines.
+config_file.py reads its spellings, presets.py has the released sizes.
 """
 
 import warnings
@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from .config_file import FULL, SLIDING, read_fields
 from .files import Json, finish, read_json, replacing, short, write_json
+from .presets import RELEASED
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Beyond any model, and small enough that a module tree of such sizes is made in no time on meta.
@@ -285,9 +286,9 @@ class Gemma4TextConfig:
     @classmethod
     def preset(cls, name: str) -> "Gemma4TextConfig":
         """The released sizes: "E2B", "E4B", "12B", "26B-A4B", "31B"."""
-        if name not in _PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
-        return cls(**_PRESETS[name])
+        if name not in RELEASED:
+            raise ValueError(f"preset must be one of {', '.join(RELEASED)}, got {name!r}")
+        return cls(**RELEASED[name])
 
 
 def _check_integer(name: str, value: object, least: int, most: int = MOST_SIZE) -> None:
@@ -348,73 +349,3 @@ def _checked_rope_entry(kind: str, entry: object) -> Json:
                     f"{name}.{key} must be 1 or absent where rope_type is default, got {entry[key]}"
                 )
     return entry
-
-
-def _pattern(sliding: int, repeats: int) -> list[str]:
-    return ([SLIDING] * sliding + [FULL]) * repeats
-
-
-_E = dict(final_logit_softcapping=30.0, num_attention_heads=8)
-_LARGE = dict(
-    final_logit_softcapping=30.0,
-    attention_k_eq_v=True,
-    hidden_size_per_layer_input=0,
-    sliding_window=1024,
-    max_position_embeddings=262_144,
-    use_bidirectional_attention="vision",
-)
-_PRESETS: dict[str, Json] = {
-    "E2B": dict(
-        **_E,
-        hidden_size=1536,
-        intermediate_size=6144,
-        num_hidden_layers=35,
-        num_key_value_heads=1,
-        num_kv_shared_layers=20,
-        use_double_wide_mlp=True,
-        layer_types=_pattern(4, 7),
-    ),
-    "E4B": dict(
-        **_E,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=42,
-        num_key_value_heads=2,
-        num_kv_shared_layers=18,
-        layer_types=_pattern(5, 7),
-    ),
-    "12B": dict(
-        **_LARGE,
-        hidden_size=3840,
-        intermediate_size=15360,
-        num_hidden_layers=48,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_global_key_value_heads=1,
-        layer_types=_pattern(5, 8),
-    ),
-    "26B-A4B": dict(
-        **_LARGE,
-        hidden_size=2816,
-        intermediate_size=2112,
-        num_hidden_layers=30,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_global_key_value_heads=2,
-        layer_types=_pattern(5, 5),
-        enable_moe_block=True,
-        num_experts=128,
-        top_k_experts=8,
-        moe_intermediate_size=704,
-    ),
-    "31B": dict(
-        **_LARGE,
-        hidden_size=5376,
-        intermediate_size=21504,
-        num_hidden_layers=60,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        num_global_key_value_heads=4,
-        layer_types=_pattern(5, 10),
-    ),
-}

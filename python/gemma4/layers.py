@@ -405,3 +405,18 @@ class DecoderLayer(nn.Module):
         if plan.plain(self.act_fn, GELUTanh):
             return ops.ple_gate(gate_TP, ple_TLP, index)
         return plan.layout.call(self.act_fn, gate_TP) * ple_TLP[:, index]
+
+
+def call_layer(
+    layer: nn.Module,
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    ple: tuple[Tensor, int] | None,
+    plan: PackedPlan,
+    next_norm: nn.Module | None = None,
+    tail: Tail | None = None,
+) -> tuple[Tensor, None]:
+    """The same of a layer that is not plain: it is called, and takes and returns x alone."""
+    layout = plan.layout
+    inputs = None if ple is None else layout.unpack(ple[0][:, ple[1]])
+    return layout.pack(layer(layout.unpack(x_TD), inputs, plan=plan)), None

@@ -1,52 +1,49 @@
 """The Gemma 4 text model, from the outside in: causal LM and stack; layers.py holds the layers.
 
 Everything between the embedding and the head works on packed tokens (see layout.py), by the plan of
-one forward (see steps.py). Longer than 400 lines for what programs around a model ask of it.
+one forward (see steps.py). base.py holds what programs around a model ask of it.
 
-Shape letters: B rows, S columns of the padded batch, T packed tokens, D model width, H query
-heads, G KV heads, C head channels, P PLE width, L layers, V vocabulary.
+Shape letters: B rows, N columns of the padded batch, T packed tokens, D model width, C head
+channels, P PLE width, L layers, V vocabulary.
 """
 
-import copy
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gemma4_kernels import extension, ops
 from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
 
+from . import decode_layers
+from .base import PreTrainedModel
 from .cache import Cache
-from .checkpoint import Pretrained, save_pretrained
+from .checkpoint import tied
 from .config import Gemma4TextConfig
-from .decode_layer import Residual, fits, step
 from .generate import GenerationConfig, generate
-from .layers import DecoderLayer, Tail
+from .inputs import checked_shape, restarting
+from .layers import DecoderLayer, call_layer
 from .layout import Layout, make_layout
+from .loss import causal_lm_loss
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
-from .steps import CachePlan, DecodePlan, Keys, PackedPlan
-
-# Tokens whose loss is computed at once: the fp32 copy of their logits is all that exists of it.
-LOSS_TOKENS = 1024
+from .recompute import RunLayer, recomputing
+from .steps import CachePlan, DecodePlan, PackedPlan, refuse_gradient
 
 
-class Gemma4ForCausalLM(Pretrained):
+class Gemma4ForCausalLM(PreTrainedModel):
     """A Gemma 4 text model with its language-model head.
 
     Drop-in for transformers' class of this name: same modules, state-dict names and numbers.
     """
 
     base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs, loss_type = True, "ForCausalLM"  # how Trainer counts labels
-    _no_split_modules = ("DecoderLayer",)
+
+    generate = generate
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
@@ -55,124 +52,31 @@ class Gemma4ForCausalLM(Pretrained):
         self.model = Gemma4TextModel(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size, config)
         self.tie_weights()
-        # A tied head is the embedding: files hold it once, and what writes files from a state dict
-        # refuses two names for one memory.
-        self.register_state_dict_post_hook(_without_tied_head)
-        self.register_load_state_dict_pre_hook(_with_tied_head)
-        self.register_load_state_dict_post_hook(_keep_tied)
+        tied.hold_once(self)
 
-    save_pretrained = save_pretrained
-    generate = generate
+    @property
+    def base_model(self) -> "Gemma4TextModel":
+        return self.model
 
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if the config says so; nothing else does."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _loaded(self, folder: Path) -> None:
+    def loaded(self, folder: Path) -> None:
         self.tie_weights()
         self.generation_config = self.generation_config.updated_from(folder)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.model.compute_dtype
-
-    @property
-    def base_model(self) -> "Gemma4TextModel":
-        return self.model
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        """Keeps what trainers write into a model's card."""
-        tags = [tags] if isinstance(tags, str) else tags
-        self.model_tags = list(dict.fromkeys([*getattr(self, "model_tags", []), *tags]))
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Elements of all parameters; a tied head counts once, as the embedding."""
-        left_out = set()
-        if exclude_embeddings:
-            tables = (m for m in self.modules() if isinstance(m, nn.Embedding))
-            left_out = {id(p) for table in tables for p in table.parameters()}
-        return sum(
-            p.numel()
-            for p in self.parameters()
-            if id(p) not in left_out and (p.requires_grad or not only_trainable)
-        )
 
     def explain(self) -> str:
         """A line a layer: whether fused ops stand in for all its modules, and what keeps them; and
         on a GPU that has kernels, whether they were checked on that card."""
         return self.model.explain()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return self.model.checkpointing is not None
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, object] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Keeps the inputs alone of every n-th layer for the backward, which makes the rest again.
-
-        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is
-        False unless given. Raises ValueError for offload=True: activations stay on the device.
-        """
-        if offload:
-            raise ValueError("offload=True is not served: checkpointed inputs stay on the device")
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
-        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        self.model.checkpointing, self.model.checkpoint_every = options, every_n_layers
-
-    def activation_checkpointing_disable(self) -> None:
-        self.model.checkpointing = None
-
-    # The names of these until transformers 5.23.
-    is_gradient_checkpointing = is_activation_checkpointing
-    gradient_checkpointing_disable = activation_checkpointing_disable
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, object] | None = None,
-        every_n_layers: int = 1,
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Embedding:
-        """Gives the token table, the PLE table and the head `new_num_tokens` rows (as many as now
-        if None), rounded up to a multiple of `pad_to_multiple_of`.
-
-        New rows are the mean of the old ones. Returns the token embedding.
-        """
-        table = self.model.embed_tokens
-        tied = self.lm_head.weight is table.weight
-        rows = self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of).num_embeddings
-        self.lm_head.weight = table.weight if tied else _resized(self.lm_head.weight, rows)
-        self.lm_head.out_features = rows
-        return table
 
     def prepare_inputs_for_generation(
         self,
@@ -231,7 +135,7 @@ class Gemma4ForCausalLM(Pretrained):
         logits_TV = self.logits(layout.pack(hidden), layout)
         loss = None
         if labels is not None:
-            loss = self._loss(logits_TV, labels, layout, num_items_in_batch)
+            loss = causal_lm_loss(logits_TV, labels, layout, num_items_in_batch)
         result = CausalLMOutput(
             loss=loss,
             logits=layout.unpack(logits_TV),
@@ -247,74 +151,11 @@ class Gemma4ForCausalLM(Pretrained):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else ops.softcap(logits, cap)
 
-    def _loss(
-        self, logits_TV: Tensor, labels: Tensor, layout: Layout, count: int | Tensor | None
-    ) -> Tensor:
-        if labels.shape != layout.shape:
-            raise ValueError(
-                f"labels must be {list(layout.shape)}, like the input, got {list(labels.shape)}"
-            )
-        targets = layout.pack(F.pad(labels[:, 1:], (0, 1), value=-100)).to(logits_TV.device)
-        total = logits_TV.new_zeros((), dtype=torch.promote_types(logits_TV.dtype, torch.float32))
-        pairs = zip(logits_TV.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True)
-        for part, target in pairs:
-            # Recomputed in backward: autograd would keep every part's fp32 softmax.
-            total = total + checkpoint(_summed_loss, part, target, use_reentrant=False)
-        if count is None:
-            count = (targets != -100).sum().clamp(min=1)
-        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
-
-# Functions and not methods, so that a copied or pickled model does not drag along the first one.
-def _is_tied(model: Gemma4ForCausalLM) -> bool:
-    head = getattr(model.lm_head, "weight", None)
-    return head is not None and head is getattr(model.model.embed_tokens, "weight", None)
-
-
-def _without_tied_head(
-    model: Gemma4ForCausalLM, state: dict[str, Tensor], prefix: str, _: object
-) -> None:
-    if _is_tied(model):
-        state.pop(f"{prefix}lm_head.weight", None)
-
-
-def _with_tied_head(
-    model: Gemma4ForCausalLM, state: dict[str, Tensor], prefix: str, *_: object
-) -> None:
-    head, table = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    if model.config.tie_word_embeddings and head not in state and table in state:
-        state[head] = state[table]
-
-
-def _keep_tied(model: Gemma4ForCausalLM, _: object) -> None:
-    """load_state_dict(assign=True) makes two parameters of one tensor."""
-    parents = model.lm_head, model.model.embed_tokens
-    head, table = (parent._parameters.get("weight") for parent in parents)
-    if head is None or table is None or head.is_meta:
-        return
-    plain = type(head) is type(table) is nn.Parameter
-    if plain and head.data_ptr() == table.data_ptr():
-        model.lm_head.weight = table
-
-
-def _summed_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
-
-
-def _resized(weight: Tensor, rows: int) -> nn.Parameter:
-    new = weight.new_empty(rows, weight.shape[1])
-    kept = min(rows, weight.shape[0])
-    new[:kept] = weight.detach()[:kept]
-    new[kept:] = weight.detach().float().mean(0).to(weight.dtype)
-    return nn.Parameter(new, requires_grad=weight.requires_grad)
-
-
-class Gemma4TextModel(Pretrained):
+class Gemma4TextModel(PreTrainedModel):
     """The stack without a head."""
 
     embed_tokens: nn.Embedding
-    _no_split_modules = ("DecoderLayer",)
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
@@ -338,26 +179,9 @@ class Gemma4TextModel(Pretrained):
             self.per_layer_model_projection = linear(width, packed, config)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, config.rms_norm_eps)
 
-    save_pretrained = save_pretrained
-
     @property
-    def device(self) -> torch.device:
-        device = next(self.parameters()).device
-        if device.type == "meta":
-            # Offloaded weights are nowhere between calls; accelerate's hook says where they go.
-            hook = getattr(self.embed_tokens, "_hf_hook", None)
-            return torch.device(getattr(hook, "execution_device", None) or device)
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype that projections give now, and that a cache must hold: autocast's, or dtype."""
-        kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+    def base_model(self) -> "Gemma4TextModel":
+        return self
 
     def explain(self) -> str:
         """A line a layer: whether fused ops stand in for all its modules, and what keeps them; and
@@ -370,29 +194,6 @@ class Gemma4TextModel(Pretrained):
         if extension.covers(self.device):
             lines.append(f"kernels on {self.device}: {record.summary(self.device)}")
         return "\n".join(lines)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Embedding:
-        """As in `Gemma4ForCausalLM`, without the head."""
-        rows = self.embed_tokens.num_embeddings if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        tables = [self.embed_tokens]
-        if self.ple_width:
-            tables.append(self.embed_tokens_per_layer)
-            self.config.vocab_size_per_layer_input = rows
-        for table in tables:
-            table.weight = _resized(table.weight, rows)
-            table.num_embeddings = rows
-        self.config.vocab_size = rows
-        return self.embed_tokens
 
     def forward(
         self,
@@ -439,9 +240,9 @@ class Gemma4TextModel(Pretrained):
             plan, cache = cache, cache.cache
             plan.keys = {}
         else:
-            shape = self._checked_shape(input_ids, inputs_embeds, per_layer_inputs)
+            shape = checked_shape(self.config, input_ids, inputs_embeds, per_layer_inputs)
             if cu_seq_lens_q is not None and position_ids is None:
-                position_ids = _restarting(cu_seq_lens_q, shape)
+                position_ids = restarting(cu_seq_lens_q, shape)
             plan, cache = self._plan(shape, attention_mask, position_ids, cache, use_cache)
         stale = isinstance(plan, CachePlan) and plan.stale
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stale):
@@ -456,7 +257,7 @@ class Gemma4TextModel(Pretrained):
             plan.finish()
         hidden = plan.layout.unpack(y_TD)
         if stale and torch.is_grad_enabled():
-            hidden = _NoGradient.apply(hidden, torch.empty(0, requires_grad=True))
+            hidden = refuse_gradient(hidden)
         shortened = 0 < logits_to_keep < plan.layout.shape[1]
         if shortened:
             hidden = hidden[:, -logits_to_keep:]
@@ -496,44 +297,6 @@ class Gemma4TextModel(Pretrained):
         others = self.training or self.config.bidirectional or self.checkpointing is not None
         return self.config.use_cache and not others and not layout.packed
 
-    def _checked_shape(
-        self, input_ids: Tensor | None, embeds: Tensor | None, per_layer_inputs: Tensor | None
-    ) -> tuple[int, int]:
-        config = self.config
-        if (input_ids is None) == (embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            if input_ids.ndim != 2 or input_ids.is_floating_point():
-                raise ValueError(
-                    f"input_ids must be integers [B, S], got {input_ids.dtype} "
-                    f"{list(input_ids.shape)}"
-                )
-            if per_layer_inputs is not None:
-                raise ValueError("per_layer_inputs go with inputs_embeds, not with input_ids")
-            if input_ids.is_cpu and not torch.compiler.is_compiling() and input_ids.numel():
-                low, high = input_ids.aminmax()
-                if low < 0 or high >= config.vocab_size:
-                    bad = int(low if low < 0 else high)
-                    raise ValueError(f"input_ids must lie in 0..{config.vocab_size - 1}, got {bad}")
-            batch, width = input_ids.shape
-            return batch, width
-        assert embeds is not None
-        if embeds.ndim != 3 or embeds.shape[-1] != config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must be [B, S, {config.hidden_size}], got {list(embeds.shape)}"
-            )
-        batch, width, _ = embeds.shape
-        if self.ple_width:
-            want = [batch, width, config.num_hidden_layers, self.ple_width]
-            got = None if per_layer_inputs is None else list(per_layer_inputs.shape)
-            if got != want:
-                raise ValueError(
-                    f"inputs_embeds of a model with PLE need per_layer_inputs {want}, got {got}"
-                )
-        elif per_layer_inputs is not None:
-            raise ValueError("per_layer_inputs given, but this model has no PLE")
-        return batch, width
-
     def _stack(
         self,
         plan: PackedPlan,
@@ -557,11 +320,12 @@ class Gemma4TextModel(Pretrained):
             ple_TLP = self._ple(ids_T, x_TD, token_part, plan)
         self._set_rotation(plan, x_TD)
         if isinstance(plan, DecodePlan) and not output_hidden_states:
-            return self._decode(x_TD, ple_TLP, plan), None
+            return decode_layers.run(self.layers, self.norm, x_TD, ple_TLP, plan), None
         # The last layer that makes keys: after it, nothing reads the states of dropped columns.
         last_owner = len(layers) - self.config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
         states = [layout.unpack(x_TD)] if output_hidden_states else None
+        options = self.checkpointing if torch.is_grad_enabled() else None
         y_TD = None
         if plan.plain(layers[0], DecoderLayer):
             y_TD = plan.call(layers[0].input_layernorm, RMSNorm, x_TD)
@@ -572,17 +336,19 @@ class Gemma4TextModel(Pretrained):
                 following = after.input_layernorm
             cut = tail if index == last_owner else None
             inside = cut is not None and plan.whole(layer, DecoderLayer)
-            x_TD, y_TD = self._layer(
-                index, x_TD, y_TD, ple_TLP, plan, following, cut if inside else None
-            )
+            run: RunLayer = partial(call_layer, layer)
+            if plan.plain(layer, DecoderLayer):
+                run = layer.packed
+            if options is not None and index % self.checkpoint_every == 0:
+                run = recomputing(run, index, self.config.kv_owner(index), options)
+            ple = None if ple_TLP is None else (ple_TLP, index)
+            x_TD, y_TD = run(x_TD, y_TD, ple, plan, following, cut if inside else None)
             if cut is not None:
-                plan.layout, chosen = cut
+                plan.keep(*cut)
+                chosen = cut[1]
                 ple_TLP = None if ple_TLP is None else ple_TLP[chosen]
                 if not inside:
                     x_TD, y_TD = x_TD[chosen], None if y_TD is None else y_TD[chosen]
-                if plan.rotation is not None:
-                    turned = plan.rotation.items()
-                    plan.rotation = {k: (cos[chosen], sin[chosen]) for k, (cos, sin) in turned}
             if states is not None and not last:
                 states.append(plan.layout.unpack(x_TD))
         if y_TD is None:
@@ -590,68 +356,6 @@ class Gemma4TextModel(Pretrained):
         if states is None:
             return y_TD, None
         return y_TD, (*states, plan.layout.unpack(y_TD))
-
-    def _decode(self, x_TD: Tensor, ple_TLP: Tensor | None, plan: DecodePlan) -> Tensor:
-        """Normed states [T, D]; each layer in the fewest launches, if nobody looks inside."""
-        residual = Residual(x_TD)
-        for index, layer in enumerate(self.layers):
-            ple = None if ple_TLP is None else (ple_TLP, index)
-            if isinstance(layer, DecoderLayer) and fits(layer, plan, x_TD):
-                residual = step(layer, residual, ple, plan)
-            else:
-                x_TD, _ = residual.closed()
-                x_TD, _ = self._layer(index, x_TD, None, ple_TLP, plan, None, None)
-                residual = Residual(x_TD)
-        if plan.plain(self.norm, RMSNorm):
-            x_TD, y_TD = residual.closed(self.norm)
-        else:
-            x_TD, y_TD = residual.closed()
-        return plan.call(self.norm, RMSNorm, x_TD) if y_TD is None else y_TD
-
-    def _layer(
-        self,
-        index: int,
-        x_TD: Tensor,
-        y_TD: Tensor | None,
-        ple_TLP: Tensor | None,
-        plan: PackedPlan,
-        next_norm: nn.Module | None,
-        tail: Tail | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x and, if it came with it, next_norm(x) after a layer, which is checkpointed if asked."""
-        layer = self.layers[index]
-
-        def run(
-            x_TD: Tensor, y_TD: Tensor | None, ple_TLP: Tensor | None, plan: PackedPlan
-        ) -> tuple[Tensor, Tensor | None]:
-            if plan.plain(layer, DecoderLayer):
-                ple = None if ple_TLP is None else (ple_TLP, index)
-                return layer.packed(x_TD, y_TD, ple, plan, next_norm, tail)
-            layout = plan.layout
-            inputs = None if ple_TLP is None else layout.unpack(ple_TLP[:, index])
-            return layout.pack(layer(layout.unpack(x_TD), inputs, plan=plan)), None
-
-        options = self.checkpointing
-        if options is None or index % self.checkpoint_every or not torch.is_grad_enabled():
-            return run(x_TD, y_TD, ple_TLP, plan)
-        # Shared keys go in and out as tensors, for a reentrant checkpoint finds no others.
-        owner, made = self.config.kv_owner(index), list[Keys | None]()
-        borrowed = () if owner == index else (plan.keys[owner].k, plan.keys[owner].v)
-
-        def recomputed(
-            x_TD: Tensor, y_TD: Tensor | None, ple_TLP: Tensor | None, *kv: Tensor
-        ) -> tuple[Tensor | None, ...]:
-            inner = copy.copy(plan)
-            inner.keys = {owner: replace(plan.keys[owner], k=kv[0], v=kv[1])} if kv else {}
-            x_TD, y_TD = run(x_TD, y_TD, ple_TLP, inner)
-            lent = None if kv else inner.keys.get(index)
-            made.append(lent)
-            return (x_TD, y_TD) if lent is None else (x_TD, y_TD, lent.k, lent.v)
-
-        x_TD, y_TD, *kv = checkpoint(recomputed, x_TD, y_TD, ple_TLP, *borrowed, **options)
-        if (lent := made[0]) is not None:
-            plan.keys[index] = replace(lent, k=kv[0], v=kv[1])
-        return x_TD, y_TD
 
     def _ple(
         self, ids_T: Tensor | None, x_TD: Tensor, token_part: Tensor | None, plan: PackedPlan
@@ -687,28 +391,3 @@ class Gemma4TextModel(Pretrained):
             for kind in dict.fromkeys(self.config.layer_types)
             for cos, sin in [rotary(x, positions, kind)]
         }
-
-
-class _NoGradient(torch.autograd.Function):
-    """Passes a tensor on and refuses its gradient by name."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, _: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "a forward over a cache that holds tokens has no gradient: give the whole sequence at "
-            "once, with an empty cache or none"
-        )
-
-
-def _restarting(cu_seq_lens: Tensor, shape: tuple[int, int]) -> Tensor:
-    """position_ids [1, S] of the sequences that one row packs."""
-    lengths = cu_seq_lens.diff().tolist()
-    if shape[0] != 1 or sum(lengths) != shape[1]:
-        raise ValueError(
-            f"cu_seq_lens_q must cover one row of tokens, got {sum(lengths)} for {list(shape)}"
-        )
-    return torch.cat([torch.arange(length) for length in lengths])[None]

@@ -9,7 +9,7 @@ come back.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeGuard
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,13 @@ class PackedPlan:
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
         return PackedKeys(k, v, self.layout.cu_seqlens_k, self.layout.max_seqlen_k)
 
+    def keep(self, layout: Layout, chosen: Tensor) -> None:
+        """From here on the `chosen` tokens alone go on, which lie as `layout` says."""
+        self.layout = layout
+        if self.rotation is not None:
+            tables = self.rotation.items()
+            self.rotation = {kind: (cos[chosen], sin[chosen]) for kind, (cos, sin) in tables}
+
     def finish(self) -> None:
         """Every layer has run."""
 
@@ -277,7 +284,7 @@ class DecodePlan(PackedPlan):
         self.rows = torch.arange(rows, device=device)
         self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
         self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
-        self.fitting: dict[int, bool] = {}  # of decode_layer.py
+        self.fitting: dict[int, bool] = {}  # of decode_layers.py
         self._plain: dict[int, bool] = {}
         self._whole: dict[int, bool] = {}
         self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
@@ -334,3 +341,24 @@ class DecodePlan(PackedPlan):
 def _fill(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     k_cache.flatten(0, 1).index_copy_(0, slots, k)
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes a tensor on and refuses its gradient by name."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, _: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "a forward over a cache that holds tokens has no gradient: give the whole sequence at "
+            "once, with an empty cache or none"
+        )
+
+
+def refuse_gradient(x: Tensor) -> Tensor:
+    """x, whose gradient the backward refuses by name: it comes of a stale plan."""
+    refused: Tensor = _NoGradient.apply(x, torch.empty(0, requires_grad=True))
+    return refused

@@ -9,7 +9,7 @@ from support.expect import NoHostReads
 from support.marks import needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gemma4.model
+import gemma4.decode_layers
 import gemma4.modules
 import gemma4.steps
 from gemma4.cache import Cache
@@ -122,7 +122,7 @@ def test_operators_of_a_layer(on_kernels, monkeypatch, name):
     model = half_with_kernel_shapes(tiny.ALL[name])
     cache, ids = prefilled(model, (PROMPT, 3))
     decoder, layers = Decoder(model, cache, 2), []
-    step = gemma4.model.step
+    step = gemma4.decode_layers.step
 
     def counted(*args):
         with Operators() as operators:
@@ -130,7 +130,7 @@ def test_operators_of_a_layer(on_kernels, monkeypatch, name):
         layers.append(operators.names)
         return result
 
-    monkeypatch.setattr(gemma4.model, "step", counted)
+    monkeypatch.setattr(gemma4.decode_layers, "step", counted)
     with emulated.one_schedule():
         decoder(ids)
     known = {"mm", *emulated.ops_with_kernels()}
@@ -147,8 +147,8 @@ def test_a_layer_that_somebody_looks_into_is_called(monkeypatch, name, watched):
     model = tiny.tiny(tiny.ALL[name])
     (expected, ids), (cache, _) = (prefilled(model, (PROMPT, 5)) for _ in range(2))
     logits = Decoder(model, expected, 1)(ids)
-    seen, steps, step = [], [], gemma4.model.step
-    monkeypatch.setattr(gemma4.model, "step", lambda *args: steps.append(1) or step(*args))
+    seen, steps, step = [], [], gemma4.decode_layers.step
+    monkeypatch.setattr(gemma4.decode_layers, "step", lambda *args: steps.append(1) or step(*args))
     hook = (
         model.model.layers[2]
         .get_submodule(watched)

@@ -213,6 +213,18 @@ def test_gradient_checkpointing(name: str, options: dict | None) -> None:
     assert not ours.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@each
+def test_gradient_checkpointing_of_the_last_columns(name: str, reentrant: bool) -> None:
+    """The layers before the cut are made again with all their tokens."""
+    theirs, ours = pair(name)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (theirs, ours):
+        logits = model.train()(tiny.ids(2, 11), logits_to_keep=3).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum().backward()
+    close_gradients(ours, theirs)
+
+
 def test_gradient_checkpointing_runs_layers_again() -> None:
     counts = []
     for model in pair("dense"):

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -23,7 +23,10 @@ from . import tensorfile
 from .folder import resolve, weight_files
 from .tensorfile import Entry
 
-Model = TypeVar("Model", bound="Pretrained")
+if TYPE_CHECKING:
+    from ..base import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 OTHER_MODALITIES = re.compile(
@@ -45,60 +48,34 @@ Part = tuple[int, str]
 WHOLE: Part = (-1, "")
 
 
-class Pretrained(nn.Module):
-    """A model whose weights a checkpoint holds; made of its config."""
-
-    config: Gemma4TextConfig
-    # What a loaded model knows of its checkpoint: the tensors that it left there, and where it is.
-    skipped: list[str]
-    folder: Path
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Model],
-        path_or_repo_id: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        ple_device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> Model:
-        """A model with the weights of a local folder or a hub repository.
-
-        dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that
-        dtype stay in their files until they are touched. ple_device="cpu" keeps the table of
-        per-layer embeddings in host memory (pinned if the model is on a GPU). The multimodal layout
-        is accepted; `model.skipped` lists the tensors that are not the text model's. `model.folder`
-        is where it came from: its tokenizer is saved with the model. The model comes back in eval
-        mode.
-
-        Raises FileNotFoundError (no such checkpoint or file) or ValueError (a quantised, truncated,
-        incomplete or misshapen one), naming file and tensor.
-        """
-        folder = resolve(path_or_repo_id)
-        config = Gemma4TextConfig.from_pretrained(folder)
-        dtype = _dtype(config.dtype if dtype is None else dtype)
-        entries = read_entries(folder)
-        check_sizes(folder, config, entries)
-        with torch.device("meta"), _Unfilled():
-            model = cls(config)
-        found, skipped = _matched(model, folder, entries)
-        device = torch.device(device or "cpu")
-        state = _read(model, found, dtype, device, ple_device, progress)
-        model.load_state_dict(state, strict=False, assign=True)
-        model._loaded(folder)
-        # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
-        # NaN, and not whatever memory holds, shows what is not.
-        model._apply(
-            lambda x: (
-                torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
-            )
-        )
-        model.skipped, model.folder = skipped, folder
-        return model.eval()
-
-    def _loaded(self, folder: Path) -> None:
-        """Its own weights are in; what hangs on them follows."""
+def load(
+    cls: type[Model],
+    path_or_repo_id: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    ple_device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Model:
+    """As `PreTrainedModel.from_pretrained`, for a model of class `cls`."""
+    folder = resolve(path_or_repo_id)
+    config = Gemma4TextConfig.from_pretrained(folder)
+    dtype = _dtype(config.dtype if dtype is None else dtype)
+    entries = read_entries(folder)
+    check_sizes(folder, config, entries)
+    with torch.device("meta"), _Unfilled():
+        model = cls(config)
+    found, skipped = _matched(model, folder, entries)
+    device = torch.device(device or "cpu")
+    state = _read(model, found, dtype, device, ple_device, progress)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.loaded(folder)
+    # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
+    # NaN, and not whatever memory holds, shows what is not.
+    model._apply(
+        lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
+    )
+    model.skipped, model.folder = skipped, folder
+    return model.eval()
 
 
 class _Unfilled(TorchFunctionMode):
@@ -171,7 +148,7 @@ def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) ->
 
 
 def _matched(
-    model: Pretrained, folder: Path, entries: list[Entry]
+    model: "PreTrainedModel", folder: Path, entries: list[Entry]
 ) -> tuple[dict[str, dict[Part, Entry]], list[str]]:
     """What fills each part of each tensor of the model, and the names that fill none."""
     tensors = model.state_dict()

@@ -14,13 +14,13 @@ from .folder import INDEX, TOKENIZER_FILES, WEIGHTS, owned_files
 from .tensorfile import write_tensors
 
 if TYPE_CHECKING:
-    from ..model import Gemma4ForCausalLM, Gemma4TextModel
+    from ..base import PreTrainedModel
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def save_pretrained(
-    model: "Gemma4ForCausalLM | Gemma4TextModel",
+    model: "PreTrainedModel",
     path: str | Path,
     max_shard_size: int | str = "5GB",
 ) -> None:

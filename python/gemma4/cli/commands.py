@@ -20,13 +20,13 @@ from gemma4_kernels.check import record, runner
 from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo, measure
 from ..checkpoint import resolve
 from ..config import FULL
+from ..presets import RELEASED
 from . import error_line
 from .answer import Answer, Clock
 from .arguments import SAMPLING, decoded
 
 # Weights of fewer bytes than this may stay in a processor's caches, and memory is no limit.
 CACHED_BYTES = 1 << 28
-RELEASED = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 SUFFIXES = (".json", ".jinja", ".safetensors")
 
 

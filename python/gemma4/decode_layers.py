@@ -1,4 +1,4 @@
-"""A decoder layer for a few tokens, in as few launches as there are ops for.
+"""The decoder layers for a few tokens, in as few launches as there are ops for.
 
 At one token a row a layer is its weights' bytes and what it costs to start its kernels. Each linear
 layer is one op here with all that stands between it and the one before: a branch is not added to
@@ -10,16 +10,16 @@ o | gate, up | down | PLE gate | PLE projection. What is left apart reads what o
 the kernel before it make: a head's norm needs its whole row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.ops.linear import linear_small_pays
 
-from .layers import DecoderLayer
+from .layers import DecoderLayer, call_layer
 from .modules import RMSNorm
 from .steps import DecodePlan
 
@@ -73,6 +73,30 @@ class Residual:
         )
 
 
+def run(
+    layers: Iterable[nn.Module],
+    norm: nn.Module,
+    x_TD: Tensor,
+    ple_TLP: Tensor | None,
+    plan: DecodePlan,
+) -> Tensor:
+    """norm(x) [T, D] behind the layers; those that somebody looks into are called."""
+    residual = Residual(x_TD)
+    for index, layer in enumerate(layers):
+        ple = None if ple_TLP is None else (ple_TLP, index)
+        if isinstance(layer, DecoderLayer) and fits(layer, plan, x_TD):
+            residual = step(layer, residual, ple, plan)
+            continue
+        x_TD, _ = residual.closed()
+        one = layer.packed if plan.plain(layer, DecoderLayer) else partial(call_layer, layer)
+        residual = Residual(one(x_TD, None, ple, plan)[0])
+    if plan.plain(norm, RMSNorm):
+        _, y_TD = residual.closed(norm)
+        assert y_TD is not None  # as a norm was given
+        return y_TD
+    return plan.call(norm, RMSNorm, residual.closed()[0])
+
+
 def fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
     """Whether all of the layer's parts are plain and its products pay; asked in the first step."""
     if id(layer) not in plan.fitting:
@@ -114,7 +138,7 @@ def _products(
         yield _joined(plan, layer.router.proj), None, False
 
 
-def _joined(plan: DecodePlan, *linears: torch.nn.Linear) -> Tensor | None:
+def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
     one = plan.joined(*linears)
     return None if one is None or one[1] is not None else one[0]
 
@@ -125,7 +149,7 @@ def step(
     """The layer, which `fits`; ple: the per-layer inputs [T, L, P] and which of them it takes."""
     attention, mlp = layer.self_attn, layer.mlp
 
-    def weight(*linears: torch.nn.Linear) -> Tensor:
+    def weight(*linears: nn.Linear) -> Tensor:
         one = _joined(plan, *linears)
         assert one is not None  # the layer fits
         return one
