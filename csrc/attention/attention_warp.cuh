@@ -178,7 +178,7 @@ template <class Tile, class T>
 DEVICE void start_accumulate(float (&d)[Tile::kColumns / 8][4], uint32_t (&a)[Tile::kKeys / 8][2],
                              const T* b_tile) {
   const uint64_t b = wgmma_tile<Tile::kKeys>(b_tile, 0, same_in_warp(Tile::column()));
-  ptx::hold(a);
+  ptx::fence_operand(a);
   ptx::wgmma_fence(d);
 #pragma unroll
   for (int n = 0; n < Tile::kKeys / 16; n++) {

@@ -74,10 +74,13 @@ Tensor geglu(Tensor gate_up) {
   shape.back() /= 2;
   const Rows rows = as_rows(gate_up);
   Tensor y = call.empty(shape);
-  gemma4::geglu({.gate_up = call.in("gate_up", rows.tensor),
+  const void* gate = call.in("gate_up", rows.tensor);
+  gemma4::geglu({.gate = gate,
+                 .other = static_cast<const char*>(gate) + shape.back() * gate_up.element_size(),
                  .y = call.out("y", y),
                  .rows = rows.rows,
-                 .stride = rows.stride,
+                 .gate_stride = rows.stride,
+                 .other_stride = rows.stride,
                  .width = as_int("gate_up", shape.back())},
                 call.dtype(), call.device());
   return y;

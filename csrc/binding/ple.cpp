@@ -69,11 +69,11 @@ Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
   const Rows gate_rows = as_rows(gate), layer_rows = as_rows(slice);
   Tensor y = call.empty(shape_of(gate), other);
   gemma4::ple_gate({.gate = call.in("gate", gate_rows.tensor),
-                    .ple = call.in("ple", layer_rows.tensor),
+                    .other = call.in("ple", layer_rows.tensor),
                     .y = call.out("y", y),
                     .rows = gate_rows.rows,
                     .gate_stride = gate_rows.stride,
-                    .ple_stride = layer_rows.stride,
+                    .other_stride = layer_rows.stride,
                     .width = as_int("gate", gate.size(1))},
                    call.dtypes(other, {}), call.device());
   return y;

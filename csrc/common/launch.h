@@ -62,7 +62,7 @@ void with_half_type(const char* name, DType dtype, F&& f) {
 
 // Whether rows of T can be read and written 16 bytes at a time.
 template <class T>
-bool in_pieces_of_16(const void* p, int64_t row_stride, int64_t width) {
+bool are_aligned(const void* p, int64_t row_stride, int64_t width) {
   constexpr int kWidth = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_stride % kWidth == 0 &&
          width % kWidth == 0;

@@ -1,6 +1,7 @@
 // One source, two compilers: nvcc makes GPU code of it; g++ with GEMMA4_EMULATION makes code that
-// csrc/emulation runs on the CPU. Kernel files look like ordinary CUDA; what differs stands here,
-// in launch.h and in ptx.h.
+// csrc/emulation runs on the CPU. Kernel files look like ordinary CUDA: what differs stands here,
+// in launch.h, in ptx/ and in tile.cuh's accesses of 16 bytes. Kernels see of it FROM_HERE and HERE
+// in the signatures of their own wrappers.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,16 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
+
+// A wrapper's last parameter and argument: under emulation the caller's place in the source, so
+// that reports and counts name the kernel's line and not the wrapper's.
+#ifdef GEMMA4_EMULATION
+#define FROM_HERE , ::emulation::Loc loc = ::emulation::Loc::current()
+#define HERE , loc
+#else
+#define FROM_HERE
+#define HERE
 #endif
 
 namespace gemma4 {

@@ -23,13 +23,14 @@ struct BlockSum {
   float partial[2][kMaxWarps];
 };
 
-// The sum over all threads of a block of whole warps, in all of them. `turn` counts the block's
-// sums: 0, 1, 2, ...
-DEVICE float block_sum(float value, BlockSum& shared, int turn) {
+// The sum over all threads of a block of whole warps, in all of them. `parity` says which of the
+// two it goes through, and turns to the other for the next sum.
+DEVICE float block_sum(float value, BlockSum& shared, int& parity) {
   value = lane_sum(value);
   const int warps = blockDim.x / 32;
   if (warps == 1) return value;
-  float* partial = shared.partial[turn % 2];
+  float* partial = shared.partial[parity];
+  parity ^= 1;
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
   const int lane = threadIdx.x % 32;

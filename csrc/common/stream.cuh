@@ -14,6 +14,9 @@ namespace gemma4 {
 DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
 }
+DEVICE uint2 load_8_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_8(p HERE) : uint2{0, 0};
+}
 DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
 }

@@ -8,9 +8,9 @@
 
 namespace gemma4 {
 
-template <class T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Vec {
-  static constexpr int kBytes = kWidth * sizeof(T);
+template <class T, int kWidth_>
+struct alignas(kWidth_ * sizeof(T)) Vec {
+  static constexpr int kWidth = kWidth_, kBytes = kWidth * sizeof(T);
   static_assert(kWidth == 1 || kBytes == 8 || kBytes == 16 || kBytes == 32);
   T data[kWidth];
 

@@ -7,7 +7,7 @@
 // copies land as late as they may, a lane outside a shuffle's mask gives garbage.
 //
 // What it cannot show: speed, occupancy, weak memory order, the exact rounding of tensor cores and
-// of approximate functions, and whatever ptx.h gets wrong in the PTX alone.
+// of approximate functions, and whatever ptx/ gets wrong in the PTX alone.
 #pragma once
 
 #include <cmath>

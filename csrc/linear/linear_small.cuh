@@ -23,9 +23,9 @@
 
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
+#include "../common/row.cuh"
 #include "../common/stream.cuh"
 #include "../common/tile.cuh"
-#include "../common/vec.cuh"
 #include "ops.h"
 
 namespace gemma4 {
@@ -49,51 +49,41 @@ DEVICE float gated(float gate, float other) {
 // Makes a, all of it; the first block stores r.
 template <class T>
 DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
-  const auto column = [](int i) -> int { return (i * kLinearThreads + threadIdx.x) * 8; };
-  const float scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
-  int turn = 0;
-  const auto inverse_rms = [&](const Vec<T, 8>(&row)[kNormVectors]) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kNormVectors; i++) sum += sum_of_squares<8>(row[i]);
-    return 1.0f / sqrtf(block_sum(sum, smem, turn++) / p.width + p.eps);
-  };
-  const auto load_row = [&](Vec<T, 8>(&row)[kNormVectors], const void* from, int64_t offset) {
-#pragma unroll
-    for (int i = 0; i < kNormVectors; i++)
-      if (column(i) < p.width) row[i] = load<8>(static_cast<const T*>(from) + offset + column(i));
-  };
-
+  const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
+  const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  int parity = 0;
   for (int token = 0; token < p.tokens; token++) {
-    Vec<T, 8> r[kNormVectors] = {};
+    const auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
+    auto r = x;
     if (p.residual) {
-      Vec<T, 8> x[kNormVectors] = {}, post_weight[kNormVectors] = {};
-      load_row(x, p.x, token * p.x_stride);
-      load_row(r, p.residual, token * p.residual_stride);
-      load_row(post_weight, p.post_weight, 0);
-      const float inv_rms = inverse_rms(x);
+      T* r_row = static_cast<T*>(p.new_residual) + int64_t{token} * p.width;
+      const auto residual =
+          columns.load(static_cast<const T*>(p.residual) + token * p.residual_stride);
+      const auto post_weight = columns.load(static_cast<const T*>(p.post_weight));
+      const float x_sum = block_sum(columns.sum_of_squares(x), smem, parity);
+      const float x_scale = inv_rms(x_sum, p.width, p.eps);
+      columns.each([&](int i, int column) {
+        auto sum = residual.at(i, column);
+        const auto branch = x.at(i, column), w = post_weight.at(i, column);
 #pragma unroll
-      for (int i = 0; i < kNormVectors; i++) {
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-          r[i].set(j, (r[i][j] + x[i][j] * inv_rms * post_weight[i][j]) * scale);
-        if (blockIdx.x == 0 && column(i) < p.width)
-          store(static_cast<T*>(p.new_residual) + int64_t{token} * p.width + column(i), r[i]);
-      }
-    } else {
-      load_row(r, p.x, token * p.x_stride);
+        for (int j = 0; j < sum.kWidth; j++)
+          sum.set(j, (sum[j] + branch[j] * x_scale * w[j]) * layer_scale);
+        r.vectors[i] = sum;
+        if (blockIdx.x == 0) store(r_row + column, sum);
+      });
     }
-    Vec<T, 8> norm_weight[kNormVectors] = {};
-    if (p.norm_weight) load_row(norm_weight, p.norm_weight, 0);
-    const float inv_rms = p.norm_weight ? inverse_rms(r) : 1.0f;
-#pragma unroll
-    for (int i = 0; i < kNormVectors; i++) {
-      if (column(i) >= p.width) continue;
+    const auto norm_weight =
+        columns.load(static_cast<const T*>(p.norm_weight), p.norm_weight != nullptr);
+    const float sum = p.norm_weight ? block_sum(columns.sum_of_squares(r), smem, parity) : 0.0f;
+    const float scale = inv_rms(sum, p.width, p.eps);
+    columns.each([&](int i, int column) {
+      auto y = r.at(i, column);
+      const auto w = norm_weight.at(i, column);
       if (p.norm_weight)
 #pragma unroll
-        for (int j = 0; j < 8; j++) r[i].set(j, r[i][j] * inv_rms * norm_weight[i][j]);
-      store(a + token * p.a_stride + column(i), r[i]);
-    }
+        for (int j = 0; j < y.kWidth; j++) y.set(j, y[j] * scale * w[j]);
+      store(a + token * p.a_stride + column, y);
+    });
   }
   __syncthreads();
 }

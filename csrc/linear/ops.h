@@ -22,19 +22,20 @@ struct LinearSmallParams {
   void* new_residual;       // [tokens, width]
   int64_t x_stride, residual_stride, factor_stride;
   int tokens, width, rows;  // width and rows are multiples of 8
-  int a_stride;  // in shared memory; the launcher's
+  int a_stride;             // in shared memory; the launcher's
   float eps;
   bool gated;
 };
 void linear_small(LinearSmallParams params, DType dtype, const Device& device);
 
-struct GegluParams {
-  const void* gate_up;  // [rows, 2 width]
-  void* y;              // [rows, width]
-  int64_t rows, stride;
+struct GeluMulParams {
+  const void* gate;   // [rows, width]
+  const void* other;  // [rows, width], of ple_gate's other dtype
+  void* y;            // [rows, width], likewise
+  int64_t rows, gate_stride, other_stride;
   int width;
 };
-void geglu(const GegluParams& params, DType dtype, const Device& device);
+void geglu(const GeluMulParams& params, DType dtype, const Device& device);
 
 struct SoftcapParams {
   const void* logits;  // [rows, width]

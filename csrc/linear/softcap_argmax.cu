@@ -14,15 +14,15 @@ void softcap_argmax(const SoftcapArgmaxParams& params, DType dtype, const Device
     clear(device, "softcap_argmax", p.index, p.rows * sizeof(int64_t));
     with_type(dtype, [&]<class T>() {
       p.logits = static_cast<const T*>(params.logits) + first * p.stride;
-      const bool in_pieces = in_pieces_of_16<T>(p.logits, p.stride, p.width);
-      const int width = in_pieces ? kFullWidth<T> : 1;
-      // Enough blocks to fill the card, and at least four pieces a thread.
+      const bool aligned = are_aligned<T>(p.logits, p.stride, p.width);
+      const int width = aligned ? kFullWidth<T> : 1;
+      // Enough blocks to fill the card, and at least four vectors a thread.
       const int64_t most = ceil_div<int64_t>(p.width, 4 * kThreads * width);
       const int64_t wanted = ceil_div<int64_t>(4 * device.sm_count, p.rows);
       const Grid grid(std::min(wanted, most), p.rows);
       launch(device, "softcap_argmax",
-             in_pieces ? softcap_argmax_kernel<T, kFullWidth<T>> : softcap_argmax_kernel<T, 1>,
-             grid, kThreads, sizeof(BlockMax), p);
+             aligned ? softcap_argmax_kernel<T, kFullWidth<T>> : softcap_argmax_kernel<T, 1>, grid,
+             kThreads, sizeof(BlockMax), p);
     });
     launch(device, "softcap_argmax, unpack", softcap_argmax_unpack_kernel<>,
            ceil_div<int64_t>(p.rows, kThreads), kThreads, 0, p);

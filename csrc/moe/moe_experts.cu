@@ -1,4 +1,3 @@
-#include "../common/pieces.h"
 #include "moe_stream.cuh"
 #include "moe_tiles.cuh"
 
@@ -7,25 +6,25 @@ namespace gemma4 {
 namespace {
 
 // Eight tokens fill one column block, whatever they choose; up to 32 of an expert's share a load.
-using Few = MoeStream<8, 128>;
-using Some = MoeStream<32, 1024>;
+using SmallBatch = MoeBatch<8, 128>;
+using MediumBatch = MoeBatch<32, 1024>;
 
-bool are_few(int64_t tokens, int64_t k) {
-  return tokens <= Few::kTokens && tokens * k <= Few::kAssignments;
+bool is_small(int64_t tokens, int64_t k) {
+  return tokens <= SmallBatch::kTokens && tokens * k <= SmallBatch::kAssignments;
 }
 
-template <class T, class W, class Stream>
-void stream(const MoeExpertsParams& p, const Device& device) {
+template <class T, class W, class Batch>
+void launch_streamed(const MoeExpertsParams& p, const Device& device) {
   // At most kAssignments tiles.
-  const Grid grid(ceil_div(p.hidden_width, kStreamRows), most_moe_tiles(p, Stream::kTokens));
-  launch(device, "moe_experts, stream of gate_up", moe_stream_gate_up_kernel<T, W, Stream>, grid,
-         kStreamWarps * 32, sizeof(GateUpSmem<T, Stream>), p);
-  launch(device, "moe_experts, stream of down", moe_stream_down_kernel<T, W, Stream>,
-         ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Stream>), p);
+  const Grid grid(ceil_div(p.hidden_width, kStreamRows), most_moe_tiles(p, Batch::kTokens));
+  launch(device, "moe_experts, stream of gate_up", moe_stream_gate_up_kernel<T, W, Batch>, grid,
+         kStreamWarps * 32, sizeof(GateUpSmem<T, Batch>), p);
+  launch(device, "moe_experts, stream of down", moe_stream_down_kernel<T, W, Batch>,
+         ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Batch>), p);
 }
 
 template <class T, class W, int kRows>
-void tiles(const MoeExpertsParams& p, const Device& device) {
+void launch_tiled(const MoeExpertsParams& p, const Device& device) {
   const int64_t row_tiles = most_moe_tiles(p, kRows);
   launch(device, "moe_experts, tiles of gate_up", moe_tiles_kernel<T, W, kRows, true>,
          row_tiles * ceil_div(p.hidden_width, kTileWeightRows / 2), kTileThreads,
@@ -33,16 +32,16 @@ void tiles(const MoeExpertsParams& p, const Device& device) {
   launch(device, "moe_experts, tiles of down", moe_tiles_kernel<T, W, kRows, false>,
          row_tiles * ceil_div(p.width, kTileWeightRows), kTileThreads,
          sizeof(MoeTilesSmem<T, kRows>), p);
-  const PiecePlan plan = plan_pieces(p.tokens, p.width / 8);
-  launch(device, "moe_experts, combine", moe_combine_kernel<T>, plan.grid, plan.block, 0, p);
+  launch_elementwise(device, "moe_experts, combine", moe_combine_kernel<T>, p.tokens, p.width / 8,
+                     p);
 }
 
 }  // namespace
 
 bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
   const int64_t assignments = tokens * k;
-  return are_few(tokens, k) ||
-         (assignments <= Some::kAssignments && assignments <= 8 * num_experts);
+  return is_small(tokens, k) ||
+         (assignments <= MediumBatch::kAssignments && assignments <= 8 * num_experts);
 }
 
 void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& device) {
@@ -56,14 +55,14 @@ void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& 
   launch(device, "moe_experts, sort", moe_sort_kernel<>, p.num_experts, threads,
          sizeof(MoeSortSmem), p);
   const auto run = [&]<class T, class W>() {
-    if (are_few(p.tokens, p.k))
-      stream<T, W, Few>(p, device);
+    if (is_small(p.tokens, p.k))
+      launch_streamed<T, W, SmallBatch>(p, device);
     else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
-      stream<T, W, Some>(p, device);
+      launch_streamed<T, W, MediumBatch>(p, device);
     else if (assignments <= int64_t{64} * p.num_experts)
-      tiles<T, W, 64>(p, device);
+      launch_tiled<T, W, 64>(p, device);
     else
-      tiles<T, W, 128>(p, device);
+      launch_tiled<T, W, 128>(p, device);
   };
   with_half_type("moe_experts", dtypes.x, [&]<class T>() {
     if (dtypes.weight == dtypes.x)

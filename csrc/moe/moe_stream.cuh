@@ -1,12 +1,8 @@
 // Experts for few tokens: hidden = geglu(gate_up x), y = Σ_k weight down hidden, weights streamed.
 //
-// What must be read is every touched expert's weights, once; all else is small. So weights go from
-// DRAM into registers, 16 bytes a lane, without shared memory and its barriers, and are the 16-row
-// side of mma.sync, with up to 8 tokens a column block on the other: tensor cores are idle here
-// anyway, and one load of a weight serves all tokens of its expert. Columns may be permuted in a
-// sum of products as long as both sides agree: a lane's 8 neighbouring values are taken as the
-// operands of two products, so that rows are read in whole sectors and nothing is exchanged.
-// Weights in float are rounded as they come. What is stored is finite in fp16 too.
+// What must be read is every touched expert's weights, once; all else is small. They are streamed
+// as stream.cuh says, as the 16-row side of mma.sync, with up to 8 tokens a column block on the
+// other. Weights in float are rounded as they come. What is stored is finite in fp16 too.
 //
 // gate_up: a block owns 16 gate rows, the 16 up rows that belong to them, and one tile of an
 // expert's assignments; its warps take turns along D and add up through shared memory in the order
@@ -19,6 +15,7 @@
 #pragma once
 
 #include "../common/math.cuh"
+#include "../common/stream.cuh"
 #include "../common/tile.cuh"
 #include "../common/vec.cuh"
 #include "moe_sort.cuh"
@@ -29,14 +26,14 @@ constexpr int kStreamWarps = 8, kStreamRows = 16;
 
 // kTokens columns; kAssignments bounds A.
 template <int kTokens_, int kAssignments_>
-struct MoeStream {
+struct MoeBatch {
   static constexpr int kTokens = kTokens_, kAssignments = kAssignments_;
 };
 
-template <class T, class Stream>
+template <class T, class Batch>
 struct GateUpSmem {
-  float4 partial[kStreamWarps][2 * Stream::kTokens / 8][32];
-  alignas(16) T hidden[Stream::kTokens * kStreamRows];
+  float4 partial[kStreamWarps][2 * Batch::kTokens / 8][32];
+  alignas(16) T hidden[Batch::kTokens * kStreamRows];
 
   // Every other four tokens have their halves swapped, or the lanes that hold them would meet.
   DEVICE T* hidden_at(int token, int row) {
@@ -44,20 +41,10 @@ struct GateUpSmem {
   }
 };
 
-template <class Stream>
+template <class Batch>
 struct DownSmem {
-  alignas(16) float product[Stream::kAssignments][kStreamRows];
+  alignas(16) float product[Batch::kAssignments][kStreamRows];
 };
-
-DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
-}
-DEVICE uint2 load_8_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_8(p HERE) : uint2{0, 0};
-}
-DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};
-}
 
 // How a warp walks along rows of weights: a line of 128 bytes of each at a time, in groups of 32
 // columns, of which a lane takes 8 of a row that exists, up to its width, and zeros otherwise.
@@ -99,22 +86,14 @@ struct LaneColumns<T, float> {
   }
 };
 
-// d [16 rows x 8 tokens] += 32 columns of both: a lane holds 8 of its row, of row + 8 and of its
-// token.
-template <class T>
-DEVICE void multiply(float (&d)[4], uint4 row, uint4 row_8, uint4 token FROM_HERE) {
-  ptx::mma_16816<T>(d, {row.x, row_8.x, row.y, row_8.y}, token.x, token.y HERE);
-  ptx::mma_16816<T>(d, {row.z, row_8.z, row.w, row_8.w}, token.z, token.w HERE);
-}
-
-template <class T, class W, class Stream>
+template <class T, class W, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
   using Columns = LaneColumns<T, W>;
-  constexpr int kBlocks = Stream::kTokens / 8;
-  auto& smem = shared_memory<GateUpSmem<T, Stream>>();
+  constexpr int kBlocks = Batch::kTokens / 8;
+  auto& smem = shared_memory<GateUpSmem<T, Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const MoeTile tile = moe_tile(p, blockIdx.y, Stream::kTokens);
+  const MoeTile tile = moe_tile(p, blockIdx.y, Batch::kTokens);
   if (tile.rows == 0) return;
 
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
@@ -185,17 +164,17 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
         load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
 }
 
-template <class T, class W, class Stream>
+template <class T, class W, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
   using Columns = LaneColumns<T, W>;
-  constexpr int kBlocks = Stream::kTokens / 8;
-  auto& smem = shared_memory<DownSmem<Stream>>();
+  constexpr int kBlocks = Batch::kTokens / 8;
+  auto& smem = shared_memory<DownSmem<Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
 
   for (int t = warp;; t += kStreamWarps) {
-    const MoeTile tile = moe_tile(p, t, Stream::kTokens);
+    const MoeTile tile = moe_tile(p, t, Batch::kTokens);
     if (tile.rows == 0) break;
     const W* weight_row =
         static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;

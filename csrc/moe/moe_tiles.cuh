@@ -17,6 +17,7 @@
 // cores and shared memory alike; with few tokens an expert the weights, from DRAM.
 #pragma once
 
+#include "../common/elementwise.cuh"
 #include "../common/math.cuh"
 #include "../common/tile.cuh"
 #include "../common/vec.cuh"
@@ -181,15 +182,12 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// y = Σ_k weight expert_out, in the order of the slots. One thread, one piece of a row. Bound: 2 (K
-// + 1) D bytes of DRAM a token.
+// y = Σ_k weight expert_out, in the order of the slots. One thread, one vector. Bound: 2 (K + 1) D
+// bytes of DRAM a token.
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kElementwiseThreads)
     moe_combine_kernel(const __grid_constant__ MoeExpertsParams p) {
-  const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  if (column >= p.width) return;
-  for (int64_t token = blockIdx.y * blockDim.y + threadIdx.y; token < p.tokens;
-       token += gridDim.y * blockDim.y) {
+  each_row<8>(p.tokens, p.width, [&](int64_t token, int column) {
     float sum[8] = {};
     for (int slot = 0; slot < p.k; slot++) {
       const int64_t a = token * p.k + slot, expert = index_at(p.experts, a);
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int j = 0; j < 8; j++) y.set(j, saturate<T>(sum[j]));
     store(static_cast<T*>(p.y) + token * p.width + column, y);
-  }
+  });
 }
 
 }  // namespace gemma4

@@ -16,15 +16,15 @@ Grid plan_grid(const QkvNormRopeParams& p, int heads_in_block, const Device& dev
 }
 
 template <class T, class W>
-bool heads_in_pieces(const QkvNormRopeParams& p) {
+bool heads_are_aligned(const QkvNormRopeParams& p) {
   const auto fits = [&](const void* x, int64_t stride, int64_t head_stride) {
-    return in_pieces_of_16<T>(x, stride, head_stride);
+    return are_aligned<T>(x, stride, head_stride);
   };
   bool all = fits(p.q, p.q_stride, p.q_head_stride) && fits(p.k, p.k_stride, p.k_head_stride) &&
              fits(p.v, p.v_stride, p.v_head_stride) &&
-             in_pieces_of_16<float>(p.inv_freq, p.head_dim / 2, p.head_dim / 2);
+             are_aligned<float>(p.inv_freq, p.head_dim / 2, p.head_dim / 2);
   for (const void* weight : {p.q_weight, p.k_weight})
-    all = all && in_pieces_of_16<W>(weight, p.head_dim, p.head_dim);
+    all = all && are_aligned<W>(weight, p.head_dim, p.head_dim);
   for (const void* out : {p.q_out, p.k_out, p.v_out})
     all = all && fits(out, p.head_dim, p.head_dim);
   return all;
@@ -42,13 +42,13 @@ void launch_heads(const QkvNormRopeParams& p, const Device& device) {
 void qkv_norm_rope(const QkvNormRopeParams& p, const DTypes& dtypes, const Device& device) {
   if (p.tokens == 0 || p.head_dim == 0 || p.q_heads + p.kv_heads == 0) return;
   with_types(dtypes, [&]<class T, class, class W>() {
-    const int head_dim = heads_in_pieces<T, W>(p) ? p.head_dim : 0;
+    const int head_dim = heads_are_aligned<T, W>(p) ? p.head_dim : 0;
     if (head_dim == 64) return launch_heads<T, W, 64>(p, device);
     if (head_dim == 128) return launch_heads<T, W, 128>(p, device);
     if (head_dim == 256) return launch_heads<T, W, 256>(p, device);
     if (head_dim == 512) return launch_heads<T, W, 512>(p, device);
-    launch(device, "qkv_norm_rope", qkv_norm_rope_ragged_kernel<T, W>, plan_grid(p, 8, device), 256,
-           0, p);
+    launch(device, "qkv_norm_rope", qkv_norm_rope_unaligned_kernel<T, W>, plan_grid(p, 8, device),
+           256, 0, p);
   });
 }
 

@@ -2,7 +2,7 @@
 //
 // rope turns the pairs (i, i + C/2) by position · inv_freq[i]. A block owns a token; each group of
 // neighbouring lanes owns one head at a time and walks over the token's heads: q's, then k's, then
-// v's. A lane holds a piece of the head's first half and the piece that pairs with it, so that the
+// v's. A lane holds vectors of the head's first half and those that pair with them, so that the
 // rotation never leaves the lane, and the angles' sin and cos, the same for every head, stay in
 // registers. Without v, a k head gives both outputs from one read. No shared memory, no barrier.
 // Bound: 2 (H + 2G) C sizeof(T) bytes of DRAM a token.
@@ -11,7 +11,7 @@
 #include "../common/indices.cuh"
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
-#include "../common/vec.cuh"
+#include "../common/row.cuh"
 #include "ops.h"
 
 namespace gemma4 {
@@ -53,111 +53,102 @@ DEVICE Head<T, W> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slo
 template <class T, int kHeadDim>
 struct HeadLanes {
   static constexpr int kWidth = kFullWidth<T>;
-  static constexpr int kPiecesOfHalf = kHeadDim / 2 / kWidth;
-  static constexpr int kLanes = kPiecesOfHalf < 32 ? kPiecesOfHalf : 32;
-  static constexpr int kPieces = kPiecesOfHalf / kLanes;  // of each half, a lane
+  static constexpr int kVectorsOfHalf = kHeadDim / 2 / kWidth;
+  static constexpr int kLanes = kVectorsOfHalf < 32 ? kVectorsOfHalf : 32;
+  static constexpr int kVectors = kVectorsOfHalf / kLanes;  // of each half, a lane
 };
 
 template <class T, class W, int kHeadDim>
 __global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
     qkv_norm_rope_kernel(const __grid_constant__ QkvNormRopeParams p) {
   using Lanes = HeadLanes<T, kHeadDim>;
-  constexpr int kWidth = Lanes::kWidth, kPieces = Lanes::kPieces, kHalf = kHeadDim / 2;
+  constexpr int kWidth = Lanes::kWidth, kVectors = Lanes::kVectors, kHalf = kHeadDim / 2;
   const int lane = threadIdx.x % Lanes::kLanes;
   const int groups = blockDim.x / Lanes::kLanes;
   const int group = blockIdx.y * groups + threadIdx.x / Lanes::kLanes;
-  const auto column = [&](int piece) { return (piece * Lanes::kLanes + lane) * kWidth; };
+  const Columns<kVectors, kWidth> half{kHalf, lane, Lanes::kLanes};
 
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     const float position = static_cast<float>(index_at(p.positions, token));
     const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
-    float sin[kPieces][kWidth], cos[kPieces][kWidth];
-#pragma unroll
-    for (int i = 0; i < kPieces; i++)
+    float sin[kVectors][kWidth], cos[kVectors][kWidth];
+    half.each([&](int i, int column) {
 #pragma unroll
       for (int j = 0; j < kWidth; j += 4) {
-        const auto frequency = load<4>(p.inv_freq + column(i) + j);
+        const auto frequency = load<4>(p.inv_freq + column + j);
 #pragma unroll
         for (int l = 0; l < 4; l++) sin_cos(position * frequency[l], sin[i][j + l], cos[i][j + l]);
       }
+    });
 
     // Every group takes every turn: the sums are the whole warp's.
     for (int first = 0; first < num_heads(p); first += groups * gridDim.y) {
       const bool has_head = first + group < num_heads(p);
       const Head<T, W> head =
           has_head ? head_at<T, W>(p, token, slot, first + group) : Head<T, W>{};
-      Vec<T, kWidth> a[kPieces] = {}, b[kPieces] = {};
+      const auto a = half.load_once(head.in, has_head);
+      const auto b = half.load_once(head.in + kHalf, has_head);
       float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        if (!has_head) continue;
-        a[i] = load_once<kWidth>(head.in + column(i));
-        b[i] = load_once<kWidth>(head.in + kHalf + column(i));
-      }
-#pragma unroll
-      for (int i = 0; i < kPieces; i++)
-        sum += sum_of_squares<kWidth>(a[i]) + sum_of_squares<kWidth>(b[i]);
-      const float scale = 1.0f / sqrtf(lane_sum<Lanes::kLanes>(sum) / kHeadDim + p.eps);
-
-      const auto store_both = [&](T* out, int i, const auto& first_half, const auto& second_half) {
-        store(out + column(i), first_half);
-        store(out + kHalf + column(i), second_half);
-      };
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        Vec<T, kWidth> raw_a, raw_b, out_a, out_b;
-        T* raw_out = head.weight ? head.raw_out : head.out;
+      half.each([&](int i, int) {
+        sum += sum_of_squares<kWidth>(a.vectors[i]) + sum_of_squares<kWidth>(b.vectors[i]);
+      });
+      const float scale = inv_rms(lane_sum<Lanes::kLanes>(sum), kHeadDim, p.eps);
+      T* raw_out = head.weight ? head.raw_out : head.out;
+      half.each([&](int i, int column) {
+        const auto a_i = a.at(i, column), b_i = b.at(i, column);
+        const auto store_both = [&](T* out, const auto& first_half, const auto& second_half) {
+          store(out + column, first_half);
+          store(out + kHalf + column, second_half);
+        };
+        Vec<T, kWidth> out_a, out_b;
         if (raw_out) {
 #pragma unroll
           for (int j = 0; j < kWidth; j++) {
-            raw_a.set(j, a[i][j] * scale);
-            raw_b.set(j, b[i][j] * scale);
+            out_a.set(j, a_i[j] * scale);
+            out_b.set(j, b_i[j] * scale);
           }
-          store_both(raw_out, i, raw_a, raw_b);
+          store_both(raw_out, out_a, out_b);
         }
-        if (!head.weight || !head.out) continue;
-        const auto weight_a = load<kWidth>(head.weight + column(i));
-        const auto weight_b = load<kWidth>(head.weight + kHalf + column(i));
+        if (!head.weight || !head.out) return;
+        const auto weight_a = load<kWidth>(head.weight + column);
+        const auto weight_b = load<kWidth>(head.weight + kHalf + column);
 #pragma unroll
         for (int j = 0; j < kWidth; j++) {
-          const float x = a[i][j] * scale * weight_a[j], y = b[i][j] * scale * weight_b[j];
+          const float x = a_i[j] * scale * weight_a[j], y = b_i[j] * scale * weight_b[j];
           out_a.set(j, x * cos[i][j] - y * sin[i][j]);
           out_b.set(j, y * cos[i][j] + x * sin[i][j]);
         }
-        store_both(head.out, i, out_a, out_b);
-      }
+        store_both(head.out, out_a, out_b);
+      });
     }
   }
 }
 
-// Any even head size and alignment: a warp owns a head and reads it twice.
+// Any even head size and alignment: a warp owns a head.
 template <class T, class W>
 __global__ void __launch_bounds__(256)
-    qkv_norm_rope_ragged_kernel(const __grid_constant__ QkvNormRopeParams p) {
-  const int lane = threadIdx.x % 32, half = p.head_dim / 2;
-  const int warps = blockDim.x / 32;
+    qkv_norm_rope_unaligned_kernel(const __grid_constant__ QkvNormRopeParams p) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, half = p.head_dim / 2;
+  const Columns<0, 1> whole{p.head_dim, lane, 32}, first_half{half, lane, 32};
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     const float position = static_cast<float>(index_at(p.positions, token));
     const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
     for (int h = blockIdx.y * warps + threadIdx.x / 32; h < num_heads(p); h += warps * gridDim.y) {
       const Head<T, W> head = head_at<T, W>(p, token, slot, h);
-      float sum = 0.0f;
-      for (int i = lane; i < p.head_dim; i += 32)
-        sum += to_float(head.in[i]) * to_float(head.in[i]);
-      const float scale = 1.0f / sqrtf(lane_sum(sum) / p.head_dim + p.eps);
+      const float sum = lane_sum(whole.sum_of_squares(whole.load_once(head.in)));
+      const float scale = inv_rms(sum, p.head_dim, p.eps);
       T* raw_out = head.weight ? head.raw_out : head.out;
       if (raw_out)
-        for (int i = lane; i < p.head_dim; i += 32)
-          raw_out[i] = from_float<T>(to_float(head.in[i]) * scale);
+        whole.each([&](int, int i) { raw_out[i] = from_float<T>(to_float(head.in[i]) * scale); });
       if (!head.weight || !head.out) continue;
-      for (int i = lane; i < half; i += 32) {
+      first_half.each([&](int, int i) {
         float sin, cos;
         sin_cos(position * p.inv_freq[i], sin, cos);
         const float x = to_float(head.in[i]) * scale * to_float(head.weight[i]);
         const float y = to_float(head.in[i + half]) * scale * to_float(head.weight[i + half]);
         head.out[i] = from_float<T>(x * cos - y * sin);
         head.out[i + half] = from_float<T>(y * cos + x * sin);
-      }
+      });
     }
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "../linear/ops.h"
 
 namespace gemma4 {
 
@@ -17,13 +18,7 @@ struct PleEmbedParams {
 };
 void ple_embed(const PleEmbedParams& params, const DTypes& dtypes, const Device& device);
 
-struct PleGateParams {
-  const void* gate;  // [T, width]
-  const void* ple;   // the layer's slice of [T, L, width], of the other dtype
-  void* y;           // [T, width], of the other dtype
-  int64_t rows, gate_stride, ple_stride;
-  int width;
-};
-void ple_gate(const PleGateParams& params, const DTypes& dtypes, const Device& device);
+// `other` is the layer's slice of [T, L, width].
+void ple_gate(const GeluMulParams& params, const DTypes& dtypes, const Device& device);
 
 }  // namespace gemma4

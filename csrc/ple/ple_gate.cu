@@ -1,20 +1,9 @@
-#include "ple_gate.cuh"
-
-#include "../common/pieces.h"
+#include "../linear/gelu_mul.cuh"
 
 namespace gemma4 {
 
-void ple_gate(const PleGateParams& p, const DTypes& dtypes, const Device& device) {
-  if (p.rows == 0 || p.width == 0) return;
-  with_types(dtypes, [&]<class T, class R, class>() {
-    constexpr int kWidth = kFullWidth<T, R>;
-    const bool in_pieces = in_pieces_of_16<T>(p.gate, p.gate_stride, p.width) &&
-                           in_pieces_of_16<R>(p.ple, p.ple_stride, p.width) &&
-                           in_pieces_of_16<R>(p.y, p.width, p.width);
-    const auto kernel = in_pieces ? ple_gate_kernel<T, R, kWidth> : ple_gate_kernel<T, R, 1>;
-    const PiecePlan plan = plan_pieces(p.rows, in_pieces ? p.width / kWidth : p.width);
-    launch(device, "ple_gate", kernel, plan.grid, plan.block, 0, p);
-  });
+void ple_gate(const GeluMulParams& p, const DTypes& dtypes, const Device& device) {
+  with_types(dtypes, [&]<class T, class R, class>() { gelu_mul<T, R>("ple_gate", p, device); });
 }
 
 }  // namespace gemma4

@@ -3,11 +3,11 @@ FAULTS = {
         "test_softcap[emulated-one value-float32]": [
             ("common/math.cuh", "cap * tanhf(x / cap)", "tanhf(x / cap)"),
             ("common/math.cuh", "cap * tanhf(x / cap)", "cap * tanhf(cap * tanhf(x / cap) / cap)"),
-            ("linear/softcap.cuh", "if (column >= p.width) return;", ""),
+            ("common/elementwise.cuh", "if (column >= width) return;", ""),
             (
                 "linear/softcap.cu",
-                "in_pieces ? p.width / kFullWidth<T> : p.width",
-                "p.width / kFullWidth<T>",
+                "aligned ? p.width / kWidth : p.width",
+                "p.width / kWidth",
             ),
         ],
         "test_strided[emulated-columns]": [

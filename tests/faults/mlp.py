@@ -4,21 +4,21 @@ FAULTS = {
             ("common/platform.h", "x < -kMost ? -kMost : x;", "x;"),
         ],
         "test_geglu[emulated-one value-float32]": [
+            ("linear/gelu_mul.cuh", "load_once<kWidth>(other_row", "load_once<kWidth>(gate_row"),
             (
-                "linear/geglu.cuh",
-                "load_once<kWidth>(gate_up + p.width)",
-                "load_once<kWidth>(gate_up)",
+                "linear/gelu_mul.cuh",
+                "gelu_tanh(gate[j]) * other[j]",
+                "gate[j] * gelu_tanh(other[j])",
             ),
-            ("linear/geglu.cuh", "gelu_tanh(gate[j]) * up[j]", "gate[j] * gelu_tanh(up[j])"),
-            ("linear/geglu.cuh", "if (column >= p.width) return;", ""),
+            ("common/elementwise.cuh", "if (column >= width) return;", ""),
             ("common/math.cuh", "0.044715f * x * x * x", "0.044715f * x * x"),
             ("common/math.cuh", "expf(-2.0f * u)", "expf(-u)"),
         ],
         "test_strided[emulated-columns]": [
-            ("linear/geglu.cuh", "row * p.stride + column", "row * p.width * 2 + column"),
+            ("linear/gelu_mul.cuh", "row * p.gate_stride", "row * p.width * 2"),
         ],
         "test_geglu[emulated-odd half-float32]": [
-            ("linear/geglu.cuh", "row += gridDim.y * blockDim.y", "row += gridDim.y"),
+            ("common/elementwise.cuh", "row += gridDim.y * blockDim.y", "row += gridDim.y"),
         ],
     },
 }

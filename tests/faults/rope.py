@@ -16,12 +16,12 @@ FAULTS = {
                 "kHalf = kHeadDim / 4;",
             ),
             ("norm/qkv_norm_rope.cuh", "lane_sum<Lanes::kLanes>(sum)", "lane_sum(sum)"),
-            ("norm/qkv_norm_rope.cuh", "/ kHeadDim + p.eps", "/ kHalf + p.eps"),
-            ("norm/qkv_norm_rope.cuh", "raw_a.set(j, a[i][j] * scale);", "raw_a.set(j, a[i][j]);"),
+            ("norm/qkv_norm_rope.cuh", "kHeadDim, p.eps)", "kHalf, p.eps)"),
+            ("norm/qkv_norm_rope.cuh", "out_a.set(j, a_i[j] * scale);", "out_a.set(j, a_i[j]);"),
             (
                 "norm/qkv_norm_rope.cuh",
-                "b[i][j] * scale * weight_b[j]",
-                "b[i][j] * scale * weight_a[j]",
+                "b_i[j] * scale * weight_b[j]",
+                "b_i[j] * scale * weight_a[j]",
             ),
             (
                 "norm/qkv_norm_rope.cuh",

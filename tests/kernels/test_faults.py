@@ -76,7 +76,7 @@ def runs(request, tmp_path_factory):
 
 def test_every_fault_has_one_place():
     """A stale snippet changes nothing, one that stands twice changes what its test does not run."""
-    texts = {path: (emulated.CSRC / path).read_text() for path in emulated.CSRC.glob("*/*")}
+    texts = {path: (emulated.CSRC / path).read_text() for path in emulated.CSRC.rglob("*.*")}
     wrong = [
         f"{op}: {path} has {old!r} {texts[emulated.CSRC / path].count(old)} times"
         for op, tests in FAULTS.items()

@@ -1,0 +1,52 @@
+// Who waits for whom: some of a block's warps, one kernel for another; and the end of a launch.
+#pragma once
+
+#include "../platform.h"
+
+namespace gemma4::ptx {
+
+#ifndef GEMMA4_EMULATION
+
+// ---- barriers of some of a block's warps; 0 is __syncthreads' own
+
+DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- dependent launches, for kernels that start while their predecessor still runs
+
+#if __CUDA_ARCH__ >= 900
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+#else
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void let_next_kernel_start() {}
+#endif
+
+// Ends the launch with an error.
+DEVICE void trap() { asm volatile("trap;"); }
+
+#else  // the twins
+
+DEVICE void barrier_sync(int id, int threads FROM_HERE) {
+  emulation::barrier_sync(id, threads HERE);
+}
+DEVICE void barrier_arrive(int id, int threads FROM_HERE) {
+  emulation::barrier_arrive(id, threads HERE);
+}
+
+// Launches follow one another, so there is nothing to wait for.
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void let_next_kernel_start() {}
+
+using emulation::trap;
+
+#endif
+
+}  // namespace gemma4::ptx

@@ -1,0 +1,41 @@
+// y = gelu_tanh(gate) other: the gated product of an MLP, and of the per-layer embeddings; finite
+// in fp16 too.
+//
+// One thread, one vector; both operands are read in place by their strides. Bound: width
+// (sizeof(T) + 2 sizeof(R)) bytes of DRAM a row.
+#pragma once
+
+#include "../common/elementwise.cuh"
+#include "../common/math.cuh"
+#include "../common/vec.cuh"
+#include "ops.h"
+
+namespace gemma4 {
+
+template <class T, class R, int kWidth>
+__global__ void __launch_bounds__(kElementwiseThreads)
+    gelu_mul_kernel(const __grid_constant__ GeluMulParams p) {
+  each_row<kWidth>(p.rows, p.width, [&](int64_t row, int column) {
+    const T* gate_row = static_cast<const T*>(p.gate) + row * p.gate_stride;
+    const R* other_row = static_cast<const R*>(p.other) + row * p.other_stride;
+    const auto gate = load_once<kWidth>(gate_row + column);
+    const auto other = load_once<kWidth>(other_row + column);
+    Vec<R, kWidth> y;
+#pragma unroll
+    for (int j = 0; j < kWidth; j++) y.set(j, saturate<R>(gelu_tanh(gate[j]) * other[j]));
+    store(static_cast<R*>(p.y) + row * p.width + column, y);
+  });
+}
+
+template <class T, class R>
+void gelu_mul(const char* name, const GeluMulParams& p, const Device& device) {
+  if (p.rows == 0 || p.width == 0) return;
+  constexpr int kWidth = kFullWidth<T, R>;
+  const bool aligned = are_aligned<T>(p.gate, p.gate_stride, p.width) &&
+                       are_aligned<R>(p.other, p.other_stride, p.width) &&
+                       are_aligned<R>(p.y, p.width, p.width);
+  const auto kernel = aligned ? gelu_mul_kernel<T, R, kWidth> : gelu_mul_kernel<T, R, 1>;
+  launch_elementwise(device, name, kernel, p.rows, aligned ? p.width / kWidth : p.width, p);
+}
+
+}  // namespace gemma4
