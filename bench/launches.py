@@ -20,9 +20,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import emulated
+import paths  # noqa: F401
 import torch
 from limits import RELEASED
+from support import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemma4.decode

@@ -115,7 +115,7 @@ FAULTS = {
             ),
         ],
         "test_moe_experts[emulated-one token-bfloat16]": [
-            ("moe/moe_stream.cuh", "token.x, token.y HERE", "token.y, token.x HERE"),
+            ("common/stream.cuh", "b.x, b.y HERE", "b.y, b.x HERE"),
             (
                 "moe/moe_stream.cuh",
                 "const float weight = float_at(p.weights, a);",

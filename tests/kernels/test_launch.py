@@ -4,9 +4,9 @@ card starts, workspaces that do not follow what was reserved, and no cache copie
 import pytest
 import torch
 from support import emulated
+from support.attention import check
 from support.backends import BF16
 from support.marks import emulated_backend, needs_compiler
-from test_attention_tiles import check
 
 from gemma4_kernels import opset
 

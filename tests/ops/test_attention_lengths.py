@@ -6,8 +6,8 @@ The emulator stops at any access out of bounds; what torch allocates without fil
 
 import pytest
 import torch
+from support.attention import check
 from support.backends import BF16
-from test_attention_tiles import check
 
 kernels = pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
 pytestmark = [kernels, pytest.mark.usefixtures("poisoned_memory")]

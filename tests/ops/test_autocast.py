@@ -17,7 +17,7 @@ from torch.library import opcheck
 import gemma4_kernels
 from gemma4_kernels import opset
 
-PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts")
+PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts", "linear_small")
 
 
 def mixed(name, dtype=BF16, grad=False, case="usual"):

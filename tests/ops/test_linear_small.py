@@ -1,15 +1,9 @@
-import float64
 import pytest
 import torch
-from conftest import (
-    BF16,
-    FP16,
-    FP32,
-    all_dtypes,
-    assert_close_to_float64,
-    assert_refused,
-    in_dtypes,
-)
+from support import cases, float64
+from support.backends import BF16, FP16, FP32, in_dtypes
+from support.expect import assert_close_to_float64, assert_refused
+from support.marks import all_dtypes
 
 CLOSE = {"residual", "post_weight", "scale"}  # a branch
 OPEN = CLOSE | {"norm_weight"}  # and the next one
@@ -53,18 +47,7 @@ kernels_alone = pytest.mark.parametrize("backend", ["emulated", "cuda"], indirec
 
 def inputs(backend, case, dtype):
     tokens, width, rows, parts = {**CASES, **OTHER_WIDTHS}[case]
-    height = 2 * rows if "gated" in parts else rows
-    made = {
-        "x": backend.randn(tokens, width, dtype=dtype, std=2.0),
-        "weight": backend.randn(height, width, dtype=dtype, std=max(width, 1) ** -0.5),
-        "residual": backend.randn(tokens, width, dtype=dtype, std=3.0),
-        "post_weight": backend.weight(width, dtype=dtype),
-        "scale": backend.randn(1, dtype=dtype, mean=0.3, std=0.1),
-        "norm_weight": backend.weight(width, dtype=dtype),
-        "factor": backend.randn(tokens, rows, dtype=dtype),
-    }
-    chosen = {name: x for name, x in made.items() if name in {"x", "weight"} | parts}
-    return chosen | {"gated": "gated" in parts}
+    return cases.linear_small(backend, tokens, width, rows, *parts, dtype=dtype)
 
 
 def check(backend, arguments, dtype, eps=1e-6):

@@ -240,19 +240,10 @@ LINEARS = {  # tokens, columns, what comes with them: of each model's linear lay
 def test_linear_small_work(counted, case):
     """Weights are read once, in whole sectors; no product too many, no bank twice."""
     (tokens, width, parts), backend = LINEARS[case], emulated_backend()
-    gated, rows = "gated" in parts, 48
-    made = {
-        "residual": backend.randn(tokens, width, dtype=BF16),
-        "norm_weight": backend.weight(width, dtype=BF16),
-        "factor": backend.randn(tokens, rows, dtype=BF16),
-    }
-    options = {name: x for name, x in made.items() if name in parts}
-    if "residual" in parts:
-        options["post_weight"] = backend.weight(width, dtype=BF16)
-    x = backend.randn(tokens, width, dtype=BF16)
-    weight = backend.randn(2 * rows if gated else rows, width, dtype=BF16)
+    arguments = cases.linear_small(backend, tokens, width, 48, *parts, dtype=BF16)
+    weight = arguments["weight"]
     with emulated.one_schedule():
-        backend.ops.linear_small(x, weight, gated=gated, **options)
+        backend.ops.linear_small(**arguments)
     counts = counted.counts()
     (read,) = [b for b in counts.buffers if b.name == "weight"]
     assert counts.launches == 1

@@ -136,6 +136,30 @@ def geglu(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
     return {"gate_up": b.randn(*shape[:-1], 2 * shape[-1], dtype=dtype, std=2.0)}
 
 
+def linear_small(
+    b: Backend,
+    tokens: int,
+    width: int,
+    rows: int,
+    *parts: str,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """To so many rows of y, with the arguments that `parts` names; "gated" is one, and a residual
+    brings its post_weight."""
+    gated = "gated" in parts
+    given = {"x", "weight", *parts} | ({"post_weight"} if "residual" in parts else set())
+    made = {
+        "x": b.randn(tokens, width, dtype=dtype, std=2.0),
+        "weight": b.randn(rows * (1 + gated), width, dtype=dtype, std=max(width, 1) ** -0.5),
+        "residual": b.randn(tokens, width, dtype=dtype, std=3.0),
+        "post_weight": b.weight(width, dtype=dtype),
+        "scale": b.randn(1, dtype=dtype, mean=0.3, std=0.1),
+        "norm_weight": b.weight(width, dtype=dtype),
+        "factor": b.randn(tokens, rows, dtype=dtype),
+    }
+    return {n: x for n, x in made.items() if n in given} | {"gated": gated}
+
+
 def attention_prefill(
     b: Backend,
     queries: Sequence[int],

@@ -148,6 +148,21 @@ def attention_decode(b: Leaves) -> Cases:
     }
 
 
+OPEN = ("residual", "post_weight", "scale", "norm_weight")
+
+
+def linear_small(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "weight": b.turned(6, 8), "residual": b.turned(3, 8)}
+    return {
+        "usual": cases.linear_small(b, 3, 8, 6, *OPEN, "factor"),
+        "alone": cases.linear_small(b, 3, 8, 6),
+        "gated": cases.linear_small(b, 3, 8, 6, "norm_weight", "gated"),
+        "odd": cases.linear_small(b, 2, 7, 5, *OPEN),
+        "transposed": cases.linear_small(b, 3, 8, 6, *OPEN) | turned,
+        "empty": cases.linear_small(b, 0, 8, 6, *OPEN),
+    }
+
+
 def moe_route(b: Leaves) -> Cases:
     return {
         "usual": cases.moe_route(b, 3, 6, 2),
@@ -205,7 +220,7 @@ def ple_gate(b: Leaves) -> Cases:
 SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
-        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache),
+        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
         *(attention_prefill, attention_decode, moe_route, moe_experts, ple_embed, ple_gate),
     )
 }
@@ -233,6 +248,8 @@ def served(op: str) -> Arguments:
     if op == "attention_decode":
         arguments = cases.attention_decode(b, (3, 8), 8, 4, 2, 64, **score)
         return complete(op, arguments | {"block_table": ints([0], [1])})
+    if op == "linear_small":
+        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "factor", dtype=BF16))
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
