@@ -3,7 +3,7 @@
 Everything between the embedding and the head works on packed tokens (see layout.py), by the plan of
 one forward (see steps.py). base.py holds what programs around a model ask of it.
 
-Shape letters: B rows, N columns of the padded batch, T packed tokens, D model width, C head
+Shape letters: B rows, S columns of the padded batch, T packed tokens, D model width, C head
 channels, P PLE width, L layers, V vocabulary.
 """
 
@@ -171,11 +171,11 @@ class Gemma4TextModel(PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
-            packed = config.num_hidden_layers * self.ple_width
+            ple_columns = config.num_hidden_layers * self.ple_width
             self.embed_tokens_per_layer = ScaledEmbedding(
-                config.vocab_size_per_layer_input, packed, self.ple_width**0.5, std
+                config.vocab_size_per_layer_input, ple_columns, self.ple_width**0.5, std
             )
-            self.per_layer_model_projection = linear(width, packed, config)
+            self.per_layer_model_projection = linear(width, ple_columns, config)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, config.rms_norm_eps)
 
     @property
@@ -287,14 +287,14 @@ class Gemma4TextModel(PreTrainedModel):
         return (PackedPlan(layout) if cache is None else CachePlan(layout, cache)), cache
 
     def _wants_cache(self, use_cache: bool | None, layout: Layout) -> bool:
-        if use_cache and layout.packed:
+        if use_cache and layout.has_packed_rows:
             raise ValueError("packed rows have no cache: position_ids restart (use_cache=True)")
         if use_cache and self.config.bidirectional:
             raise ValueError("use_bidirectional_attention 'all' has no cache: every token sees all")
         if use_cache is not None:
             return use_cache
         others = self.training or self.config.bidirectional or self.checkpointing is not None
-        return self.config.use_cache and not others and not layout.packed
+        return self.config.use_cache and not others and not layout.has_packed_rows
 
     def _stack(
         self,
