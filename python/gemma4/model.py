@@ -9,7 +9,6 @@ channels, P PLE width, L layers, V vocabulary.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from .layout import Layout, make_layout
 from .loss import causal_lm_loss
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
-from .recompute import RunLayer, recomputing
+from .recompute import CheckpointOptions, RunLayer, recomputing
 from .steps import CachePlan, DecodePlan, PackedPlan, refuse_gradient
 
 
@@ -160,7 +159,7 @@ class Gemma4TextModel(PreTrainedModel):
         super().__init__()
         self.config = config
         # What torch.utils.checkpoint is called with at every n-th layer; None for no checkpointing.
-        self.checkpointing: dict[str, Any] | None = None
+        self.checkpointing: CheckpointOptions | None = None
         self.checkpoint_every = 1
         width, std = config.hidden_size, config.initializer_range
         self.embed_tokens = ScaledEmbedding(config.vocab_size, width, width**0.5, std)
@@ -333,9 +332,10 @@ class Gemma4TextModel(PreTrainedModel):
                 following = after.input_layernorm
             cut = tail if index == last_owner else None
             inside = cut is not None and plan.whole(layer, DecoderLayer)
-            run: RunLayer = partial(call_layer, layer)
             if plan.plain(layer, DecoderLayer):
-                run = layer.packed
+                run: RunLayer = layer.packed
+            else:
+                run = partial(call_layer, layer)
             if options is not None and index % self.checkpoint_every == 0:
                 run = recomputing(run, index, self.config.kv_owner(index), options)
             ple = None if ple_TLP is None else (ple_TLP, index)
