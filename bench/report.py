@@ -1,4 +1,4 @@
-"""Tables of the committed results: bench/results/static.md, and the numbers in README.md.
+"""Tables of the committed results in bench/results, and the numbers in README.md.
 
     python bench/report.py [--plots FOLDER]
 
@@ -10,7 +10,8 @@ gpu_check.py, and in ops_*.jsonl, what bench_ops.py has measured (see plots.py).
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import compiled
@@ -38,7 +39,7 @@ def op_runs() -> dict[str, list[dict]]:
     return dict(sorted(found.items()))
 
 
-def compiled_table(rows: list[dict], wanted: Callable[[dict], bool] = lambda row: True) -> str:
+def compiled_table(rows: list[dict]) -> str:
     """One line a kernel; four numbers are those of compiled.ARCHS, one stands for four."""
     kernels: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -62,7 +63,7 @@ def compiled_table(rows: list[dict], wanted: Callable[[dict], bool] = lambda row
 
     sizes = ("kernel", "threads", "KB", "registers", "blocks", "load, store bits")
     head = (*sizes, "tensor, sm_80", "tensor, sm_90a")
-    return table(head, [line(a) for a in kernels.values() if wanted(a["sm_90a"])])
+    return table(head, map(line, kernels.values()))
 
 
 def counted_table(rows: list[dict]) -> str:
@@ -76,10 +77,14 @@ def counted_table(rows: list[dict]) -> str:
     return table(head, map(line, rows))
 
 
+def over_floor(row: dict | None) -> float:
+    return row["estimate_us"] / row["floor_us"] if row else 0.0
+
+
 def estimates_table(rows: list[dict]) -> str:
     def line(row: dict) -> tuple[object, ...]:
-        floor, estimate = row["floor_us"], row["estimate_us"]
-        return (row["case"], floor, estimate, f"{estimate / floor:.2f}", row["bound_by"])
+        ratio = f"{over_floor(row):.2f}"
+        return (row["case"], row["floor_us"], row["estimate_us"], ratio, row["bound_by"])
 
     lines = map(line, rows)
     return table(("case", "floor µs", "estimate µs", "estimate / floor", "bound by"), lines)
@@ -138,15 +143,7 @@ def numbers() -> str:
         name: rows for name, rows in runs.items() if any(row["kind"] == "op" for row in rows)
     }
     parts = [on_gpu(name, rows) for name, rows in measured.items()] or [NO_GPU]
-    parts.append(
-        "Kernels with tensor cores, in bf16 and without softcap: registers and blocks of "
-        f"{', '.join(compiled.ARCHS[:2])},\n{', '.join(compiled.ARCHS[2:])} (one number stands "
-        "for four, or for Hopper alone;\n0 blocks: another tile is chosen there), and tensor "
-        "instructions among all of the main loop.\n\n"
-        + compiled_table(report["compiled"], is_shown)
-    )
-    tensor = [row for row in report["estimates"] if row.get("tensor_us")]
-    parts.append(estimate_words() + "\n\n" + estimates_table(tensor))
+    parts.append(estimate_words() + "\n" + worst_words(report["estimates"]))
     if overhead:
         ratios = sorted(row["over_add"] for row in overhead)
         parts.append(
@@ -155,19 +152,45 @@ def numbers() -> str:
             "a CPU.\n"
         )
     parts.append(
-        "`bench/bench_model.py` on a CPU (Xeon with AMX, threads: "
-        f"{models[0]['threads']}): transformers' time\nwith sdpa over ours, and over its "
-        "own after `enable`.\n\n" + model_table(models)
+        f"{models_words(models)}:\n{ratios_words(models, 'vs_sdpa')}; after `enable`,\n"
+        f"{ratios_words(models, 'enabled_vs_sdpa')} (`bench/results/model_cpu.md`).\n"
     )
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
-def is_shown(row: dict) -> bool:
-    """Head sizes that Gemma 4 has none of, and fp32 experts, are in static.md alone."""
-    softcapped = row["kernel"].startswith("attention_kernel") and row["kernel"].endswith("true>")
-    small = re.search(r"AttentionTile<(64|128)\b", row["kernel"])
-    wide = "<bf16, float" in row["kernel"]
-    return bool(row["tensor"]) and "bf16" in row["kernel"] and not (softcapped or small or wide)
+def models_words(models: list[dict]) -> str:
+    threads = models[0]["threads"]
+    return f"Transformers' time with sdpa over ours, on a CPU (Xeon with AMX, threads: {threads})"
+
+
+def ratios_words(models: list[dict], key: str) -> str:
+    """The least and the largest ratio of the prefill, and of the decode."""
+    prefill, decode = (sorted(ratios) for ratios in zip(*(row[key] for row in models), strict=True))
+    return (
+        f"{prefill[0]:.2f} to {prefill[-1]:.2f} in prefill, {decode[0]:.2f} to {decode[-1]:.2f} in "
+        "decode"
+    )
+
+
+def model_md(models: list[dict]) -> str:
+    return f"""# The model on a CPU
+
+Made by `bench/bench_model.py` and `bench/report.py`:
+{models_words(models)},
+and over its own after `enable`.
+
+{model_table(models)}"""
+
+
+def worst_words(rows: list[dict]) -> str:
+    """The estimate over the floor of each op with tensor work, in the case that stands worst."""
+    worst: dict[str, dict] = {}
+    for row in rows:
+        op = re.split(r"[ ,]+\d", row["case"])[0]
+        if row.get("tensor_us") and over_floor(row) > over_floor(worst.get(op)):
+            worst[op] = row
+    said = (f"{op} {over_floor(row):.2f} ({row['bound_by']})" for op, row in worst.items())
+    return textwrap.fill(f"Over the floors it is at worst, by op: {', '.join(said)}.", 100)
 
 
 def with_numbers(readme: str) -> str:
@@ -181,6 +204,8 @@ def main() -> None:
     folder = parser.parse_args().plots
     report = json.loads((RESULTS / "static.json").read_text())
     (RESULTS / "static.md").write_text(static_md(report), encoding="utf-8")
+    models = read_lines([RESULTS / "model_cpu.jsonl"])
+    (RESULTS / "model_cpu.md").write_text(model_md(models), encoding="utf-8")
     README.write_text(with_numbers(README.read_text(encoding="utf-8")), encoding="utf-8")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

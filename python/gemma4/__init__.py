@@ -8,9 +8,9 @@ TYPE_CHECKING = False  # typing's, whose import would take longer than all else 
 if TYPE_CHECKING:
     from .cache import Cache
     from .config import Gemma4TextConfig
-    from .generate import GenerateOutput, GenerationConfig
+    from .generate import GenerationConfig
     from .model import Gemma4ForCausalLM, Gemma4TextModel
-    from .outputs import CausalLMOutput, ModelOutput
+    from .outputs import CausalLMOutput, GenerateOutput, ModelOutput
     from .tokenizer import Gemma4Tokenizer, TextStreamer
 
 __all__ = [
@@ -33,7 +33,7 @@ _MODULES = {
     "Gemma4TextConfig": "config",
     "Gemma4TextModel": "model",
     "Gemma4Tokenizer": "tokenizer",
-    "GenerateOutput": "generate",
+    "GenerateOutput": "outputs",
     "GenerationConfig": "generate",
     "ModelOutput": "outputs",
     "TextStreamer": "tokenizer",

@@ -11,13 +11,13 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from gemma4_kernels.common import DECODE_TOKENS
+
 from .config import SLIDING, Gemma4TextConfig
 
 # Slots of a full layer come in pages of this many, so that the same memory can be read as rows
-# [B, S, G, C] or as pages through a block table.
+# [B, slots, G, C] or as pages through a block table.
 PAGE_SIZE = 64
-# The decode op takes up to this many new tokens a sequence; longer runs go through prefill.
-DECODE_TOKENS = 16
 
 
 class Cache:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
+from gemma4_kernels.common import cosines_and_sines, gelu_mul
 from gemma4_kernels.fusion import is_plain
 
 from .config import FULL, Gemma4TextConfig
 from .layout import Layout
-from .modules import GELUTanh, RMSNorm, UnscaledRMSNorm, cosines_and_sines, linear, rotated
+from .modules import GELUTanh, RMSNorm, UnscaledRMSNorm, linear, rotated
 from .steps import Keys, PackedPlan
 
 # The layout of the last columns, and which of the packed tokens these are.
@@ -182,7 +183,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if is_plain(self.act_fn, GELUTanh):
-            return self.down_proj(_gelu_times(gate, up))
+            return self.down_proj(gelu_mul(gate, up))
         return self.down_proj(self.act_fn(gate) * up)
 
     def packed(self, y_TD: Tensor, plan: PackedPlan) -> Tensor:
@@ -190,12 +191,6 @@ class MLP(nn.Module):
         if one is None:
             return self.forward(y_TD)
         return self.down_proj(ops.geglu(F.linear(y_TD, *one)))
-
-
-def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
-    """gelu_tanh(gate) · other, of any leading shape."""
-    product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
-    return product.view(gate.shape)
 
 
 class Router(nn.Module):

@@ -55,7 +55,7 @@ class Layout:
         return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     @property
-    def packed(self) -> bool:
+    def has_packed_rows(self) -> bool:
         """Whether some row holds more than one sequence."""
         return len(self.rows) != self.shape[0]
 

@@ -3,13 +3,12 @@
 Everything between the embedding and the head works on packed tokens (see layout.py), by the plan of
 one forward (see steps.py). base.py holds what programs around a model ask of it.
 
-Shape letters: B rows, N columns of the padded batch, T packed tokens, D model width, C head
+Shape letters: B rows, S columns of the padded batch, T packed tokens, D model width, C head
 channels, P PLE width, L layers, V vocabulary.
 """
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from .layout import Layout, make_layout
 from .loss import causal_lm_loss
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
-from .recompute import RunLayer, recomputing
+from .recompute import CheckpointOptions, RunLayer, recomputing
 from .steps import CachePlan, DecodePlan, PackedPlan, refuse_gradient
 
 
@@ -161,7 +160,7 @@ class Gemma4TextModel(PreTrainedModel):
         super().__init__()
         self.config = config
         # What torch.utils.checkpoint is called with at every n-th layer; None for no checkpointing.
-        self.checkpointing: dict[str, Any] | None = None
+        self.checkpointing: CheckpointOptions | None = None
         self.checkpoint_every = 1
         width, std = config.hidden_size, config.initializer_range
         self.embed_tokens = ScaledEmbedding(config.vocab_size, width, width**0.5, std)
@@ -172,11 +171,11 @@ class Gemma4TextModel(PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
-            packed = config.num_hidden_layers * self.ple_width
+            ple_columns = config.num_hidden_layers * self.ple_width
             self.embed_tokens_per_layer = ScaledEmbedding(
-                config.vocab_size_per_layer_input, packed, self.ple_width**0.5, std
+                config.vocab_size_per_layer_input, ple_columns, self.ple_width**0.5, std
             )
-            self.per_layer_model_projection = linear(width, packed, config)
+            self.per_layer_model_projection = linear(width, ple_columns, config)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, config.rms_norm_eps)
 
     @property
@@ -288,14 +287,14 @@ class Gemma4TextModel(PreTrainedModel):
         return (PackedPlan(layout) if cache is None else CachePlan(layout, cache)), cache
 
     def _wants_cache(self, use_cache: bool | None, layout: Layout) -> bool:
-        if use_cache and layout.packed:
+        if use_cache and layout.has_packed_rows:
             raise ValueError("packed rows have no cache: position_ids restart (use_cache=True)")
         if use_cache and self.config.bidirectional:
             raise ValueError("use_bidirectional_attention 'all' has no cache: every token sees all")
         if use_cache is not None:
             return use_cache
         others = self.training or self.config.bidirectional or self.checkpointing is not None
-        return self.config.use_cache and not others and not layout.packed
+        return self.config.use_cache and not others and not layout.has_packed_rows
 
     def _stack(
         self,
@@ -336,9 +335,10 @@ class Gemma4TextModel(PreTrainedModel):
                 following = after.input_layernorm
             cut = tail if index == last_owner else None
             inside = cut is not None and plan.whole(layer, DecoderLayer)
-            run: RunLayer = partial(call_layer, layer)
             if plan.plain(layer, DecoderLayer):
-                run = layer.packed
+                run: RunLayer = layer.packed
+            else:
+                run = partial(call_layer, layer)
             if options is not None and index % self.checkpoint_every == 0:
                 run = recomputing(run, index, self.config.kv_owner(index), options)
             ple = None if ple_TLP is None else (ple_TLP, index)

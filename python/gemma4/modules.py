@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
+from gemma4_kernels.common import cosines_and_sines
 from gemma4_kernels.fusion import is_plain
 
 from .config import FULL, SLIDING, Gemma4TextConfig
@@ -95,15 +96,6 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, S, C] in x's dtype; fused ops take inv_freq and positions."""
         return cosines_and_sines(position_ids, self.tables[layer_type], x.dtype)
-
-
-def cosines_and_sines(
-    positions: Tensor, inv_freq: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """[..., C] of positions [...], from fp32 angles."""
-    angles = positions[..., None].float() * inv_freq
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotated(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:

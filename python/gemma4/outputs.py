@@ -1,8 +1,10 @@
-"""What the models return: a dictionary of what was computed, whose entries are attributes too."""
+"""What the models return, and what `generate` returns."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -89,3 +91,26 @@ class CausalLMOutput(Output):
     logits: Tensor
     cache: Cache | None
     hidden_states: tuple[Tensor, ...] | None
+
+
+@dataclass
+class GenerateOutput:
+    """What `generate` returns with return_dict_in_generate.
+
+    sequences [B, S + new]. For each new token, scores hold what it was drawn from, [B, V] after all
+    processing, and logits what the model said, both fp32. past_key_values holds all but the last
+    new token.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+    def log_probabilities(self) -> Tensor:
+        """log p [B, new] of each new token under the scores; ValueError without output_scores."""
+        if self.scores is None:
+            raise ValueError("log_probabilities needs output_scores=True")
+        scores = torch.stack(self.scores, 1)
+        new = self.sequences[:, -scores.shape[1] :, None]
+        return scores.log_softmax(-1).gather(-1, new).squeeze(-1)

@@ -14,9 +14,11 @@ from .steps import Keys, PackedPlan
 
 # `DecoderLayer.packed`, or what stands for it.
 RunLayer: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+# Of torch.utils.checkpoint.checkpoint.
+CheckpointOptions: TypeAlias = dict[str, Any]
 
 
-def recomputing(run: RunLayer, layer: int, owner: int, options: dict[str, Any]) -> RunLayer:
+def recomputing(run: RunLayer, layer: int, owner: int, options: CheckpointOptions) -> RunLayer:
     """`run`, the forward of a layer that reads the keys of layer `owner`, under a checkpoint.
 
     Shared keys go in and out as tensors, for a reentrant checkpoint finds no others. The plan goes

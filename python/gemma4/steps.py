@@ -9,17 +9,21 @@ come back.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NoReturn, TypeGuard
+from typing import NoReturn, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
+from gemma4_kernels.common import DECODE_TOKENS
 from gemma4_kernels.fusion import M, is_plain, why_not_fused
 
-from .cache import DECODE_TOKENS, PAGE_SIZE, Cache
+from .cache import PAGE_SIZE, Cache
 from .layout import Layout, cumulative
 from .modules import joined
+
+# The caches of k and v, and which of their slots, over all rows, the new tokens take.
+Slots: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class PackedPlan:
     """Tokens that attend to one another alone.
 
     inv_freq: what ops turn by, [C / 2] of each layer kind; or rotation, cosines and sines [T, C] of
-    each, of a rotary embedding that had to be called. keys: what later layers borrow, by owner.
+    each, of a rotary embedding that had to be called. keys: what later layers share, by owner.
     """
 
     def __init__(self, layout: Layout):
@@ -130,22 +134,20 @@ class PackedPlan:
     ) -> tuple[Tensor, Keys]:
         """Norms and rotates q, k and v and stores k and v; returns q and the keys it attends to."""
         args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
-        target = self.target(layer)
-        if target is None:
-            q, made_k, made_v = ops.qkv_norm_rope(*args, eps)
-            assert made_k is not None and made_v is not None  # as k is
-            return q, self.store(layer, made_k, made_v)
-        return ops.qkv_norm_rope_cache(*args, *target, eps), self.cached(layer)
+        if (target := self.target(layer)) is not None:
+            slots, keys = target
+            return ops.qkv_norm_rope_cache(*args, *slots, eps), keys
+        q, made_k, made_v = ops.qkv_norm_rope(*args, eps)
+        assert made_k is not None and made_v is not None  # as k is
+        return q, self.store(layer, made_k, made_v)
 
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The caches of k and v and the slots that `write` fills at once; None if it may not."""
+    def target(self, layer: int) -> tuple[Slots, Keys] | None:
+        """The slots that `write` fills at once, and the row's keys as they lie in the cache then;
+        None where there are none, or where the keys have to be read before they are stored."""
         return None
 
-    def cached(self, layer: int) -> Keys:
-        """All of a row's keys as they lie in the cache."""
-        raise NotImplementedError("a plan without a cache has no target")
-
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
+        """Stores normed and rotated k and v; returns the keys to attend to."""
         return PackedKeys(k, v, self.layout.cu_seqlens_k, self.layout.max_seqlen_k)
 
     def keep(self, layout: Layout, chosen: Tensor) -> None:
@@ -188,22 +190,22 @@ class CachePlan(PackedPlan):
             self._slots[per_row] = torch.cat(runs).to(self.cache.device)
         return self._slots[per_row]
 
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    def target(self, layer: int) -> tuple[Slots, Keys] | None:
         if self.training or (self.cache.is_ring(layer) and not self.decoding):
             return None
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        return k_cache, v_cache, self.slots(k_cache.shape[1])
+        return (k_cache, v_cache, self.slots(k_cache.shape[1])), self._cached(layer)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
-        target = self.target(layer)
-        if target is None:
-            keys = self._join(layer, k, v)  # before the ring's slots are written over
-            self._copy(layer, k.detach(), v.detach())
+        if (target := self.target(layer)) is not None:
+            slots, keys = target
+            _fill(*slots, k, v)
             return keys
-        _fill(*target, k, v)
-        return self.cached(layer)
+        keys = self._join(layer, k, v)  # before the ring's slots are written over
+        self._copy(layer, k.detach(), v.detach())
+        return keys
 
-    def cached(self, layer: int) -> Keys:
+    def _cached(self, layer: int) -> Keys:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         if self.seq_lens is not None:
             return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
@@ -316,17 +318,15 @@ class DecodePlan(PackedPlan):
             torch.remainder(self.positions, per_row, out=slots)
             slots.add_(self.rows, alpha=per_row)
 
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def target(self, layer: int) -> tuple[Slots, Keys]:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        return k_cache, v_cache, self.slots[k_cache.shape[1]]
+        keys = CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+        return (k_cache, v_cache, self.slots[k_cache.shape[1]]), keys
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
-        _fill(*self.target(layer), k, v)
-        return self.cached(layer)
-
-    def cached(self, layer: int) -> Keys:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+        slots, keys = self.target(layer)
+        _fill(*slots, k, v)
+        return keys
 
     def finish(self) -> None:
         self.positions.add_(1)

@@ -28,6 +28,12 @@ def test_static_md():
     assert (report.RESULTS / "static.md").read_text(encoding="utf-8") == report.static_md(STATIC)
 
 
+def test_model_cpu_md():
+    models = report.read_lines([report.RESULTS / "model_cpu.jsonl"])
+    committed = (report.RESULTS / "model_cpu.md").read_text(encoding="utf-8")
+    assert committed == report.model_md(models)
+
+
 def test_readme_numbers():
     readme = report.README.read_text(encoding="utf-8")
     assert readme == report.with_numbers(readme), "run python bench/report.py"

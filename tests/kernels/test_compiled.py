@@ -5,7 +5,6 @@ import re
 import compiled
 import pytest
 
-
 # Where tiles are chosen: wgmma is Hopper's, blocks of sm_120 have 99 KB of shared memory, those of
 # sm_90a and sm_100 227 KB, and sm_80's code runs on cards of either size.
 SMALL, LARGE = ("sm_80", "sm_120"), ("sm_80", "sm_90a", "sm_100")

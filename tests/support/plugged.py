@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from gemma4_kernels import ops, opset
+from gemma4_kernels import common, ops, opset
 from gemma4_kernels.integrations import transformers as plugin
 from gemma4_kernels.integrations.transformers import attention, base, experts, modules
 
@@ -105,7 +105,7 @@ def close_gradients(ours, theirs):
 
 def use_ops(monkeypatch, ops):
     """Puts others in the place of the ops that the plug-in calls."""
-    for module in (attention, experts, modules):
+    for module in (attention, common, experts, modules):
         monkeypatch.setattr(module, "ops", ops)
 
 

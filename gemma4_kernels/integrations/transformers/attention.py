@@ -5,11 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops, opset
+from ...common import DECODE_TOKENS
 from ...reference.attention import FUSED_ROWS
 from . import base
-
-# attention_decode takes up to this many new tokens a sequence.
-DECODE_TOKENS = 16
 
 
 def attention(
@@ -35,10 +33,10 @@ def attention(
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return _masked(module, query, key, value, attention_mask, scale, softcap), None
-    packed = attention_mask is not None and attention_mask.shape[-1] > 2
+    packed_rows = attention_mask is not None and attention_mask.shape[-1] > 2
     # For more queries a mask would be large, and the op leaves out the keys that none of them sees.
     short = query.shape[2] <= FUSED_ROWS
-    if not base.takes_ops(query) and short and is_causal and not packed and not softcap:
+    if not base.takes_ops(query) and short and is_causal and not packed_rows and not softcap:
         seen = _seen(query, key, attention_mask, sliding_window or 0)
         return _by_torch(query, key, value, seen, scale), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ... import ops
+from ...common import cosines_and_sines, gelu_mul
 from ...fusion import is_plain, why_not_plain, why_seen
 from . import base
 
@@ -63,19 +64,13 @@ def _close(
     return x, y if following is None else following(x)
 
 
-def _gelu_times(gate: Tensor, other: Tensor) -> Tensor:
-    """gelu_tanh(gate) · other, of any leading shape."""
-    product = ops.ple_gate(gate.flatten(0, -2), other.flatten(0, -2).unsqueeze(1), 0)
-    return product.view(gate.shape)
-
-
 class MLP(gemma4.Gemma4TextMLP):
     def forward(self, x: Tensor) -> Tensor:
         if not base.takes_ops(x):
             return super().forward(x)
         gate = self.gate_proj(x)
         if is_plain(self.act_fn, base.TanhGELU):
-            return self.down_proj(_gelu_times(gate, self.up_proj(x)))
+            return self.down_proj(gelu_mul(gate, self.up_proj(x)))
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
 
 
@@ -99,9 +94,7 @@ def _are_positions(position_embeddings: Positions | None) -> TypeGuard[Positions
 def _cosines(position_embeddings: Positions, x: Tensor) -> Positions:
     """What transformers' rotary embedding would have made."""
     positions, inv_freq = position_embeddings
-    angles = positions.float() * inv_freq
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return cosines_and_sines(positions[..., 0], inv_freq, x.dtype)
 
 
 def why_cosines(model: gemma4.Gemma4TextModel) -> str | None:
@@ -265,7 +258,7 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
             x, _ = _close(branch, x, closing)
             gate = self.per_layer_input_gate(x)
             if is_plain(self.act_fn, base.TanhGELU):
-                gated = _gelu_times(gate, per_layer_input)
+                gated = gelu_mul(gate, per_layer_input)
             else:
                 gated = self.act_fn(gate) * per_layer_input
             branch, closing = self.per_layer_projection(gated), self.post_per_layer_input_norm

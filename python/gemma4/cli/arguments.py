@@ -109,22 +109,26 @@ def _device(text: str) -> str:
     return text
 
 
-def _parser() -> Parser:
-    positive = _bounded(int, lambda n: n > 0, "a positive whole number")
-    shared = Parser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show where an error came from")
-    model = Parser(add_help=False)
-    add = model.add_argument
+_positive = _bounded(int, lambda n: n > 0, "a positive whole number")
+
+
+def _model_options() -> Parser:
+    options = Parser(add_help=False)
+    add = options.add_argument
     default = str(demo.path())
     add("--model", type=_text, default=default, help="folder or hub id (default: the demo)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own")
     add("--device", type=_device, help="default: cuda if there is one, else cpu")
     add("--ple-device", type=_device, help="where the per-layer embeddings live")
-    answers = Parser(add_help=False)
-    add = answers.add_argument
+    return options
+
+
+def _answer_options() -> Parser:
+    options = Parser(add_help=False)
+    add = options.add_argument
     natural = _bounded(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
-    add("--max-new-tokens", type=positive, help="default: as the checkpoint says, or 256")
+    add("--max-new-tokens", type=_positive, help="default: as the checkpoint says, or 256")
     add("--min-new-tokens", type=natural, help="no end before so many")
     temperature = _bounded(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     add("--temperature", type=temperature, help="0 is greedy")
@@ -146,7 +150,13 @@ def _parser() -> Parser:
     add("--seed", type=natural, help="same seed, same text")
     add("--system", type=_text, help="a system message for the chat")
     add("--think", action="store_true", help="let the model think first (shown on stderr)")
+    return options
 
+
+def _parser() -> Parser:
+    shared = Parser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show where an error came from")
+    model, answers = _model_options(), _answer_options()
     parser = Parser(prog="gemma4", description="Gemma 4 text models on gemma4-kernels.")
     parser.add_argument("--version", action=Version, nargs=0, help="print it and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -177,10 +187,10 @@ def _parser() -> Parser:
         "what memory and matrix products reach in the same process.",
         model,
     )
-    speed.add_argument("--prompt-tokens", type=positive, default=512)
+    speed.add_argument("--prompt-tokens", type=_positive, default=512)
     several = _bounded(int, lambda n: n > 1, "a whole number above 1")
     speed.add_argument("--new-tokens", type=several, default=64)
-    speed.add_argument("--repeat", type=positive, default=3)
+    speed.add_argument("--repeat", type=_positive, default=3)
     speed.add_argument("--json", type=Path, help="append all of it to this file, as one line")
     about = command(
         "info",

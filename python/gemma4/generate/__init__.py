@@ -1,6 +1,6 @@
 """Generation: prefill in chunks, then one token a step for the whole batch."""
 
-from .loop import GenerateOutput, Streamer, generate
+from .loop import Streamer, generate
 from .options import GenerationConfig
 
-__all__ = ["GenerateOutput", "GenerationConfig", "Streamer", "generate"]
+__all__ = ["GenerationConfig", "Streamer", "generate"]

@@ -3,15 +3,14 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..config import Gemma4TextConfig
 from ..decode import Decoder
+from ..outputs import GenerateOutput
 from .options import Configured, GenerationConfig, chosen
 from .prompt import ArrayLike, Prompt, read_prompt
 from .sampling import Processors, Sampler, processors
@@ -30,29 +29,6 @@ class Streamer(Protocol):
     def put(self, ids: Tensor) -> None: ...
 
     def end(self) -> None: ...
-
-
-@dataclass
-class GenerateOutput:
-    """What `generate` returns with return_dict_in_generate.
-
-    sequences [B, S + new]. For each new token, scores hold what it was drawn from, [B, V] after all
-    processing, and logits what the model said, both fp32. past_key_values holds all but the last
-    new token.
-    """
-
-    sequences: Tensor
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    past_key_values: Cache | None = None
-
-    def log_probabilities(self) -> Tensor:
-        """log p [B, new] of each new token under the scores; ValueError without output_scores."""
-        if self.scores is None:
-            raise ValueError("log_probabilities needs output_scores=True")
-        scores = torch.stack(self.scores, 1)
-        new = self.sequences[:, -scores.shape[1] :, None]
-        return scores.log_softmax(-1).gather(-1, new).squeeze(-1)
 
 
 @torch.no_grad()
@@ -112,50 +88,84 @@ def generate(
     known = input_ids is not None and (given is not None or config.return_dict_in_generate)
     rows = prompt.rows() if known else None
     held = _cache_for(model, prompt, given, rows, min(limit, RESERVED_STEPS))
-    if streamer is not None:
-        streamer.put(batch.given.cpu())
-
-    new: list[Tensor] = []
-    scores: list[Tensor] = []
-    logits: list[Tensor] = []
-    _warn_beyond_positions(model.config, max(prompt.lengths), 0)
-    with _recorded(held, rows, new):
+    answer = _Answer(config, streamer, batch, model.config.max_position_embeddings)
+    with _recorded(held, rows, answer.new):
         logits_BV = _prefill(model, prompt, held, prefill_chunk_size)
-    _check_finite(logits_BV, model, prompt, prefill_chunk_size)
     if copies > 1:
         held, logits_BV = held.repeated(copies), logits_BV.repeat_interleave(copies, 0)
         rows = batch.rows() if known else None
-    decode = _GrowingDecoder(model, held, limit - 1)
-    ids_BT = batch.ids
-    with _recorded(held, rows, new):
+    ids_BT, decoder = batch.ids, None
+    with _recorded(held, rows, answer.new):
         while True:
             ids_B, scores_BV = sampler(ids_BT, logits_BV)
             ids_B = torch.where(stopper.done, config.pad_token_id or 0, ids_B)
-            new.append(ids_B)
-            _warn_beyond_positions(model.config, max(prompt.lengths), len(new))
-            if scores_BV is not None:
-                scores.append(scores_BV)
-            if config.output_logits:
-                logits.append(logits_BV.to(torch.float32, copy=True))
-            if streamer is not None:
-                streamer.put(ids_B.cpu())
+            answer.add(ids_B, scores_BV, logits_BV)
             if process or stopper.criteria:
                 ids_BT = torch.cat([ids_BT, ids_B[:, None]], 1)
-            stopper(ids_B, ids_BT, scores)
-            if len(new) == limit or bool(stopper.done.all()):
+            stopper(ids_B, ids_BT, answer.scores)
+            if len(answer.new) == limit or bool(stopper.done.all()):
                 break
-            logits_BV = decode(ids_B)
-    if streamer is not None:
-        streamer.end()
-    sequences = torch.cat([batch.given, torch.stack(new, 1)], 1)
-    if not config.return_dict_in_generate:
-        return sequences
-    return GenerateOutput(
-        sequences,
-        tuple(scores) if config.output_scores else None,
-        tuple(logits) if config.output_logits else None,
-        held,
-    )
+            if decoder is None or held.room == 0:
+                # A graph holds on to its addresses: a cache that grows needs another decoder, and
+                # the old one's graph is freed before memory for the next is asked for.
+                decoder = None
+                decoder = Decoder(model, held, min(limit - len(answer.new), RESERVED_STEPS))
+            logits_BV = decoder(ids_B)
+    return answer.finished(held)
+
+
+class _Answer:
+    """The new tokens, and what was asked to be kept of each; a streamer sees them first."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        streamer: Streamer | None,
+        batch: Prompt,
+        max_positions: int,
+    ):
+        self.config, self.streamer, self.given = config, streamer, batch.given
+        self.longest, self.max_positions = max(batch.lengths), max_positions
+        self.new: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        if streamer is not None:
+            streamer.put(batch.given.cpu())
+        if self.longest > max_positions:
+            self._warn_beyond_positions()
+
+    def add(self, ids_B: Tensor, scores_BV: Tensor | None, logits_BV: Tensor) -> None:
+        self.new.append(ids_B)
+        if self.longest + len(self.new) == self.max_positions + 1:
+            self._warn_beyond_positions()
+        if scores_BV is not None:
+            self.scores.append(scores_BV)
+        if self.config.output_logits:
+            self.logits.append(logits_BV.to(torch.float32, copy=True))
+        if self.streamer is not None:
+            self.streamer.put(ids_B.cpu())
+
+    def finished(self, cache: Cache) -> Tensor | GenerateOutput:
+        """What `generate` returns."""
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = torch.cat([self.given, torch.stack(self.new, 1)], 1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateOutput(
+            sequences,
+            tuple(self.scores) if self.config.output_scores else None,
+            tuple(self.logits) if self.config.output_logits else None,
+            cache,
+        )
+
+    def _warn_beyond_positions(self) -> None:
+        """Once: for a prompt that is too long, or at the token with which an answer becomes so."""
+        warnings.warn(
+            f"the model was made for {self.max_positions} positions (max_position_embeddings), and "
+            "a row is longer now: what follows may make no sense",
+            stacklevel=5,  # generate's caller: no_grad's wrapper lies between
+        )
 
 
 def _check(
@@ -223,37 +233,9 @@ def _prefill(model: "Gemma4ForCausalLM", prompt: Prompt, cache: Cache, chunk: in
             model.model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
         else:
             output = model(attention_mask=seen, cache=cache, logits_to_keep=1, **part)
-    return output.logits[:, -1]
-
-
-class _GrowingDecoder:
-    """A `Decoder` for as long as its memory lasts, then the next one.
-
-    A CUDA graph holds on to the addresses that it was captured with, so that a cache which has
-    grown needs a new one.
-    """
-
-    def __init__(self, model: "Gemma4ForCausalLM", cache: Cache, steps: int):
-        self.model, self.cache, self.left = model, cache, steps
-        self.decoder: Decoder | None = None
-
-    def __call__(self, ids_B: Tensor) -> Tensor:
-        if self.decoder is None or self.cache.room == 0:
-            self.decoder = None  # frees its graph before memory for the next is asked for
-            self.decoder = Decoder(self.model, self.cache, min(self.left, RESERVED_STEPS))
-        self.left -= 1
-        return self.decoder(ids_B)
-
-
-def _warn_beyond_positions(config: Gemma4TextConfig, length: int, new: int) -> None:
-    """Once: for a prompt that is too long, or at the token with which an answer becomes so."""
-    most = config.max_position_embeddings
-    if length + new == most + 1 or (new == 0 and length > most):
-        warnings.warn(
-            f"the model was made for {most} positions (max_position_embeddings), and a row is "
-            "longer now: what follows may make no sense",
-            stacklevel=4,  # generate's caller: no_grad's wrapper lies between
-        )
+    logits_BV = output.logits[:, -1]
+    _check_finite(logits_BV, model, prompt, chunk)
+    return logits_BV
 
 
 def _check_finite(
