@@ -52,10 +52,11 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
   const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
   int parity = 0;
-  // Held in registers beside x and the weights on their way it would be one row too many.
-  if (p.norm_weight)
-    columns.each(
-        [&](int, int column) { ptx::prefetch(static_cast<const T*>(p.norm_weight) + column); });
+  // Rows of weights are loaded where they are used: beside x, the residual and the weights on their
+  // way registers would not hold them.
+  for (const void* row : {p.post_weight, p.norm_weight})
+    if (row)
+      columns.each([&](int, int column) { ptx::prefetch(static_cast<const T*>(row) + column); });
   for (int token = 0; token < p.tokens; token++) {
     const auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
     Row<T, 8, kNormVectors> r;
@@ -65,12 +66,12 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
       T* r_row = static_cast<T*>(p.new_residual) + int64_t{token} * p.width;
       const auto residual =
           columns.load(static_cast<const T*>(p.residual) + token * p.residual_stride);
-      const auto post_weight = columns.load(static_cast<const T*>(p.post_weight));
       const float x_sum = block_sum(columns.sum_of_squares(x), smem, parity);
       const float x_scale = inv_rms(x_sum, p.width, p.eps);
       columns.each([&](int i, int column) {
         auto sum = residual.at(i, column);
-        const auto branch = x.at(i, column), w = post_weight.at(i, column);
+        const auto branch = x.at(i, column);
+        const auto w = load<8>(static_cast<const T*>(p.post_weight) + column);
 #pragma unroll
         for (int j = 0; j < sum.kWidth; j++)
           sum.set(j, (sum[j] + branch[j] * x_scale * w[j]) * layer_scale);
