@@ -22,7 +22,6 @@ from unittest import mock
 
 import paths  # noqa: F401
 import torch
-from limits import RELEASED
 from support import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +29,7 @@ import gemma4.decode
 import gemma4.decode_layers
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from gemma4.layers import DecoderLayer
+from gemma4.presets import RELEASED
 
 NARROW = dict(
     vocab_size=96,
@@ -131,7 +131,7 @@ def line(name: str) -> str:
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", default=RELEASED, metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=list(RELEASED), metavar="MODEL")
     warnings.simplefilter("error")  # an op without a kernel says so
     emulated.ops()
     emulated.control().settings.sm_count = MULTIPROCESSORS

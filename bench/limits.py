@@ -12,6 +12,7 @@ import re
 
 from gemma4 import Gemma4TextConfig
 from gemma4.config import FULL, SLIDING
+from gemma4.presets import RELEASED
 
 # An H100 SXM: copy bandwidth and torch's bf16 GEMM rate as others measured them; the bandwidth of
 # L2, which agrees with published attention kernels; the clock; mma.sync at 62 % of wgmma's rate.
@@ -24,7 +25,6 @@ ASSUMPTIONS = (
     f"{GEMM / 1e12:.0f} TFLOP/s,\n{L2 / 1e12} TB/s from L2, {CLOCK / 1e9} GHz, mma.sync at "
     f"{MMA_SYNC:.0%} of wgmma's rate"
 )
-RELEASED = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 MODELS = {n: Gemma4TextConfig.preset(n) for n in RELEASED}
 FEW_EXPERTS = "26B-A4B of 16 experts"  # as many as a CPU can do
 MODELS[FEW_EXPERTS] = dataclasses.replace(MODELS["26B-A4B"], num_experts=16)
@@ -131,6 +131,27 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
     }[op]  # fmt: skip
 
 
+def linear_shapes(model: str) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the weights of a decoding step's products, of its widest layers."""
+    c, width = MODELS[model], MODELS[model].hidden_size
+    size, heads = c.head_size(FULL), c.num_attention_heads
+    kv_heads = c.kv_heads(FULL) * (1 if c.attention_k_eq_v else 2)
+    hidden, ple = max(map(c.mlp_width, range(c.num_hidden_layers))), c.hidden_size_per_layer_input
+    shapes = {
+        "q, k, v": ((heads + kv_heads) * size, width),
+        "o": (width, heads * size),
+        "gate and up": (2 * hidden, width),
+        "down": (width, hidden),
+    }
+    return shapes | ({"PLE gate": (ple, width), "PLE projection": (width, ple)} if ple else {})
+
+
+def linear_bytes(model: str, part: str, tokens: int) -> int:
+    """The weights, and x and y once each."""
+    rows, width = linear_shapes(model)[part]
+    return BYTES * (rows * width + tokens * (rows + width))
+
+
 def attention_bytes(model: str, kind: str, tokens: int, keys: int, batch: int = 1) -> int:
     """Queries read and outputs written, and the visible keys and values read, once each."""
     c = MODELS[model]
@@ -182,9 +203,14 @@ def row_estimates() -> list[dict]:
         ("ple_gate", "E4B", 8192),
         ("softcap_argmax", "31B", 64),
     ]
-    return [
+    rows = [
         estimate(f"{op}, {model}, {tokens} tokens", row_bytes(model, op, tokens))
         for op, model, tokens in cases
+    ]
+    linears = [("E4B", part) for part in linear_shapes("E4B")] + [("31B", "down")]
+    return rows + [
+        estimate(f"linear_small, {model} {part}, 1 token", linear_bytes(model, part, 1))
+        for model, part in linears
     ]
 
 

@@ -13,6 +13,7 @@ from support.cases import Arguments
 from torch import Tensor
 
 from gemma4.config import FULL, SLIDING
+from gemma4.presets import RELEASED
 
 DTYPE = torch.bfloat16
 Make = Callable[[torch.device], Arguments]
@@ -49,7 +50,7 @@ ALL = Sizes(
     batches=(1, 8, 64),
     contexts=(8192, 32768, 131072),
     moe_tokens=(1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096, 8192),
-    models=limits.RELEASED,
+    models=tuple(RELEASED),
 )
 # Both head sizes, dense and with experts, few tokens and many: minutes with all peers.
 BRIEF = Sizes(
@@ -140,6 +141,19 @@ def attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
     return Case("attention_decode", label, make, *counts)
 
 
+def linear_small(model: str, part: str, n: int) -> Case:
+    """With what stands before and behind that product in a layer."""
+    rows, width = limits.linear_shapes(model)[part]
+    beside = {
+        "q, k, v": ("residual", "norm_weight", "scale"),
+        "gate and up": ("residual", "norm_weight", "gated"),
+        "PLE gate": ("residual", "factor"),
+    }.get(part, ())
+    make = maker("linear_small", n, width, rows // 2 if "gated" in beside else rows, *beside)
+    counts = limits.linear_bytes(model, part, n), 2 * n * rows * width
+    return Case("linear_small", f"{model} {part}, {n} tokens", make, *counts)
+
+
 def moe_route(model: str, n: int) -> Case:
     c = limits.MODELS[model]
     experts, k = c.num_experts, c.top_k_experts
@@ -165,6 +179,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
         for batch in sizes.batches:
             yield attention_decode(model, SLIDING, batch, sizes.contexts[0])
             yield from (attention_decode(model, FULL, batch, n) for n in sizes.contexts)
+        for part in limits.linear_shapes(model):
+            yield from (linear_small(model, part, n) for n in (1, 4))
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
                 yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))

@@ -2,7 +2,7 @@
 //
 // The bindings turn torch's tensors into the parameters of ops.h: they check, allocate and launch.
 // They alone know torch. Checks here keep a direct caller of torch.ops from reading astray and
-// speak of torch's RuntimeError; the Python wrappers turn a refusal into the sentence of checks.py.
+// speak of torch's RuntimeError; Python puts the sentence of the op's own check in its place.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

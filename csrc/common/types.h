@@ -2,7 +2,7 @@
 // CUDA; each family's ops.h puts them together and declares what launches an op.
 //
 // Rows are `stride` elements apart and contiguous within; an absent tensor is a null pointer.
-// Shape letters as in reference.py.
+// Shape letters as in gemma4_kernels/ops.
 #pragma once
 
 #include <cstdint>

@@ -122,6 +122,23 @@ def geglu(draw: Draw) -> Iterator[Arguments]:
         yield (draw.strided(3, 2 * width),)
 
 
+def linear_small(draw: Draw) -> Iterator[Arguments]:
+    # Tiles of 8 rows; of 16, where there are two for every multiprocessor of the largest card.
+    for tokens, width, rows, gated in (
+        *((1, 72, 6400, False), (16, 200, 6400, False), (3, 5376, 16, False), (2, 256, 24, False)),
+        *((9, 520, 40, True), (1, 72, 16, True)),
+    ):
+        height, std = 2 * rows if gated else rows, width**-0.5
+        for opens in (False, True):
+            residual = draw.strided(tokens, width) if opens else None
+            post_weight = draw.weight(width) if opens else None
+            norm_weight = draw.weight(width) if opens and rows != 24 else None
+            scale = draw.randn(1, mean=0.3, std=0.1) if opens and gated else None
+            factor = draw.strided(tokens, rows) if width == 256 else None
+            x, weight = draw.strided(tokens, width), draw.randn(height, width, std=std)
+            yield x, weight, residual, post_weight, scale, norm_weight, factor, EPS, gated
+
+
 def heads(draw: Draw, *shape: int) -> Tensor:
     return draw.strided(*shape, std=0.3)
 
@@ -265,6 +282,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_norm_rope,
         qkv_norm_rope_cache,
         geglu,
+        linear_small,
         attention_prefill,
         attention_prefill_backward,
         attention_decode,

@@ -36,6 +36,11 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             yield "moe_route", cases.moe_route(b, 4, experts, 8, dtype=dtype)
     for dtype in half:
         yield from mixed_cases(b, dtype)
+        # Rows enough for tiles of 16 on the largest card, and few.
+        for rows, *parts in ((6400,), (24,), (24, "gated")):
+            for opens in ((), ("residual", "norm_weight")):
+                arguments = cases.linear_small(b, 2, 72, rows, *parts, *opens, dtype=dtype)
+                yield "linear_small", arguments
         for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
