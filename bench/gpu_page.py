@@ -14,7 +14,7 @@ from gpu_stages import ROOT, STAGES
 from ledger import Ledger
 
 RESULTS = ROOT / "bench" / "results"
-BENCHES = ("prefill", "decode", "experts", "rows", "backward")
+BENCHES = ("prefill", "decode", "linears", "experts", "rows", "backward")
 Page = dict[str, Any]
 
 

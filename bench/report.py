@@ -46,19 +46,21 @@ def compiled_table(rows: list[dict]) -> str:
         kernels.setdefault(row["kernel"], {})[row["arch"]] = row
 
     def line(archs: dict[str, dict]) -> tuple[object, ...]:
-        hopper, ampere = archs["sm_90a"], archs.get("sm_80")
+        hopper, ampere = archs.get("sm_90a"), archs.get("sm_80")
+        one = hopper or ampere  # of what is the same on all, and where there is no Hopper's
+        assert one is not None
 
         def four(key: str) -> str:
-            values = [archs[arch][key] for arch in compiled.ARCHS if arch in archs]
+            values = [archs[arch][key] if arch in archs else "-" for arch in compiled.ARCHS]
             return " ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
         def loop(row: dict | None) -> str:
             return "{} of {}".format(*row["loop"]) if row and row["tensor"] else "-"
 
-        smem = (hopper["static_smem"] + hopper["smem"]) / 1024
-        bits = [max(hopper[key], default="-") for key in ("load_bits", "store_bits")]
-        name = f"`{hopper['kernel'].replace('_kernel<', '<').replace('AttentionTile', '')}`"
-        numbers = hopper["threads"], f"{smem:.1f}", four("registers"), four("blocks")
+        smem = (one["static_smem"] + one["smem"]) / 1024
+        bits = [max(one[key], default="-") for key in ("load_bits", "store_bits")]
+        name = f"`{one['kernel'].replace('_kernel<', '<').replace('AttentionTile', '')}`"
+        numbers = one["threads"], f"{smem:.1f}", four("registers"), four("blocks")
         return (name, *numbers, "{}, {}".format(*bits), loop(ampere), loop(hopper))
 
     sizes = ("kernel", "threads", "KB", "registers", "blocks", "load, store bits")
@@ -97,12 +99,11 @@ Made by `bench/static_report.py` and `bench/report.py`. Nothing in it was measur
 
 ## What the compiler made
 
-Four numbers are those of {", ".join(compiled.ARCHS)}; one stands for four. Threads and
-shared memory (KB) are a launcher's; blocks are what one multiprocessor holds, 0 where it is too
-small and another tile is chosen. Bits are the widest access of global memory, on sm_90a. The last
-columns count tensor instructions among all that stand in the main loop; what an inner loop repeats
-stands there once. A warp's share of an HGMMA.64xNx16 is N / 8 products of HMMA.16816. A HopperTile
-exists on sm_90a alone.
+Four numbers are those of {", ".join(compiled.ARCHS)}, a dash where no card is given the
+kernel's tile; one stands for four. Threads and shared memory (KB) are a launcher's; blocks are what
+one multiprocessor holds. Bits are the widest access of global memory, on sm_90a where it is there.
+The last columns count tensor instructions among all that stand in the main loop; what an inner loop
+repeats stands there once. A warp's share of an HGMMA.64xNx16 is N / 8 products of HMMA.16816.
 
 {compiled_table(report["compiled"])}
 ## What the emulator counted
