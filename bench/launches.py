@@ -97,7 +97,7 @@ def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
 
     def call(decoder: Any, ids: Any) -> Any:
         steps.append(launches.counts)
-        if len(steps) == 4:  # the second step is the first that makes nothing anew
+        if len(steps) == 3:  # the second step is the first that makes nothing anew
             raise _EnoughError
         launches.counts, launches.part = Counter(), "first"
         return decode(decoder, ids)
