@@ -283,9 +283,13 @@ class DecodePlan(PackedPlan):
         )
         super().__init__(layout)
         self.cache, self.positions = cache, positions
-        self.rows = torch.arange(rows, device=device)
         self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
-        self.slots = {k.shape[1]: torch.empty_like(self.rows) for k in cache.k.values()}
+        # Slots of rings and of whole rows side by side, so that one operator moves all of them on.
+        sizes = list({k.shape[1]: None for k in cache.k.values()})
+        self.sizes_N1 = torch.tensor(sizes, device=device)[:, None]
+        self.first_NB = self.sizes_N1 * torch.arange(rows, device=device)
+        self.slots_NB = torch.empty_like(self.first_NB)
+        self.slots = dict(zip(sizes, self.slots_NB, strict=True))
         self.fitting: dict[int, bool] = {}  # of decode_layers.py
         self._plain: dict[int, bool] = {}
         self._whole: dict[int, bool] = {}
@@ -314,9 +318,8 @@ class DecodePlan(PackedPlan):
 
     def _place(self) -> None:
         torch.add(self.positions, 1, out=self.seq_lens)
-        for per_row, slots in self.slots.items():
-            torch.remainder(self.positions, per_row, out=slots)
-            slots.add_(self.rows, alpha=per_row)
+        torch.remainder(self.positions, self.sizes_N1, out=self.slots_NB)
+        self.slots_NB.add_(self.first_NB)
 
     def target(self, layer: int) -> tuple[Slots, Keys]:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
