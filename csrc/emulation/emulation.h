@@ -164,6 +164,9 @@ void fence(LOC);  // __threadfence
 
 void load(void* to, const void* from, int bytes, Loc);
 void store(void* to, const void* from, int bytes, Loc);
+// By instructions that know global memory alone: ld.global, st.global.
+void load_global(void* to, const void* from, int bytes, Loc);
+void store_global(void* to, const void* from, int bytes, Loc);
 uint64_t atomic(void* p, int bytes, uint64_t (*update)(uint64_t old, uint64_t operand),
                 uint64_t operand, Loc);
 

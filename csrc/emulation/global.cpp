@@ -194,6 +194,20 @@ void store(void* to, const void* from, int bytes, Loc loc) {
   std::memcpy(to, from, bytes);
 }
 
+void expect_global(const void* p, Loc loc) {
+  if (is_shared(p)) stop("an instruction for global memory meets shared memory at " + where(loc));
+}
+
+void load_global(void* to, const void* from, int bytes, Loc loc) {
+  expect_global(from, loc);
+  load(to, from, bytes, loc);
+}
+
+void store_global(void* to, const void* from, int bytes, Loc loc) {
+  expect_global(to, loc);
+  store(to, from, bytes, loc);
+}
+
 uint64_t atomic(void* p, int bytes, uint64_t (*update)(uint64_t, uint64_t), uint64_t operand,
                 Loc loc) {
   Quiet q;

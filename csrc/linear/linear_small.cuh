@@ -88,7 +88,9 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
 #pragma unroll
         for (int j = 0; j < y.kWidth; j++) y.set(j, y[j] * scale * w[j]);
       }
-      store(a + token * p.a_stride + column, y);
+      uint4 bits;
+      __builtin_memcpy(&bits, &y, sizeof bits);
+      store_shared(reinterpret_cast<uint4*>(a + token * p.a_stride + column), bits);
     });
   }
   __syncthreads();

@@ -4,6 +4,7 @@ FAULTS = {
         "test_linear_small[emulated-9 tokens-bfloat16]": [
             (KERNEL, "x_scale * w[j]) * layer_scale)", "x_scale * w[j]))"),
             (KERNEL, "y[j] * scale * w[j]", "y[j] * scale"),
+            (KERNEL, "      store_shared(reinterpret", "      ptx::store_16(reinterpret"),
             (KERNEL, "token(8 + lane / 4, from)", "token(lane / 4, from)"),
             (KERNEL, "block_sum(columns.sum_of_squares(r)", "block_sum(columns.sum_of_squares(x)"),
             (KERNEL, "  __syncthreads();\n}", "}"),

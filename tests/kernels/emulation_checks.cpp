@@ -445,6 +445,17 @@ const std::map<std::string, void (*)()> kChecks = {
     {"mma bf16", mma_elements<bf16>},
     {"mma fp16", mma_elements<fp16>},
     {"matrix loads and stores", ldmatrix_elements},
+    {"global store to shared memory",
+     [] {
+       run(32, [] { ptx::store_16(&shared_memory<Words>().data[threadIdx.x * 4], {1, 2, 3, 4}); });
+     }},
+    {"global load of shared memory",
+     [] {
+       run(32, [] {
+         auto& words = shared_memory<Words>().data;
+         words[threadIdx.x * 4] = ptx::load_16(&words[threadIdx.x * 4]).x;
+       });
+     }},
     {"misaligned matrix row",
      [] {
        run(32, [] {

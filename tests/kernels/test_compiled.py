@@ -52,6 +52,7 @@ INSTRUCTIONS = {
     r"attention_merge_kernel<.*>": (LOAD,),
     r"attention_delta_kernel<.*>": (LOAD,),
     r"attention_backward_kernel<.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
+    r"linear_small_kernel<\w+, true,.*>": (LOAD, STORE, r"STS\.128.*"),
     r"linear_small_kernel<.*>": (LOAD, r"HMMA\.16816\..*"),
     r"moe_stream_\w+_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),

@@ -37,6 +37,8 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "mma bf16": "clean",
     "mma fp16": "clean",
     "matrix loads and stores": "clean",
+    "global store to shared memory": "an instruction for global memory meets shared memory",
+    "global load of shared memory": "an instruction for global memory meets shared memory",
     "misaligned matrix row": "a matrix row's address is not a multiple of 16",
     "copy": "clean",
     "copy with zero fill": "clean",

@@ -106,18 +106,20 @@ DEVICE void cp_async_wait() {
 
 DEVICE uint4 load_16(const void* p FROM_HERE) {
   uint4 value;
-  emulation::load(&value, p, 16 HERE);
+  emulation::load_global(&value, p, 16 HERE);
   return value;
 }
 DEVICE uint4 load_16_once(const void* p FROM_HERE) { return load_16(p HERE); }
 DEVICE uint2 load_8(const void* p FROM_HERE) {
   uint2 value;
-  emulation::load(&value, p, 8 HERE);
+  emulation::load_global(&value, p, 8 HERE);
   return value;
 }
 DEVICE uint2 load_8_once(const void* p FROM_HERE) { return load_8(p HERE); }
-DEVICE void store_16(void* p, uint4 value FROM_HERE) { emulation::store(p, &value, 16 HERE); }
-DEVICE void store_8(void* p, uint2 value FROM_HERE) { emulation::store(p, &value, 8 HERE); }
+DEVICE void store_16(void* p, uint4 value FROM_HERE) {
+  emulation::store_global(p, &value, 16 HERE);
+}
+DEVICE void store_8(void* p, uint2 value FROM_HERE) { emulation::store_global(p, &value, 8 HERE); }
 
 DEVICE void prefetch(const void*) {}
 
