@@ -1,9 +1,9 @@
-#include "gelu_mul.cuh"
+#include "ops.h"
 
 namespace gemma4 {
 
 void geglu(const GeluMulParams& p, DType dtype, const Device& device) {
-  with_type(dtype, [&]<class T>() { gelu_mul<T, T>("geglu", p, device); });
+  gelu_mul("geglu", p, {dtype, dtype, dtype}, device);
 }
 
 }  // namespace gemma4

@@ -27,15 +27,4 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   });
 }
 
-template <class T, class R>
-void gelu_mul(const char* name, const GeluMulParams& p, const Device& device) {
-  if (p.rows == 0 || p.width == 0) return;
-  constexpr int kWidth = kFullWidth<T, R>;
-  const bool aligned = are_aligned<T>(p.gate, p.gate_stride, p.width) &&
-                       are_aligned<R>(p.other, p.other_stride, p.width) &&
-                       are_aligned<R>(p.y, p.width, p.width);
-  const auto kernel = aligned ? gelu_mul_kernel<T, R, kWidth> : gelu_mul_kernel<T, R, 1>;
-  launch_elementwise(device, name, kernel, p.rows, aligned ? p.width / kWidth : p.width, p);
-}
-
 }  // namespace gemma4

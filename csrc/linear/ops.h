@@ -35,6 +35,9 @@ struct GeluMulParams {
   int64_t rows, gate_stride, other_stride;
   int width;
 };
+// Of both ops, so that the kernel is compiled once.
+void gelu_mul(const char* name, const GeluMulParams& params, const DTypes& dtypes,
+              const Device& device);
 void geglu(const GeluMulParams& params, DType dtype, const Device& device);
 
 struct SoftcapParams {

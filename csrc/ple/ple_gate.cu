@@ -1,9 +1,9 @@
-#include "../linear/gelu_mul.cuh"
+#include "ops.h"
 
 namespace gemma4 {
 
 void ple_gate(const GeluMulParams& p, const DTypes& dtypes, const Device& device) {
-  with_types(dtypes, [&]<class T, class R, class>() { gelu_mul<T, R>("ple_gate", p, device); });
+  gelu_mul("ple_gate", p, dtypes, device);
 }
 
 }  // namespace gemma4

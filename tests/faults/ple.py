@@ -48,7 +48,7 @@ FAULTS = {
             ("linear/gelu_mul.cuh", "row * p.width + column, y", "row * p.gate_stride + column, y"),
         ],
         "test_layers_that_start_anywhere[emulated]": [
-            ("linear/gelu_mul.cuh", "are_aligned<R>(p.other, p.other_stride, p.width) &&", ""),
+            ("linear/gelu_mul.cu", "are_aligned<R>(p.other, p.other_stride, p.width) &&", ""),
         ],
     },
 }

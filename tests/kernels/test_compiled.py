@@ -40,9 +40,9 @@ def test_nothing_spills(kernels):
 # cut to a width in elements those of full width.
 LOAD, STORE, COPY = r"LDG\.E\..*128.*", r"STG\.E\..*128.*", r"LDGSTS\.E\..*128.*"
 INSTRUCTIONS = {
-    r"((add_)?rms|moe)_norm_kernel<.*>": (LOAD, STORE),
+    r"((add_)?rms|moe)_norm_kernel<.*, [124]>": (LOAD, STORE),
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
-    r"ple_embed_kernel<.*>": (LOAD, STORE),
+    r"ple_embed_kernel<.*, [124]>": (LOAD, STORE),
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
     r"softcap_argmax_kernel<(.*, 8|float, 4)>": (LOAD,),
     r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),

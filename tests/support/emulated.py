@@ -119,12 +119,17 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
     return _ninja(folder, f"{NAME}.so", link, flags)
 
 
+# Kernels of several ops are launched in a file of their own.
+LAUNCHED_BY = {"attention_prefill": "attention", "attention_decode": "attention"}
+LAUNCHED_BY |= {"geglu": "gelu_mul", "ple_gate": "gelu_mul"}
+
+
 def rebuild(op: str, csrc: Path, folder: Path) -> Path:
     """The library with one op's objects compiled from another source tree, in little time."""
     library = build()
     names = [op.removesuffix("_cache")]
-    if op in ("attention_prefill", "attention_decode"):
-        names.append("attention")
+    if op in LAUNCHED_BY:
+        names.append(LAUNCHED_BY[op])
     # Relative paths and no folder in the key: ccache knows a fault again in another copy.
     environment = {**os.environ, "CCACHE_DEPEND": "1", "CCACHE_NOHASHDIR": "1"}
     replaced = {}
