@@ -123,7 +123,7 @@ FAULTS = {
             ),
         ],
         "test_attention_tiles.py::test_prefill_tiles[227 KB-256-causal-bf16]": [
-            ("attention/plan.h", "wgmma && rows > 64", "rows > 64"),
+            ("attention/plan.h", "has_wgmma(device)}", "true}"),
         ],
         "test_traffic.py::test_prefill_work[512-Hopper]": [
             (
