@@ -134,8 +134,6 @@ def _products(
         closing = layer.post_feedforward_layernorm
         yield _joined(plan, layer.per_layer_input_gate), closing, False
         yield _joined(plan, layer.per_layer_projection), None, False
-    if layer.has_experts:
-        yield _joined(plan, layer.router.proj), None, False
 
 
 def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
