@@ -157,3 +157,31 @@ def test_a_layer_that_somebody_looks_into_is_called(monkeypatch, name, watched):
     assert torch.allclose(Decoder(model, cache, 1)(ids), logits, atol=1e-5)
     hook.remove()
     assert len(seen) == 1 and len(steps) == model.config.num_hidden_layers - 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_a_layer_that_is_called_on_kernels(on_kernels, monkeypatch, name):
+    """Hooked or adapted: the logits are those of the step's layers, up to fp16's roundings."""
+    peft = pytest.importorskip("peft")
+    steps, step = [], gemma4.decode_layers.step
+    monkeypatch.setattr(gemma4.decode_layers, "step", lambda *args: steps.append(1) or step(*args))
+
+    def logits_and_steps(change):
+        model = half_with_kernel_shapes(tiny.ALL[name])
+        cache, ids = prefilled(model, (PROMPT, 3))
+        change(model)
+        steps.clear()
+        return Decoder(model, cache, 1)(ids).float(), len(steps)
+
+    def hook(model):
+        model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: None)
+
+    def adapt(model):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
+
+    with emulated.one_schedule():
+        (expected, layers), *others = map(logits_and_steps, (lambda model: None, hook, adapt))
+    assert [called for _, called in others] == [layers - 1, 0]
+    for logits, _ in others:
+        assert torch.allclose(logits, expected, atol=0.02 * expected.abs().max())
