@@ -1,4 +1,5 @@
-// Who waits for whom: some of a block's warps, one kernel for another; and the end of a launch.
+// Who waits for whom: some of a block's warps, one block for others, one kernel for another; and the
+// end of a launch.
 #pragma once
 
 #include "../platform.h"
@@ -15,6 +16,20 @@ DEVICE void barrier_sync(int id, int threads) {
 
 DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- blocks of one launch
+
+// One more on a counter in global memory, and how many there were before. One thread does it for its
+// block, between two __syncthreads: what the block stored before is there for those who count more,
+// if they do not read it by `load_16` and its like, which may be stale.
+DEVICE unsigned arrive(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
 }
 
 // ---- dependent launches, for kernels that start while their predecessor still runs
@@ -39,6 +54,11 @@ DEVICE void barrier_sync(int id, int threads FROM_HERE) {
 }
 DEVICE void barrier_arrive(int id, int threads FROM_HERE) {
   emulation::barrier_arrive(id, threads HERE);
+}
+
+DEVICE unsigned arrive(unsigned* counter FROM_HERE) {
+  return static_cast<unsigned>(emulation::atomic(
+      counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1 HERE));
 }
 
 // Launches follow one another, so there is nothing to wait for.

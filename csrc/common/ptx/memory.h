@@ -39,6 +39,17 @@ DEVICE uint2 load_8_once(const void* p) {
   return v;
 }
 
+// What another block of this launch, or a kernel that this one did not wait for, has stored: neither
+// stale nor moved to before the wait.
+DEVICE uint4 load_16_coherent(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 DEVICE void store_16(void* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
@@ -110,6 +121,7 @@ DEVICE uint4 load_16(const void* p FROM_HERE) {
   return value;
 }
 DEVICE uint4 load_16_once(const void* p FROM_HERE) { return load_16(p HERE); }
+DEVICE uint4 load_16_coherent(const void* p FROM_HERE) { return load_16(p HERE); }
 DEVICE uint2 load_8(const void* p FROM_HERE) {
   uint2 value;
   emulation::load_global(&value, p, 8 HERE);
