@@ -1,5 +1,5 @@
-// Who waits for whom: some of a block's warps, one block for others, one kernel for another; and the
-// end of a launch.
+// Who waits for whom: some of a block's warps, one block for others, one kernel for another; and
+// the end of a launch.
 #pragma once
 
 #include "../platform.h"
@@ -20,9 +20,9 @@ DEVICE void barrier_arrive(int id, int threads) {
 
 // ---- blocks of one launch
 
-// One more on a counter in global memory, and how many there were before. One thread does it for its
-// block, between two __syncthreads: what the block stored before is there for those who count more,
-// if they do not read it by `load_16` and its like, which may be stale.
+// One more on a counter in global memory, and how many there were before. One thread does it for
+// its block, between two __syncthreads: what the block stored before is there for those who count
+// more, if they do not read it by `load_16` and its like, which may be stale.
 DEVICE unsigned arrive(unsigned* counter) {
   unsigned before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
@@ -57,8 +57,8 @@ DEVICE void barrier_arrive(int id, int threads FROM_HERE) {
 }
 
 DEVICE unsigned arrive(unsigned* counter FROM_HERE) {
-  return static_cast<unsigned>(emulation::atomic(
-      counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1 HERE));
+  return static_cast<unsigned>(
+      emulation::atomic(counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1 HERE));
 }
 
 // Launches follow one another, so there is nothing to wait for.

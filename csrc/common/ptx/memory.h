@@ -39,8 +39,8 @@ DEVICE uint2 load_8_once(const void* p) {
   return v;
 }
 
-// What another block of this launch, or a kernel that this one did not wait for, has stored: neither
-// stale nor moved to before the wait.
+// What another block of this launch, or a kernel that this one did not wait for, has stored:
+// neither stale nor moved to before the wait.
 DEVICE uint4 load_16_coherent(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
