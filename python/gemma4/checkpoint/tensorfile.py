@@ -22,6 +22,16 @@ from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 PIECE_BYTES = 8 * 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What quantised weights are made of besides.
+_PACKED = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 # Tensors of other modalities, and of quantised checkpoints, may have any of these.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -160,6 +170,23 @@ def fill(target: Tensor, entry: Entry, buffer: Tensor) -> None:
     for piece in pieces(entry, buffer):
         flat[at : at + len(piece)].copy_(piece)
         at += len(piece)
+
+
+def read_rows(entry: Entry, begin: int = 0, end: int | None = None) -> Tensor:
+    """The tensor, or the rows [begin, end) of its first dimension, in memory of their own."""
+    dtype = DTYPES.get(entry.dtype) or _PACKED[entry.dtype]
+    rows = math.prod(entry.shape[:1])
+    end = rows if end is None else end
+    row_bytes = entry.size // max(rows, 1)
+    data = bytearray((end - begin) * row_bytes)
+    with naming(entry.file), entry.file.open("rb") as stream:
+        stream.seek(entry.start + begin * row_bytes)
+        if stream.readinto(data) != len(data):
+            raise ValueError(f"{entry.file} is cut off inside tensor {entry.name}")
+    shape = (end - begin, *entry.shape[1:]) if entry.shape else ()
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def equal(one: Entry, other: Entry) -> bool:
