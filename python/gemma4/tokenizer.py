@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, overload
 import tokenizers
 import torch
 
-from .checkpoint import resolve
+from .checkpoint import gguf, resolve
 from .files import Json, check_no_pointer, naming, read_json, replacing, short, write_json
 from .template import render
 
@@ -68,12 +68,14 @@ class Gemma4Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path) -> "Gemma4Tokenizer":
-        """From a folder or hub id.
+        """From a folder, hub id or .gguf file.
 
         Raises FileNotFoundError without tokenizer.json, and ValueError, naming file and entry, for
         one that is damaged or has more tokens than the model that lies beside it.
         """
         folder = resolve(path_or_repo_id, "tokenizer.json")
+        if folder.is_file():
+            return cls._from_gguf(folder)
         file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         backend = _read_backend(file)
         config = read_json(config_file) if config_file.is_file() else {}
@@ -90,6 +92,13 @@ class Gemma4Tokenizer:
                 f"got {tokens}"
             )
         return made
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> "Gemma4Tokenizer":
+        file = gguf.read_shards(path)
+        config = gguf.tokenizer_config_of(file)
+        templates, _ = _read_templates(path.parent / path.stem, config, path)
+        return cls(gguf.backend_of(file), config, templates, str(path), str(path))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template to a folder."""

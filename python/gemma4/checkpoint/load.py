@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import DTYPES, Gemma4TextConfig
 from ..files import read_json
-from . import tensorfile
+from . import gguf, tensorfile
 from .folder import resolve, weight_files
 from .packed import Packed, gathered, options_of
 from .tensorfile import Entry
@@ -105,6 +105,8 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
 def read_sources(folder: Path) -> tuple[list[Source], list[str]]:
     """Every weight that a checkpoint's files hold, from their tables alone; and the names of what
     quantised files say of activations."""
+    if folder.is_file():
+        return [*gguf.sources_of(gguf.read_shards(folder))], []
     entries = []
     for file, promised in weight_files(folder).items():
         table = tensorfile.read_table(file)
@@ -150,7 +152,7 @@ def _tell_unpacked(
 
 def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Source]) -> None:
     """Refuses a config whose sizes are not the files', before even a module tree is made of it."""
-    config_file = folder / "config.json"
+    config_file = folder if folder.is_file() else folder / "config.json"
     layers: set[int] = set()
     for entry in entries:
         if OTHER_MODALITIES.match(entry.name):

@@ -94,6 +94,7 @@ class Packed(ABC):
 
     def fill(self, target: Tensor) -> None:
         """Unpacks the weight into `target`, of its shape and any dtype and device."""
+        target = target.view(-1, target.shape[-1])
         rows, columns = target.shape
         step = rows
         if self.STEP:
