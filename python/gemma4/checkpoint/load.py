@@ -121,8 +121,8 @@ def read_sources(folder: Path) -> tuple[list[Source], list[str]]:
     for source in sources:
         if isinstance(source, Entry) and source.dtype not in tensorfile.DTYPES:
             raise ValueError(
-                f"{source.file}: tensor {source.name} is {source.dtype}, with nothing beside it that "
-                "says of which quantised form"
+                f"{source.file}: tensor {source.name} is {source.dtype}, quantised in a form that "
+                "nothing beside it tells"
             )
     return [*sources, *others], [entry.name for entry in passed_over]
 
@@ -144,8 +144,8 @@ def _tell_unpacked(
     dense_bytes = sum(tensors[name].numel() for name in names) * dtype.itemsize
     method = packed[0][0].options.method
     warnings.warn(
-        f"{folder} is quantised ({method}): {len(names)} of its weights are unpacked to {dtype} and "
-        f"take {dense_bytes / 1e9:.3g} GB, not {sum(s.size for s, _ in packed) / 1e9:.3g}",
+        f"{folder} is quantised ({method}): {len(names)} of its weights are unpacked to {dtype} "
+        f"and take {dense_bytes / 1e9:.3g} GB, not {sum(s.size for s, _ in packed) / 1e9:.3g}",
         stacklevel=4,
     )
 

@@ -6,7 +6,6 @@ what ggml itself makes of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _nibbles(data: Tensor) -> Tensor:
     """The low halves of bytes [..., n], and then the high ones."""
+    data = data.contiguous()  # or every operator below walks in strides
     return torch.cat([data & 15, data >> 4], -1)
 
 
@@ -35,25 +35,30 @@ def _fifth_bits(data: Tensor) -> Tensor:
     return (data[..., None] >> shifts & 1).flatten(1) << 4
 
 
+def _signed(code: Tensor, half: int) -> Tensor:
+    """code - half in float32. (Operators on two dtypes at once are ten times as slow.)"""
+    return code.view(torch.int8).sub_(half).float()
+
+
 def q4_0(x: Tensor) -> Tensor:
-    return _half(x, 0) * _nibbles(x[:, 2:]).to(torch.int8).sub_(8)
+    return _signed(_nibbles(x[:, 2:]), 8).mul_(_half(x, 0))
 
 
 def q4_1(x: Tensor) -> Tensor:
-    return _half(x, 0) * _nibbles(x[:, 4:]) + _half(x, 2)
+    return _nibbles(x[:, 4:]).float().mul_(_half(x, 0)).add_(_half(x, 2))
 
 
 def q5_0(x: Tensor) -> Tensor:
-    code = _nibbles(x[:, 6:]) | _fifth_bits(x[:, 2:6])
-    return _half(x, 0) * code.to(torch.int8).sub_(16)
+    return _signed(_nibbles(x[:, 6:]) | _fifth_bits(x[:, 2:6]), 16).mul_(_half(x, 0))
 
 
 def q5_1(x: Tensor) -> Tensor:
-    return _half(x, 0) * (_nibbles(x[:, 8:]) | _fifth_bits(x[:, 4:8])) + _half(x, 2)
+    code = _nibbles(x[:, 8:]) | _fifth_bits(x[:, 4:8])
+    return code.float().mul_(_half(x, 0)).add_(_half(x, 2))
 
 
 def q8_0(x: Tensor) -> Tensor:
-    return _half(x, 0) * x[:, 2:].view(torch.int8)
+    return x[:, 2:].view(torch.int8).float().mul_(_half(x, 0))
 
 
 def iq4_nl(x: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def _k(x: Tensor, code: Tensor) -> Tensor:
     """d scale code - dmin least, for codes [M, 8, 32]."""
     scale, least = _six_bits(x[:, 4:16])
     d, least = _half(x, 0) * scale, _half(x, 2) * least
-    return (d[..., None] * code - least[..., None]).flatten(1)
+    return code.float().mul_(d[..., None]).sub_(least[..., None]).flatten(1)
 
 
 def _k_codes(data: Tensor) -> Tensor:
@@ -97,13 +102,14 @@ def q6_k(x: Tensor) -> Tensor:
     low = _nibbles(x[:, :128].unflatten(1, (2, 64))).view(-1, 2, 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     high = x[:, 128:192].view(-1, 2, 1, 32) >> shifts & 3
-    code = (low | high << 4).to(torch.int8).sub_(32).view(-1, 16, 16)
+    code = _signed(low | high << 4, 32).view(-1, 16, 16)
     scale = _half(x, 208) * x[:, 192:208].view(torch.int8)
-    return (scale[..., None] * code).flatten(1)
+    return code.mul_(scale[..., None]).flatten(1)
 
 
 # By ggml's number: the name, values and bytes of a block, and what it holds.
-BLOCKS: dict[int, tuple[str, int, int, Callable[[Tensor], Tensor]]] = {
+Unpack = Callable[[Tensor], Tensor]
+BLOCKS: dict[int, tuple[str, int, int, Unpack]] = {
     2: ("Q4_0", 32, 18, q4_0),
     3: ("Q4_1", 32, 20, q4_1),
     6: ("Q5_0", 32, 22, q5_0),
@@ -115,7 +121,7 @@ BLOCKS: dict[int, tuple[str, int, int, Callable[[Tensor], Tensor]]] = {
     20: ("IQ4_NL", 32, 18, iq4_nl),
     39: ("MXFP4", 32, 17, mxfp4),
 }
-_BY_NAME = {name: rest for name, *rest in BLOCKS.values()}
+_BY_NAME = {name: (size, unpack) for name, _, size, unpack in BLOCKS.values()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Blocks(Packed):
 
     sizes: tuple[int, ...] = ()
 
-    STEP: ClassVar[int] = 1
+    step = 1
 
     @property
     def kind(self) -> str:
@@ -138,7 +144,7 @@ class Blocks(Packed):
         self.expect(self.kind, ("U8",))
 
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
-        _, block_bytes, unpacked = _BY_NAME[self.kind]
+        block_bytes, unpacked = _BY_NAME[self.kind]
         blocks = self.read(self.kind, begin, end).view(-1, block_bytes)
         values = unpacked(blocks).view(end - begin, columns)
         if not bool(values.isfinite().all()):

@@ -11,6 +11,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...files import check_no_pointer, naming, short
 from ..tensorfile import Entry
@@ -18,15 +19,12 @@ from .blocks import BLOCKS
 
 MAGIC = b"GGUF"
 MOST_HEADER_BYTES = 256 * 2**20
-_SCALARS = {
-    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
-    **{10: "Q", 11: "q", 12: "d"},
-}
+_SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
-Value = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class GgufFile:
     """A file, or the first of several with the tensors of all."""
 
     path: Path
-    keys: dict[str, Value]
+    keys: dict[str, object]
     tensors: list[GgufTensor]
 
-    def key(self, name: str, kind: type, default: object = None) -> object:
+    def key(self, name: str, kind: type[V], default: V | None = None) -> V:
         """The value; ValueError where it is of another kind, or is not there and has no default."""
         value = self.keys.get(name, default)
         if value is None:
@@ -115,10 +113,11 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.fail(f"holds a text that is not UTF-8: {error}") from None
 
-    def value(self, kind: int) -> Value:
+    def value(self, kind: int) -> object:
         if kind in _SCALARS:
             code = f"<{_SCALARS[kind]}"
-            return struct.unpack(code, self.take(struct.calcsize(code)))[0]  # type: ignore[no-any-return]
+            value: object = struct.unpack(code, self.take(struct.calcsize(code)))[0]
+            return value
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -141,7 +140,7 @@ class _Reader:
         # The least that one of them takes.
         if tensors > self.size // 24 or keys > self.size // 12:
             raise self.fail(f"is too short for {tensors} tensors and {keys} keys")
-        found: dict[str, Value] = {}
+        found: dict[str, object] = {}
         for _ in range(keys):
             name = self.text()
             if name in found:

@@ -86,15 +86,11 @@ def config_of(file: GgufFile) -> Gemma4TextConfig:
 def _fields(file: GgufFile) -> Json:
     tensors = {tensor.name: tensor for tensor in file.tensors}
 
-    def number(name: str, default: object = None) -> int:
-        value = file.key(f"gemma4.{name}", int, default)
-        assert isinstance(value, int)
-        return value
+    def number(name: str, default: int | None = None) -> int:
+        return file.key(f"gemma4.{name}", int, default)
 
-    def real(name: str, default: object = None) -> float:
-        value = file.key(f"gemma4.{name}", float, default)
-        assert isinstance(value, float)
-        return value
+    def real(name: str, default: float | None = None) -> float:
+        return file.key(f"gemma4.{name}", float, default)
 
     def rows(name: str) -> int:
         if name not in tensors or len(tensors[name].shape) != 2:
@@ -181,13 +177,13 @@ def eos_of(file: GgufFile) -> list[int]:
 def _per_layer(file: GgufFile, name: str, layers: int, kind: type) -> list[int]:
     """A value for each layer, of a key that holds one for all or a list of them."""
     value = file.key(f"gemma4.{name}", object)
-    values = value if isinstance(value, list) else [value] * min(layers, 4096)
+    values: list[object] = value if isinstance(value, list) else [value] * min(layers, 4096)
     if len(values) != layers or not all(isinstance(v, kind) for v in values):
         raise ValueError(
             f"gemma4.{name} must be a {kind.__name__} for each of {layers} layers, got "
             f"{short(value)}"
         )
-    return [int(v) for v in values]
+    return [int(v) for v in values if isinstance(v, int)]
 
 
 def _turning(file: GgufFile) -> float:

@@ -35,7 +35,9 @@ def backend_of(file: GgufFile) -> tokenizers.Tokenizer:
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens must be unlike one another")
     vocabulary: Any = {token: index for index, token in enumerate(tokens)}
-    unknown = file.key("tokenizer.ggml.unknown_token_id", int, kinds.index(_UNKNOWN) if _UNKNOWN in kinds else 3)
+    unknown = file.key(
+        "tokenizer.ggml.unknown_token_id", int, kinds.index(_UNKNOWN) if _UNKNOWN in kinds else 3
+    )
     if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.unknown_token_id must number a token")
     try:

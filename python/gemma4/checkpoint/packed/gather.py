@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import TypeGuard
 
 from ...files import Json, short
 from ..tensorfile import Entry
@@ -21,10 +22,10 @@ PASSED_OVER = re.compile(
     r".+\.((input|output)(_global|_activation)?_(scale|zero_point)|[kqv](_cache|_proj)?_scale"
     r"|[kv]_zero_point)"
 )
-METHODS = {
-    *("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "gptq", "awq", "bitsandbytes"),
-    *("torchao", "gemma", "auto-round", "unknown"),
-}
+METHODS = (
+    *("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "gptq", "auto-round", "awq"),
+    *("bitsandbytes", "torchao", "gemma"),
+)
 TURNED = {"qweight", "qzeros", "scales"}
 
 
@@ -38,36 +39,45 @@ def options_of(config: Json, source: str) -> Options:
         return Options()
     if not isinstance(said, dict):
         raise ValueError(f"{source}: quantization_config must be an object, got {short(said)}")
-    method = said.get("quant_method", "compressed-tensors" if "config_groups" in said else None)
-    if method not in METHODS:
-        raise ValueError(
-            f"{source}: quant_method must be one of {', '.join(sorted(METHODS - {'unknown'}))}, "
-            f"got {short(method)}"
-        )
-    block = said.get("weight_block_size")
-    groups = said.get("config_groups")
-    if block is None and isinstance(groups, dict):
-        weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)]
-        found = [w.get("block_structure") for w in weights if isinstance(w, dict)]
-        block = next((size for size in found if size is not None), None)
-    if block is None:
-        block = [128, 128]
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in block)
-    ):
+
+    def choice(name: str, known: tuple[str, ...], default: str) -> str:
+        value = said.get(name, default)
+        if not isinstance(value, str) or value.lower() not in known:
+            raise ValueError(f"{source}: {name} must be {' or '.join(known)}, got {short(value)}")
+        return value.lower()
+
+    method = choice("quant_method", METHODS, "compressed-tensors")
+    stored = "gptq"
+    if method == "gptq":
+        stored = choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    elif method == "auto-round":
+        choice("packing_format", ("auto_round:auto_gptq",), "auto_round:auto_gptq")
+    elif method == "awq":
+        choice("version", ("gemm",), "gemm")
+    weights = _weights(said)
+    blocks = [said.get("weight_block_size"), *(group.get("block_structure") for group in weights)]
+    block = next((sizes for sizes in blocks if sizes is not None), [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_size, block)):
         raise ValueError(f"{source}: a block must have two sizes, got {short(block)}")
-    stored = said.get("checkpoint_format", said.get("packing_format", "gptq"))
-    if method in ("gptq", "auto-round") and stored not in (
-        *("gptq", "gptq_v2", "auto_round:auto_gptq"),
-    ):
-        raise ValueError(
-            f"{source}: checkpoint_format must be gptq or gptq_v2, got {short(stored)}"
-        )
-    if method == "awq" and said.get("version", "gemm") not in ("gemm", "GEMM"):
-        raise ValueError(f"{source}: version must be gemm, got {short(said.get('version'))}")
-    return Options(str(method), (block[0], block[1]), 0 if stored == "gptq_v2" else 1)
+    groups = (group.get("group_size") for group in weights)
+    return Options(
+        method,
+        (block[0], block[1]),
+        tuple(size for size in groups if _is_size(size)),
+        0 if stored == "gptq_v2" else 1,
+    )
+
+
+def _weights(said: Json) -> list[Json]:
+    """What compressed-tensors says of the weights of each of its groups of modules."""
+    groups = said.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else ()
+    weights = (group.get("weights") for group in found if isinstance(group, dict))
+    return [each for each in weights if isinstance(each, dict)]
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def gathered(
@@ -129,4 +139,3 @@ def _format(dtypes: dict[str, str], options: Options) -> type[Packed] | None:
     if element in ("I8", "F8_E4M3", "F8_E5M2") and roles & set(Scaled.SCALES):
         return Scaled
     return None
-

@@ -15,7 +15,7 @@ from .weight import Packed, codes, nibbles
 class Turned(Packed):
     """w[out, in] = (q - z) scale of the group of `in`: `scales` [groups, N], `qzeros` beside it."""
 
-    STEP: ClassVar[int] = 0  # rows are the columns of what is stored
+    step = 0  # rows are the columns of what is stored
 
     @property
     def groups(self) -> int:

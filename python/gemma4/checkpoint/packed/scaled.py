@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .weight import Packed, codes, group_size, nibbles, spread
+from .weight import Packed, codes, grouped, nibbles, spread
 
 FLOATS = ("F32", "BF16", "F16")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -39,7 +39,7 @@ class GroupedInts(Packed):
             self.refuse("weight_packed", wanted, list(packed.shape))
         scale = self.expect("weight_scale", FLOATS)
         groups = scale.shape[-1] if scale.shape else 0
-        if scale.shape != (rows, groups) or not group_size(columns, groups):
+        if scale.shape != (rows, groups) or not self.group_size(columns, groups):
             wanted = f"hold scales of {rows} rows and groups of their {columns} columns"
             self.refuse("weight_scale", wanted, list(scale.shape))
         if "weight_zero_point" in self.parts:
@@ -52,8 +52,8 @@ class GroupedInts(Packed):
         bits = self.bits
         values = codes(self.read("weight_packed", begin, end), bits)[:, :columns].float()
         scale = self.numbers("weight_scale", begin, end)
-        # Both codes are stored more by half their range, which the difference loses.
-        zero = torch.full_like(scale, 2 ** (bits - 1))
+        # Codes and zero points are both stored more by half their range.
+        zero = None
         if "weight_zero_point" in self.parts:
             each = 32 // bits
             words = self.read("weight_zero_point", begin // each, -(-end // each))
@@ -62,8 +62,11 @@ class GroupedInts(Packed):
             group = self.read("weight_g_idx").long()
             if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < scale.shape[1]:
                 self.refuse("weight_g_idx", f"number the {scale.shape[1]} groups", "one past them")
-            return (values - zero[:, group]) * scale[:, group]
-        return (values - spread(zero, columns)) * spread(scale, columns)
+            values -= 2 ** (bits - 1) if zero is None else zero[:, group]
+            return values.mul_(scale[:, group])
+        size = self.group_size(columns, scale.shape[1])
+        values -= 2 ** (bits - 1) if zero is None else spread(zero, size, columns)
+        return grouped(values, scale, size)
 
 
 class Scaled(Packed):
@@ -100,7 +103,7 @@ class Scaled(Packed):
             return "row"
         if shape == (-(-rows // height), -(-columns // width)):
             return "block"
-        if len(shape) == 2 and shape[0] == rows and group_size(columns, shape[1]):
+        if len(shape) == 2 and shape[0] == rows and self.group_size(columns, shape[1]):
             return "group"
         return ""
 
@@ -115,18 +118,19 @@ class Scaled(Packed):
             self.expect(self.zero, ("I8", "I32", "I64", "F32"), scale.shape)
 
     @property
-    def STEP(self) -> int:  # type: ignore[override]
-        """Whole blocks."""
+    def step(self) -> int:
         return self.options.block[0]
 
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
         values = self.read(self.weight, begin, end).float()
+        if not bool(values.isfinite().all()):
+            self.refuse(self.weight, "hold finite numbers", "nan or inf")
         scale = self._spread(self.numbers(self.scale), begin, end, columns)
         if self.zero is not None:
-            values = values - self._spread(self.read(self.zero).float(), begin, end, columns)
+            values -= self._spread(self.read(self.zero).float(), begin, end, columns)
         if self.scale == "SCB":
             scale = scale / 127
-        return values * scale
+        return values.mul_(scale)
 
     def _spread(self, scale: Tensor, begin: int, end: int, columns: int) -> Tensor:
         """Of each element of the rows [begin, end), or one for all."""
@@ -136,7 +140,7 @@ class Scaled(Packed):
         if self.kind == "row":
             return scale.view(-1, 1)[begin:end]
         if self.kind == "group":
-            return spread(scale[begin:end], columns)
+            return spread(scale[begin:end], self.group_size(columns, scale.shape[1]), columns)
         scale = scale[begin // height : -(-end // height)].repeat_interleave(width, 1)
         return scale.repeat_interleave(height, 0)[: end - begin, :columns]
 
@@ -153,14 +157,16 @@ class Fp4(Packed):
         shape = self.parts[self.weight].shape
         return (*shape[:-1], 2 * shape[-1])
 
+    @property
+    def group(self) -> int:
+        return 16 if self.parts["weight_scale"].dtype == "F8_E4M3" else 32
+
     def check(self) -> None:
         if len(self.parts[self.weight].shape) != 2:
-            self.refuse(self.weight, "have two dimensions", list(self.shape))
+            self.refuse(self.weight, "have two dimensions", list(self.parts[self.weight].shape))
         rows, columns = self.shape
         self.expect(self.weight, ("U8",))
-        scale = self.expect("weight_scale", ("F8_E4M3", "U8", "F8_E8M0"))
-        size = 16 if scale.dtype == "F8_E4M3" else 32
-        self.expect("weight_scale", (scale.dtype,), (rows, -(-columns // size)))
+        self.expect("weight_scale", ("F8_E4M3", "U8", "F8_E8M0"), (rows, -(-columns // self.group)))
         for role in ("weight_global_scale", "weight_scale_2"):
             if role in self.parts:
                 self.expect(role, ("F32",), (), (1,))
@@ -171,7 +177,7 @@ class Fp4(Packed):
             exponent = self.read("weight_scale", begin, end).view(torch.uint8).float() - 127
             if bool((exponent == 128).any()):
                 self.refuse("weight_scale", "hold finite numbers", "nan")
-            return values * spread(torch.exp2(exponent), columns)
+            return grouped(values, torch.exp2(exponent), self.group)
         scale = self.numbers("weight_scale", begin, end)
         if "weight_global_scale" in self.parts:
             whole = self.numbers("weight_global_scale")
@@ -180,7 +186,7 @@ class Fp4(Packed):
             scale = scale / whole
         else:
             scale = scale * self.numbers("weight_scale_2")
-        return values * spread(scale, columns)
+        return grouped(values, scale, self.group)
 
 
 class LowBits(Packed):

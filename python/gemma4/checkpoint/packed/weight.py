@@ -1,10 +1,8 @@
 """A quantised weight, whatever its format: where it lies, what it must have, how it is unpacked."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +10,9 @@ from torch import Tensor
 from .. import tensorfile
 from ..tensorfile import Entry
 
-# Of float32 values, unpacked at once.
-PIECE_BYTES = 32 * 2**20
+# Of float32 values, unpacked at once: the allocator hands such pieces out again, where large ones
+# are new memory each time, and most of the time would go into the kernel's zeros.
+PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class Options:
     method: str = "unknown"
     # Of scales that stand for blocks of rows and columns.
     block: tuple[int, int] = (128, 128)
+    # Columns that share a scale, where a config gives them: one size, or several in one file.
+    groups: tuple[int, ...] = ()
     # GPTQ's first format stores each zero point less one.
     zero_offset: int = 1
 
@@ -30,9 +31,6 @@ class Options:
 @dataclass(frozen=True)
 class Packed(ABC):
     """A weight [N, D] that `parts` of a checkpoint make, by the ends of their names."""
-
-    # Rows that can be unpacked by themselves come in multiples of this; 0: only all of them.
-    STEP: ClassVar[int] = 128
 
     name: str
     parts: dict[str, Entry]
@@ -51,6 +49,11 @@ class Packed(ABC):
         return sum(part.size for part in self.parts.values())
 
     @property
+    def step(self) -> int:
+        """Rows that can be unpacked by themselves come in multiples of it; 0: only all of them."""
+        return 128
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the unpacked weight, as far as the file says it."""
@@ -65,6 +68,13 @@ class Packed(ABC):
     @abstractmethod
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
         """Rows [begin, end) of the weight, float32."""
+
+    def group_size(self, columns: int, groups: int) -> int:
+        """Of columns that share a scale; 0 if there is none that makes as many groups."""
+        for size in (*self.options.groups, columns // max(groups, 1)):
+            if size and -(-columns // size) == groups:
+                return size
+        return 0
 
     def expect(self, role: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> Entry:
         """The part, if it is there in one of these dtypes and, if any are given, shapes."""
@@ -97,8 +107,8 @@ class Packed(ABC):
         target = target.view(-1, target.shape[-1])
         rows, columns = target.shape
         step = rows
-        if self.STEP:
-            step = max(PIECE_BYTES // (4 * max(columns, 1)) // self.STEP, 1) * self.STEP
+        if self.step:
+            step = max(PIECE_BYTES // (4 * max(columns, 1)) // self.step, 1) * self.step
         for begin in range(0, rows, max(step, 1)):
             end = min(begin + step, rows)
             target[begin:end] = self.rows(begin, end, columns)
@@ -106,8 +116,9 @@ class Packed(ABC):
 
 def nibbles(data: Tensor, high_first: bool = False) -> Tensor:
     """The halves [..., 2 n] of bytes [..., n], the low one first."""
-    low, high = data & 15, data >> 4
-    return torch.stack([high, low] if high_first else [low, high], -1).flatten(-2)
+    wide = data.to(torch.int16)
+    low, high = (wide >> 4, wide & 15) if high_first else (wide & 15, wide >> 4)
+    return (low | high << 8).view(torch.uint8)  # two bytes of a little-endian number
 
 
 def codes(data: Tensor, bits: int) -> Tensor:
@@ -120,15 +131,14 @@ def codes(data: Tensor, bits: int) -> Tensor:
     return torch.stack([data >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
 
 
-def group_size(columns: int, groups: int) -> int:
-    """Of columns that share a scale; the last group may be short where sizes are powers of two."""
-    if groups and columns % groups == 0:
-        return columns // groups
-    size = 2 ** math.ceil(math.log2(max(columns, 1) / max(groups, 1)))
-    return size if -(-columns // size) == groups else 0
+def grouped(values: Tensor, scale: Tensor, size: int) -> Tensor:
+    """values [N, D] times their groups' scales [N, n], in place."""
+    rows, columns = values.shape
+    if columns != size * scale.shape[1]:
+        return values.mul_(spread(scale, size, columns))
+    return values.view(rows, -1, size).mul_(scale[..., None]).view(rows, columns)
 
 
-def spread(scale: Tensor, columns: int) -> Tensor:
-    """A scale a group [..., n] as one a column [..., columns]."""
-    size = group_size(columns, scale.shape[-1])
+def spread(scale: Tensor, size: int, columns: int) -> Tensor:
+    """A scale a group [..., n] as one a column [..., columns]; the last group may be short."""
     return scale.repeat_interleave(size, -1)[..., :columns]
