@@ -102,21 +102,25 @@ class Gemma4Tokenizer:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template to a folder."""
-        config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        others = [{"name": k, "template": v} for k, v in self.templates.items()]
         with replacing(Path(path)) as (staging, removed):
-            with naming(staging / "tokenizer.json"):
-                self.backend.save(str(staging / "tokenizer.json"))
-            if self.templates.keys() == {"default"}:
-                with naming(staging / "chat_template.jinja"):
-                    (staging / "chat_template.jinja").write_text(
-                        self.templates["default"], encoding="utf-8", newline=""
-                    )
-            else:
+            self.write(staging)
+            if not (staging / "chat_template.jinja").exists():
                 removed.add("chat_template.jinja")
-                if others:
-                    config["chat_template"] = others
-            write_json(staging / "tokenizer_config.json", config)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files into a folder that is there."""
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        with naming(folder / "tokenizer.json"):
+            self.backend.save(str(folder / "tokenizer.json"))
+        if self.templates.keys() == {"default"}:
+            with naming(folder / "chat_template.jinja"):
+                (folder / "chat_template.jinja").write_text(
+                    self.templates["default"], encoding="utf-8", newline=""
+                )
+        elif self.templates:
+            named = [{"name": k, "template": v} for k, v in self.templates.items()]
+            config["chat_template"] = named
+        write_json(folder / "tokenizer_config.json", config)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()

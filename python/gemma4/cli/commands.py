@@ -27,7 +27,7 @@ from .arguments import SAMPLING, decoded
 
 # Weights of fewer bytes than this may stay in a processor's caches, and memory is no limit.
 CACHED_BYTES = 1 << 28
-SUFFIXES = (".json", ".jinja", ".safetensors")
+SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf")
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -218,7 +218,7 @@ def _check_devices(args: argparse.Namespace) -> None:
 
 
 def _folder(model: str) -> Path:
-    if not (sys.stderr.isatty() or Path(model).is_dir()):
+    if not (sys.stderr.isatty() or Path(model).exists()):
         disable_progress_bars()  # a download shows them even into a log
     return resolve(model)
 
@@ -339,7 +339,8 @@ def _facts(folder: Path) -> dict[str, str]:
     if config.hidden_size_per_layer_input:
         table = model.model.embed_tokens_per_layer.weight.numel()
         facts["per-layer embeddings"] = f"{_count(table)} of the parameters"
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    inside = [folder] if folder.is_file() else sorted(folder.iterdir())
+    files = [file for file in inside if file.suffix in SUFFIXES]
     facts["files"] = ", ".join(
         f"{file.name} ({file.stat().st_size / 1e6:.2f} MB)" for file in files
     )
