@@ -1,5 +1,6 @@
 """Models written as llama.cpp writes them, by the format's own package."""
 
+import json
 from pathlib import Path
 
 import gguf
@@ -27,13 +28,13 @@ def write_config(writer: gguf.GGUFWriter, config: Gemma4TextConfig) -> None:
     layers = config.num_hidden_layers
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     owners = layers - config.num_kv_shared_layers
-    double = config.use_double_wide_mlp
-    widths = [
-        config.intermediate_size * (2 if double and i >= owners else 1) for i in range(layers)
-    ]
+    wide = [config.use_double_wide_mlp and i >= owners for i in range(layers)]
+    widths = [config.intermediate_size * (1 + double) for double in wide]
     keys = {
-        **{"context_length": config.max_position_embeddings, "block_count": layers},
-        **{"embedding_length": config.hidden_size, "attention.shared_kv_layers": layers - owners},
+        "context_length": config.max_position_embeddings,
+        "block_count": layers,
+        "embedding_length": config.hidden_size,
+        "attention.shared_kv_layers": layers - owners,
         "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
         "attention.head_count": config.num_attention_heads,
         "attention.key_length": config.global_head_dim,
@@ -62,8 +63,6 @@ def write_config(writer: gguf.GGUFWriter, config: Gemma4TextConfig) -> None:
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Gemma4Tokenizer) -> None:
-    import json
-
     data = json.loads(tokenizer.backend.to_str())
     vocabulary = tokenizer.backend.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
