@@ -21,6 +21,7 @@ from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo
 from ..checkpoint import resolve
 from ..config import FULL
 from ..presets import RELEASED
+from ..score import score as scored
 from . import error_line
 from .answer import Answer, Clock
 from .arguments import SAMPLING, decoded
@@ -196,6 +197,41 @@ def bench(args: argparse.Namespace) -> None:
         }
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def score(args: argparse.Namespace) -> None:
+    """Bits per token of a text, and how far another model is from this one."""
+    _check_devices(args)
+    text = decoded(args.file.read_bytes(), str(args.file))
+    folders = [_folder(name) for name in (args.model, args.against) if name]
+    tokenizers = [Gemma4Tokenizer.from_pretrained(folder) for folder in folders]
+    ids, *twice = [tokenizer.encode(text, add_bos=False) for tokenizer in tokenizers]
+    if any(other != ids for other in twice):
+        raise ValueError(f"{args.model} and {args.against} cut {args.file} into unlike tokens")
+    model, *others = [_load(args, folder) for folder in folders]
+    against = others[0] if others else None
+    shown = sys.stderr.isatty()
+
+    def progress(done: int) -> None:
+        if shown:
+            print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr)
+
+    bos = tokenizers[0].bos_token_id
+    made = scored(model, ids, against, args.context, bos, progress)
+    if shown:
+        print(file=sys.stderr)
+    bytes_a_token = len(text.encode()) / made.tokens
+    scores = [(args.model, made.bits_per_token), (args.against, made.against_bits_per_token)]
+    for name, bits in scores[: len(folders)]:
+        print(f"{_name(name)}: {bits:.4f} bits a token, {bits / bytes_a_token:.4f} a byte")
+    print(f"{made.tokens} tokens, in pieces of {args.context}")
+    if against:
+        print(f"{made.agreed / made.tokens:.2%} the same first choice")
+        print(f"{made.divergence_bits:.5f} bits a token apart (KL divergence)")
+    if args.json:
+        row = {"model": args.model, "against": args.against, "context": args.context}
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | asdict(made)) + "\n")
 
 
 def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
