@@ -27,7 +27,7 @@ _PACKED = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.uint8,
-    "U8": torch.uint8,
+    "U8": torch.uint8,  # behind the one above, which is read as these
     "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
@@ -197,8 +197,10 @@ def equal(one: Entry, other: Entry) -> bool:
     return all(torch.equal(x, y) for x, y in both)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors, of any layout and device, as one file; OSError names it."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], packed: bool = False) -> None:
+    """Writes tensors, of any layout and device, as one file; OSError names it. packed: what
+    quantised weights are made of may be among them."""
+    names = _NAMES | ({dtype: name for name, dtype in _PACKED.items()} if packed else {})
     # The widest elements first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -206,13 +208,13 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     for name in order:
         tensor = tensors[name]
         whole = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-        if not whole or tensor.dtype not in _NAMES:
+        if not whole or tensor.dtype not in names:
             what = tensor.dtype if whole else f"a {type(tensor).__name__} on {tensor.device}"
             raise ValueError(
                 f"{name} must be a plain floating-point tensor to be saved, got {what}"
             )
         end = at + tensor.numel() * tensor.element_size()
-        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        shape, dtype = list(tensor.shape), names[tensor.dtype]
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     header = json.dumps(table, separators=(",", ":")).encode()

@@ -208,6 +208,16 @@ def _parser() -> Parser:
     judge.add_argument("--against", type=_text, help="the other model: folder, file or hub id")
     judge.add_argument("--context", type=several, default=2048, help="tokens read in one piece")
     judge.add_argument("--json", type=Path, help="append the result to this file, as one line")
+    smaller = command(
+        "quantize",
+        "write a checkpoint in 4 or 8 bits",
+        "Writes a dense checkpoint with its linear layers in 4 or 8 bits (compressed-tensors, as "
+        "vLLM and transformers read it), and each layer's error. Weights of quantisation-aware "
+        "training keep its codes.",
+    )
+    smaller.add_argument("source", type=_text, help="folder or hub id")
+    smaller.add_argument("target", type=Path, help="the new folder")
+    smaller.add_argument("--format", choices=("w4a16", "w8a16", "fp8"), default="w4a16")
     about = command(
         "info",
         "what is installed, what runs and why",

@@ -21,6 +21,7 @@ from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo
 from ..checkpoint import resolve
 from ..config import FULL
 from ..presets import RELEASED
+from ..quantize import quantize as quantized
 from ..score import score as scored
 from . import error_line
 from .answer import Answer, Clock
@@ -232,6 +233,27 @@ def score(args: argparse.Namespace) -> None:
         row = {"model": args.model, "against": args.against, "context": args.context}
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | asdict(made)) + "\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Writes a checkpoint in 4 or 8 bits, and says what it cost."""
+    shown = sys.stderr.isatty()
+
+    def progress(name: str) -> None:
+        if shown:
+            print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
+
+    report = quantized(_folder(args.source), args.target, args.format, progress)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr)
+    for layer in report.squares:
+        print(f"{layer}: {report.relative(layer):.3%} error")
+    if report.on_grid:
+        print(
+            f"{report.on_grid} of {report.tensors} matrices lie on a grid of 4 bits: their codes "
+            "are recovered, not rounded anew"
+        )
+    print(f"{report.before_bytes / 1e9:.3f} GB became {report.after_bytes / 1e9:.3f}")
 
 
 def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
