@@ -141,6 +141,16 @@ def attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
     return Case("attention_decode", label, make, *counts)
 
 
+def qkv_attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
+    """As `attention_decode`, of a layer that has keys of its own."""
+    c, decode = limits.MODELS[model], attention_decode(model, kind, batch, keys)
+    heads, kv_heads, size = c.num_attention_heads, c.kv_heads(kind), c.head_size(kind)
+    window = c.window(kind)[0]
+    sizes = [keys] * batch, window or keys, heads, kv_heads, size
+    make = maker("qkv_attention_decode", *sizes, window=window, ring=bool(window))
+    return Case("qkv_attention_decode", decode.label, make, decode.bytes, decode.flop)
+
+
 def linear_small(model: str, part: str, n: int) -> Case:
     """With what stands before and behind that product in a layer."""
     rows, width = limits.linear_shapes(model)[part]
@@ -178,7 +188,10 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             yield from (attention_prefill_backward(model, kind, n) for kind in kinds)
         for batch in sizes.batches:
             yield attention_decode(model, SLIDING, batch, sizes.contexts[0])
-            yield from (attention_decode(model, FULL, batch, n) for n in sizes.contexts)
+            yield qkv_attention_decode(model, SLIDING, batch, sizes.contexts[0])
+            for n in sizes.contexts:
+                yield attention_decode(model, FULL, batch, n)
+                yield qkv_attention_decode(model, FULL, batch, n)
         for part in limits.linear_shapes(model):
             yield from (linear_small(model, part, n) for n in (1, 4))
         if limits.MODELS[model].enable_moe_block:

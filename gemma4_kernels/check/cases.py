@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..ops.attention import HEAD_DIMS
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..reference.attention import COUNTERS
 
 HOST = torch.device("cpu")
 EPS = 1e-6
@@ -219,6 +220,35 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
             yield q, *ring, seq_lens, None, 1.0, 37, True, 0.0, True
 
 
+def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
+    lengths = 1, 0, 45, 270  # the last is divided among blocks
+    for head_dim in HEAD_DIMS:
+        weights = draw.weight(head_dim), draw.weight(head_dim)
+        positions, inv_freq = (
+            draw.ints(0, 0, 44, 900),
+            1e4 ** -(torch.arange(head_dim // 2) / head_dim),
+        )
+        rope = *weights, positions, inv_freq.to(draw.device)
+        counters = torch.zeros(4, 2, COUNTERS, dtype=torch.int32).to(draw.device)
+
+        def qkv(group: int, head_dim: int = head_dim) -> tuple[Tensor, ...]:
+            return draw.strided(4, 2 * group + 4, head_dim).split([2 * group, 2, 2], 1)
+
+        rows = [heads(draw, 4, 272, 2, head_dim) for _ in range(2)]
+        for b, length in enumerate(lengths):
+            for cache in rows:
+                cache[b, max(length - 1, 0) :] = torch.nan
+        seq_lens, scale = draw.ints(*lengths), head_dim**-0.5
+        yield *qkv(4), *rope, *rows, seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        q, k, _ = qkv(16)
+        k_pages, v_pages, table = paged(draw, lengths, 16, 2, head_dim)
+        pages = k_pages, v_pages, seq_lens, table, counters
+        yield q, k, None, *rope, *pages, EPS, scale, 33, False, 20.0
+        ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
+        borrowed = None, None, weights[0], None, *rope[2:]
+        yield qkv(1)[0], *borrowed, *ring, seq_lens, None, counters, EPS, scale, 37, True, 0.0
+
+
 def moe_route(draw: Draw) -> Iterator[Arguments]:
     for experts, k in ((5, 5), (128, 8), (MOST_EXPERTS, MOST_ROUTES)):
         for dtype in draw.others:
@@ -290,6 +320,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         attention_prefill,
         attention_prefill_backward,
         attention_decode,
+        qkv_attention_decode,
         moe_route,
         moe_experts,
         ple_embed,

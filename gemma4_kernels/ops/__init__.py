@@ -12,7 +12,7 @@ Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device
 sentence names the argument, what it must be and what came.
 """
 
-from .attention import attention_decode, attention_prefill
+from .attention import attention_decode, attention_prefill, qkv_attention_decode
 from .linear import linear_small
 from .logits import softcap, softcap_argmax
 from .mlp import geglu
@@ -32,6 +32,7 @@ __all__ = [
     "moe_route",
     "ple_embed",
     "ple_gate",
+    "qkv_attention_decode",
     "qkv_norm_rope",
     "qkv_norm_rope_cache",
     "rms_norm",

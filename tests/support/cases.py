@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.reference.attention import COUNTERS
 
 from .backends import FP32, Backend, in_dtypes
 
@@ -24,6 +25,7 @@ BRANCHES = {
     "moe_norm": ("x",),
     "qkv_norm_rope": ("q", "k", "v"),
     "qkv_norm_rope_cache": ("q", "k", "v", "k_cache", "v_cache"),
+    "qkv_attention_decode": ("q", "k", "v", "k_cache", "v_cache"),
     "moe_route": ("logits",),
     "moe_experts": ("x",),
     "ple_embed": ("projected",),
@@ -217,6 +219,35 @@ def attention_decode(
         "v_cache": b.randn(batch, slots, kv_heads, head_dim, dtype=dtype),
         "seq_lens": b.int32(*seq_lens),
     } | options
+
+
+def qkv_attention_decode(
+    b: Backend,
+    seq_lens: Sequence[int],
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    borrowed: bool = False,
+    with_v: bool = True,
+    packed: bool = True,
+    dtype: torch.dtype = FP32,
+    **options: Any,
+) -> Arguments:
+    """One new token of each row of a cache, which is full of keys; borrowed: it holds the new one.
+
+    Normed q and k make scores of about 10, of which the scale leaves 1.
+    """
+    positions = torch.tensor(seq_lens, dtype=torch.int64) - 1
+    sizes = len(seq_lens), heads, None if borrowed else kv_heads, head_dim
+    kinds = dict(with_v=with_v, packed=packed, positions=positions)
+    rope = qkv_norm_rope(b, *sizes, dtype=dtype, **kinds)
+    cache = attention_decode(b, seq_lens, slots, heads, kv_heads, head_dim, dtype=dtype)
+    del cache["q"]
+    counters = b.to(torch.zeros(len(seq_lens), kv_heads, COUNTERS, dtype=torch.int32))
+    scale = dict(scale=head_dim**-0.5, counters=counters)
+    return rope | cache | scale | options
 
 
 def moe_route(

@@ -168,6 +168,21 @@ def attention(
 
 
 @_formula
+def qkv_attention_decode(
+    q, k, v, q_weight, k_weight, positions, inv_freq, keys, values, eps, dtype=None, **options
+):
+    """Behind the keys and values [S, G, C] that each row has already; also the new k and v."""
+    q, k, v = qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq, eps, dtype)
+    rows = []
+    for b, (old_k, old_v) in enumerate(zip(keys, values, strict=True)):
+        row_k, row_v = old_k.double().cpu(), old_v.double().cpu()
+        if k is not None:
+            row_k, row_v = torch.cat([row_k, k[b : b + 1]]), torch.cat([row_v, v[b : b + 1]])
+        rows.append(attention(q[b : b + 1], row_k, row_v, **options, dtype=dtype)[0])
+    return torch.cat(rows), k, v
+
+
+@_formula
 def attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     """Sequence b owns rows cu[b] .. cu[b + 1] - 1 of q, and of k and v."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -47,7 +47,12 @@ def samples(op: str, dtype: torch.dtype = FP32, grad: bool = False) -> Cases:
     }
 
 
-NOT_DIFFERENTIABLE = ("qkv_norm_rope_cache", "attention_decode", "softcap_argmax")
+NOT_DIFFERENTIABLE = (
+    "qkv_norm_rope_cache",
+    "attention_decode",
+    "qkv_attention_decode",
+    "softcap_argmax",
+)
 
 
 def detached(arguments: Arguments) -> Arguments:
@@ -148,6 +153,26 @@ def attention_decode(b: Leaves) -> Cases:
     }
 
 
+def qkv_attention_decode(b: Leaves) -> Cases:
+    def make(lengths=(3, 7), **options) -> Arguments:
+        with torch.no_grad():
+            made = cases.qkv_attention_decode(b, lengths, 9, 4, 2, 64, **options)
+        return {n: x.detach() if "cache" in n else x for n, x in made.items()}
+
+    with torch.no_grad():
+        pages = {name: b.randn(5, 4, 2, 64) for name in ("k_cache", "v_cache")}
+    pages["block_table"] = torch.tensor([[3, 1, 0], [2, 4, 0]], dtype=torch.int32)
+    return {
+        "usual": make(),
+        "no v": make((1, 9), with_v=False, packed=False),
+        "borrowed": make(borrowed=True, softcap=3.0),
+        "ring": make((3, 70), window=4, ring=True),
+        "pages": make((5, 7), window=3) | pages,
+        "left out": make((0, 2)),
+        "no rows": make((), packed=False),
+    }
+
+
 OPEN = ("residual", "post_weight", "scale", "norm_weight")
 
 
@@ -222,7 +247,8 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
-        *(attention_prefill, attention_decode, moe_route, moe_experts, ple_embed, ple_gate),
+        *(attention_prefill, attention_decode, qkv_attention_decode),
+        *(moe_route, moe_experts, ple_embed, ple_gate),
     )
 }
 
@@ -249,6 +275,9 @@ def served(op: str) -> Arguments:
     if op == "attention_decode":
         arguments = cases.attention_decode(b, (3, 8), 8, 4, 2, 64, **score)
         return complete(op, arguments | {"block_table": ints([0], [1])})
+    if op == "qkv_attention_decode":
+        options = dict(dtype=BF16, window=4, softcap=30.0, block_table=ints([0], [1]))
+        return complete(op, cases.qkv_attention_decode(b, (3, 8), 8, 4, 2, 64, **options))
     if op == "linear_small":
         return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
     if op == "moe_route":
@@ -270,5 +299,5 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
     result = getattr(backend.ops, op)(**copies)
-    written = [copies[n] for n in ("k_cache", "v_cache") if op.endswith("cache")]
+    written = [copies[n] for n in ("k_cache", "v_cache") if op.startswith("qkv") and n in copies]
     return [*(result if isinstance(result, tuple) else (result,)), *written]

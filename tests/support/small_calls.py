@@ -51,6 +51,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
                     arguments = prefill(b, n, 17, 1, head_dim, dtype)
                     yield "attention_prefill", arguments | {"softcap": softcap}
             yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            for softcap in (0.0, 30.0):
+                arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
+                yield "qkv_attention_decode", arguments | {"softcap": softcap}
             arguments = prefill(b, 17, 17, 1, head_dim, dtype)
             yield "attention_prefill_backward", cases.attention_prefill_backward(b, arguments)
 
