@@ -180,6 +180,24 @@ def moe_experts(model: str, n: int) -> Case:
     return Case("moe_experts", f"{model}, {n} tokens", make, *counts)
 
 
+def moe_open(model: str, n: int) -> Case:
+    c = limits.MODELS[model]
+    rows, experts, width = c.intermediate_size, c.num_experts, c.hidden_size
+    make = maker("moe_open", n, width, rows, experts)
+    flop = 2 * n * width * (2 * rows + experts)
+    return Case("moe_open", f"{model}, {n} tokens", make, limits.moe_open_bytes(model, n), flop)
+
+
+def moe_experts_small(model: str, n: int) -> Case:
+    """Uniform routing."""
+    c = limits.MODELS[model]
+    sizes = n, c.num_experts, c.top_k_experts, c.hidden_size, c.moe_intermediate_size
+    make = maker("moe_experts_small", *sizes, c.intermediate_size)
+    dense = limits.linear_bytes(model, "down", n), 2 * n * c.hidden_size * c.intermediate_size
+    counts = limits.moe_bytes(model, n) + dense[0], limits.moe_flop(model, n) + dense[1]
+    return Case("moe_experts_small", f"{model}, {n} tokens", make, *counts)
+
+
 def all_cases(sizes: Sizes) -> Iterator[Case]:
     kinds = (SLIDING, FULL)
     for model in sizes.models:
@@ -197,6 +215,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
                 yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))
+                if n <= 8:
+                    yield from (moe_open(model, n), moe_experts_small(model, n))
         for n in sizes.tokens:
             ops = ["rms_norm", "add_rms_norm", "qkv_norm_rope", "qkv_norm_rope_cache", "geglu"]
             ops += ["ple_embed", "ple_gate"] * bool(

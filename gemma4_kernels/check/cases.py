@@ -273,6 +273,36 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
             )
 
 
+def moe_open(draw: Draw) -> Iterator[Arguments]:
+    for tokens, width, rows, experts in ((1, 72, 24, 8), (3, 2816, 16, 32), (16, 520, 2400, 16)):
+        std = width**-0.5
+        weights = [draw.weight(width) for _ in range(4)]
+        yield (
+            *(draw.strided(tokens, width), draw.strided(tokens, width), *weights[:2]),
+            draw.randn(2 * rows, width, std=std),
+            *weights[2:],
+            draw.randn(experts, width),
+            EPS,
+        )
+
+
+def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
+    for tokens, experts, k, width, hidden in ((1, 8, 2, 72, 24), (8, 128, 8, 528, 40)):
+        for more in (0, 8):
+            logits = torch.stack([draw.permutation(experts) for _ in range(tokens + more)])
+            logits[0, 1] = logits[0, 0]  # of equals the first comes first
+            yield (
+                draw.strided(tokens + more, width),
+                draw.randn(experts, 2 * hidden, width, std=width**-0.5),
+                draw.randn(experts, width, hidden, std=hidden**-0.5),
+                (logits / experts * 8).to(draw.device, draw.dtype),
+                draw.weight(experts, torch.float32),
+                k,
+                draw.strided(tokens + more, 136),
+                draw.randn(width, 136, std=0.1),
+            )
+
+
 def ple_embed(draw: Draw) -> Iterator[Arguments]:
     for width in (77, 128, 256, 512):
         for other, dtype in draw.pairs:
@@ -323,6 +353,8 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_attention_decode,
         moe_route,
         moe_experts,
+        moe_open,
+        moe_experts_small,
         ple_embed,
         ple_gate,
         softcap,

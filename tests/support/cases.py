@@ -28,6 +28,8 @@ BRANCHES = {
     "qkv_attention_decode": ("q", "k", "v", "k_cache", "v_cache"),
     "moe_route": ("logits",),
     "moe_experts": ("x",),
+    "moe_open": ("x", "gate_up", "router"),
+    "moe_experts_small": ("x", "dense_x", "dense"),
     "ple_embed": ("projected",),
     "ple_gate": ("gate",),
 }
@@ -277,6 +279,47 @@ def moe_experts(
         "down": b.randn(experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5),
         "experts": b.to(chosen),
         "weights": b.randn(tokens, k, dtype=wide, mean=0.7, std=0.2),
+    }
+
+
+def moe_open(
+    b: Backend,
+    tokens: int,
+    width: int,
+    rows: int,
+    experts: int,
+    *,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """To so many rows of hidden."""
+    std = max(width, 1) ** -0.5
+    return {
+        "x": b.randn(tokens, width, dtype=dtype, std=2.0),
+        "residual": b.randn(tokens, width, dtype=dtype, std=3.0),
+        **{name: b.weight(width, dtype=dtype) for name in ("post_weight", "norm_weight")},
+        "gate_up": b.randn(2 * rows, width, dtype=dtype, std=std),
+        **{name: b.weight(width, dtype=dtype) for name in ("expert_weight", "router_scale")},
+        "router": b.randn(experts, width, dtype=dtype),
+    }
+
+
+def moe_experts_small(
+    b: Backend,
+    tokens: int,
+    experts: int,
+    k: int,
+    width: int,
+    hidden: int,
+    dense: int,
+    *,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """The dense branch of this width."""
+    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype)
+    return {name: arguments[name] for name in ("x", "gate_up", "down")} | {
+        **moe_route(b, tokens, experts, k, dtype=dtype),
+        "dense_x": b.randn(tokens, dense, dtype=dtype),
+        "dense": b.randn(width, dense, dtype=dtype, std=max(dense, 1) ** -0.5),
     }
 
 

@@ -229,6 +229,25 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
 
 
 @_formula
+def moe_open(
+    x, residual, post_weight, norm_weight, gate_up, expert_weight, router_scale, router, eps,
+    dtype=None, wide=None,
+):  # fmt: skip
+    wide = wide or dtype
+    r, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps, dtype, wide)
+    expert_x, router_x = moe_norm(r, expert_weight, router_scale, eps, wide)
+    hidden = geglu(_round(_round(y, dtype) @ gate_up.T, dtype), dtype)
+    return hidden, _round(_round(router_x, dtype) @ router.T, dtype), expert_x, r
+
+
+@_formula
+def moe_experts_small(x, gate_up, down, logits, per_expert_scale, k, dense_x, dense, dtype=None):
+    weights, experts = moe_route(logits, per_expert_scale, k)
+    y = moe_experts(x, gate_up, down, experts, weights, dtype)
+    return y, _round(dense_x @ dense.T, dtype)
+
+
+@_formula
 def ple_embed(ids, table, projected, weight, eps, dtype=None, table_dtype=None, wide=None):
     table_dtype, wide = table_dtype or dtype, wide or dtype
     width = weight.shape[0]

@@ -217,6 +217,26 @@ def moe_experts(b: Leaves) -> Cases:
     }
 
 
+def moe_open(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "gate_up": b.turned(6, 8), "router": b.turned(4, 8)}
+    return {
+        "usual": cases.moe_open(b, 3, 8, 3, 4),
+        "odd": cases.moe_open(b, 2, 7, 3, 5),
+        "transposed": cases.moe_open(b, 3, 8, 3, 4) | turned,
+        "empty": cases.moe_open(b, 0, 8, 3, 4),
+    }
+
+
+def moe_experts_small(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "dense_x": b.turned(3, 5), "dense": b.turned(8, 5)}
+    usual = cases.moe_experts_small(b, 3, 4, 2, 8, 3, 5, dtype=b.drawn)
+    return {
+        "usual": usual,
+        "transposed": usual | turned,
+        "empty": cases.moe_experts_small(b, 0, 4, 2, 8, 3, 5, dtype=b.drawn),
+    }
+
+
 def ple_embed(b: Leaves) -> Cases:
     def make(*ids: int, width: int = 4) -> Arguments:
         arguments = cases.ple_embed(b, len(ids), 5, 3, width)
@@ -247,8 +267,8 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
-        *(attention_prefill, attention_decode, qkv_attention_decode),
-        *(moe_route, moe_experts, ple_embed, ple_gate),
+        *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
+        *(moe_open, moe_experts_small, ple_embed, ple_gate),
     )
 }
 
@@ -285,6 +305,10 @@ def served(op: str) -> Arguments:
     if op == "moe_experts":
         arguments = cases.moe_experts(b, 3, 4, 2, 64, 16, dtype=BF16)
         return complete(op, arguments | {"experts": ints([0, 3], [1, 2], [2, 0])})
+    if op == "moe_open":
+        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16))
+    if op == "moe_experts_small":
+        return complete(op, cases.moe_experts_small(b, 3, 4, 2, 64, 16, 24, dtype=BF16))
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
