@@ -11,7 +11,8 @@ namespace {
 std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor residual,
                                         OptionalTensor post_weight, OptionalTensor scale,
                                         OptionalTensor norm_weight, OptionalTensor factor,
-                                        double eps, bool gated) {
+                                        OptionalTensor x_weight, OptionalTensor other,
+                                        OptionalTensor other_weight, double eps, bool gated) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be [T, D] and weight [N, D]");
   const int64_t tokens = x.size(0), width = x.size(1), rows = weight.size(0) / (gated ? 2 : 1);
@@ -27,6 +28,9 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
                   gemma4::kMostNormedElements, " elements, got ", text(shape_of(x)));
   STD_TORCH_CHECK(!residual == !post_weight, "residual and post_weight must come together or not");
   STD_TORCH_CHECK(!scale || residual, "scale must not come without a residual");
+  STD_TORCH_CHECK(
+      !other == !x_weight && !other == !other_weight && (!other || residual),
+      "x_weight, other and other_weight must come together and with a residual, or not");
   STD_TORCH_CHECK(!(gated && factor), "a gated product must not have a factor");
   call.expect("weight", weight, {weight.size(0), width});
   // A copy would be as large as the layer.
@@ -48,6 +52,9 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
   gemma4::LinearSmallParams p{};
   p.x = rows_of("x", x, width, p.x_stride);
   p.weight = call.in("weight", weight);
+  p.other = rows_of("other", other, width, p.other_stride);
+  p.x_weight = row("x_weight", x_weight, width);
+  p.other_weight = row("other_weight", other_weight, width);
   p.residual = rows_of("residual", residual, width, p.residual_stride);
   p.post_weight = row("post_weight", post_weight, width);
   p.scale = row("scale", scale, 1);

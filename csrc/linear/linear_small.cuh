@@ -2,6 +2,8 @@
 //
 // a is x; or, where a branch closes and the next one opens, r = (residual + rms_norm(x)
 // post_weight) scale, which is stored, and a = rms_norm(r) norm_weight, each half of it if wanted.
+// Two branches that close as one are first made one: x = rms_norm(x) x_weight + rms_norm(other)
+// other_weight.
 // y is the product; or gelu_tanh(gate) up of the two halves of its rows; or gelu_tanh(product)
 // factor.
 //
@@ -41,24 +43,37 @@ struct LinearSmallSmem {
   BlockSum sum;
 };
 
-template <class T>
-DEVICE float gated(float gate, float other) {
-  return saturate<T>(gelu_tanh(gate) * other);
-}
-
 // Makes a, all of it; the first block stores r.
 template <class T>
-DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
+DEVICE void open_branch(const OpeningParams& p, T* a, BlockSum& smem) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
   const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
   int parity = 0;
   // Rows of weights are loaded where they are used: beside x, the residual and the weights on their
   // way registers would not hold them.
-  for (const void* row : {p.post_weight, p.norm_weight})
+  for (const void* row : {p.x_weight, p.other_weight, p.post_weight, p.norm_weight})
     if (row)
       columns.each([&](int, int column) { ptx::prefetch(static_cast<const T*>(row) + column); });
   for (int token = 0; token < p.tokens; token++) {
-    const auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
+    auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
+    if (p.other) {
+      const auto other = columns.load(static_cast<const T*>(p.other) + token * p.other_stride);
+      const auto close = [&](const auto& branch, const void* weight, bool adds) {
+        const float sum = block_sum(columns.sum_of_squares(branch), smem, parity);
+        const float scale = inv_rms(sum, p.width, p.eps);
+        columns.each([&](int i, int column) {
+          auto to = x.at(i, column);
+          const auto from = branch.at(i, column);
+          const auto w = load<8>(static_cast<const T*>(weight) + column);
+#pragma unroll
+          for (int j = 0; j < to.kWidth; j++)
+            to.set(j, (adds ? to[j] : 0.0f) + from[j] * scale * w[j]);
+          x.vectors[i] = to;
+        });
+      };
+      close(x, p.x_weight, false);
+      close(other, p.other_weight, true);
+    }
     Row<T, 8, kNormVectors> r;
     if (!p.residual) {
       r = x;

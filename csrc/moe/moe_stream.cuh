@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
 #pragma unroll
     for (int e = 0; e < 4; e++)
       *smem.hidden_at(warp * 8 + lane % 4 * 2 + e % 2, lane / 4 + e / 2 * 8) =
-          from_float<T>(saturate<T>(gelu_tanh(g[e]) * u[e]));
+          from_float<T>(gated<T>(g[e], u[e]));
   }
   __syncthreads();
   const int i = threadIdx.x / 2, part = threadIdx.x % 2 * 8;

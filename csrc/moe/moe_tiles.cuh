@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kTileThreads)
         const int row = i * 64 + warp * 16 + lane / 4 + half * 8;
         float low = sum[i][n][2 * half], high = sum[i][n][2 * half + 1];
         if constexpr (kGateUp) {
-          low = gelu_tanh(low) * sum[i][n + 8][2 * half];
-          high = gelu_tanh(high) * sum[i][n + 8][2 * half + 1];
+          low = gated<T>(low, sum[i][n + 8][2 * half]);
+          high = gated<T>(high, sum[i][n + 8][2 * half + 1]);
         }
         T* to = smem.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));

@@ -137,7 +137,11 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             scale = draw.randn(1, mean=0.3, std=0.1) if opens and gated else None
             factor = draw.strided(tokens, rows) if width == 256 else None
             x, weight = draw.strided(tokens, width), draw.randn(height, width, std=std)
-            yield x, weight, residual, post_weight, scale, norm_weight, factor, EPS, gated
+            two = opens and tokens == 1
+            other = draw.strided(tokens, width) if two else None
+            x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
+            norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
+            yield x, weight, *norms, EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:

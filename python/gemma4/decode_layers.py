@@ -25,11 +25,27 @@ from .steps import DecodePlan
 
 
 @dataclass(frozen=True)
+class Two:
+    """The branches of a layer with experts, which close as one: x_norm(x) + other_norm(other)."""
+
+    x: Tensor
+    x_norm: RMSNorm
+    other: Tensor
+    other_norm: RMSNorm
+
+    def closed(self) -> Tensor:
+        sum_TD, _ = ops.add_rms_norm(
+            self.other, self.x_norm(self.x), self.other_norm.weight, eps=self.other_norm.eps
+        )
+        return sum_TD
+
+
+@dataclass(frozen=True)
 class Residual:
     """x [T, D] and the branch that is to be added to it: x = (x + norm(branch)) scale."""
 
     x: Tensor
-    branch: Tensor | None = None
+    branch: Tensor | Two | None = None
     norm: RMSNorm | None = None
     scale: Tensor | None = None
 
@@ -49,9 +65,14 @@ class Residual:
                 self.x, weight, norm_weight=norm_weight, factor=factor, gated=gated, eps=eps
             )
             return y, self.x
+        two = self.branch if isinstance(self.branch, Two) else None
+        branch = self.branch.x if isinstance(self.branch, Two) else self.branch
         y, x_TD = ops.linear_small(
-            self.branch,
+            branch,
             weight,
+            x_weight=None if two is None else two.x_norm.weight,
+            other=None if two is None else two.other,
+            other_weight=None if two is None else two.other_norm.weight,
             residual=self.x,
             post_weight=self.norm.weight,
             scale=self.scale,
@@ -68,8 +89,9 @@ class Residual:
         if self.branch is None or self.norm is None:
             return self.x, None if norm is None else norm(self.x)
         next_weight = None if norm is None else norm.weight
+        branch = self.branch.closed() if isinstance(self.branch, Two) else self.branch
         return ops.add_rms_norm(
-            self.branch, self.x, self.norm.weight, next_weight, self.scale, self.norm.eps
+            branch, self.x, self.norm.weight, next_weight, self.scale, self.norm.eps
         )
 
 
@@ -180,12 +202,18 @@ def step(
     gate_up = weight(mlp.gate_proj, mlp.up_proj)
     hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
     out, _ = ops.linear_small(hidden, weight(mlp.down_proj))
+    branch: Tensor | Two = out
     if layer.has_experts:
-        out = layer.with_experts(x_TD, out, plan)
+        norm, router = layer.pre_feedforward_layernorm_2, layer.router
+        y_TD, scaled_TD = ops.moe_norm(x_TD, norm.weight, router.scale, norm.eps)
+        weights_TK, experts_TK = router.route(scaled_TD)
+        routed_TD = layer.experts(y_TD, experts_TK, weights_TK)
+        norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
+        branch = Two(out, norms[0], routed_TD, norms[1])
 
     if ple is None:
-        return Residual(x_TD, out, layer.post_feedforward_layernorm, layer.layer_scalar)
-    residual = Residual(x_TD, out, layer.post_feedforward_layernorm)
+        return Residual(x_TD, branch, layer.post_feedforward_layernorm, layer.layer_scalar)
+    residual = Residual(x_TD, branch, layer.post_feedforward_layernorm)
     ple_TLP, index = ple
     gated, x_TD = residual.times(None, weight(layer.per_layer_input_gate), factor=ple_TLP[:, index])
     out, _ = ops.linear_small(gated, weight(layer.per_layer_projection))

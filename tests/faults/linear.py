@@ -10,6 +10,19 @@ FAULTS = {
             (KERNEL, "  __syncthreads();\n}", "}"),
             (KERNEL, "i < p.tokens && from", "from"),
         ],
+        "test_linear_small[emulated-two branches-bfloat16]": [
+            (KERNEL, "(adds ? to[j] : 0.0f) + from", "from"),
+            (KERNEL, "(adds ? to[j] : 0.0f) + from", "to[j] + from"),
+            (KERNEL, "close(other, p.other_weight", "close(other, p.x_weight"),
+            (
+                KERNEL,
+                "block_sum(columns.sum_of_squares(branch)",
+                "block_sum(columns.sum_of_squares(x)",
+            ),
+        ],
+        "test_strided[emulated]": [
+            (KERNEL, "token * p.other_stride", "token * p.x_stride"),
+        ],
         "test_linear_small[emulated-no whole line-bfloat16]": [
             (KERNEL, "i < p.tokens && from < p.width", "i < p.tokens"),
             (KERNEL, "ahead < tiles && from < p.width", "ahead < tiles"),
@@ -36,7 +49,7 @@ FAULTS = {
             (KERNEL, "token * p.factor_stride + row", "token * p.rows + row + 1"),
         ],
         "test_fp16_saturates[emulated]": [
-            (KERNEL, "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
+            ("common/math.cuh", "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
         ],
         "test_traffic.py::test_linear_small_work[31B q, k, v]": [
             (LAUNCHER, "round_up(p.width, 64) + 32", "round_up(p.width, 64)"),

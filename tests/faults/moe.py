@@ -132,8 +132,8 @@ FAULTS = {
             ("moe/moe_tiles.cuh", "row < kOutColumns ? 0 : p.hidden_width", "0"),
             (
                 "moe/moe_tiles.cuh",
-                "gelu_tanh(low) * sum[i][n + 8]",
-                "gelu_tanh(low) * sum[i][n + 7]",
+                "gated<T>(low, sum[i][n + 8]",
+                "gated<T>(low, sum[i][n + 7]",
             ),
             (
                 "moe/moe_tiles.cuh",

@@ -146,9 +146,10 @@ def linear_small(
     dtype: torch.dtype = FP32,
 ) -> Arguments:
     """To so many rows of y, with the arguments that `parts` names; "gated" is one, and a residual
-    brings its post_weight."""
+    brings its post_weight, another branch both weights."""
     gated = "gated" in parts
     given = {"x", "weight", *parts} | ({"post_weight"} if "residual" in parts else set())
+    given |= {"x_weight", "other_weight"} if "other" in parts else set()
     made = {
         "x": b.randn(tokens, width, dtype=dtype, std=2.0),
         "weight": b.randn(rows * (1 + gated), width, dtype=dtype, std=max(width, 1) ** -0.5),
@@ -157,6 +158,9 @@ def linear_small(
         "scale": b.randn(1, dtype=dtype, mean=0.3, std=0.1),
         "norm_weight": b.weight(width, dtype=dtype),
         "factor": b.randn(tokens, rows, dtype=dtype),
+        "x_weight": b.weight(width, dtype=dtype),
+        "other": b.randn(tokens, width, dtype=dtype),
+        "other_weight": b.weight(width, dtype=dtype),
     }
     return {n: x for n, x in made.items() if n in given} | {"gated": gated}
 

@@ -99,8 +99,12 @@ def geglu(gate_up, dtype=None):
 
 @_formula
 def linear_small(
-    x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated, dtype=None, wide=None
-):
+    x, weight, residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight,
+    eps, gated, dtype=None, wide=None,
+):  # fmt: skip
+    if other is not None:
+        x = rms_norm(x, x_weight, eps, dtype) + rms_norm(other, other_weight, eps, dtype)
+        x = _round(x, dtype)
     a = new_residual = x
     if residual is not None:
         a, _ = add_rms_norm(x, residual, post_weight, None, scale, eps, dtype, wide)

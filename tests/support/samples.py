@@ -157,6 +157,7 @@ def linear_small(b: Leaves) -> Cases:
         "usual": cases.linear_small(b, 3, 8, 6, *OPEN, "factor"),
         "alone": cases.linear_small(b, 3, 8, 6),
         "gated": cases.linear_small(b, 3, 8, 6, "norm_weight", "gated"),
+        "two branches": cases.linear_small(b, 3, 8, 6, *OPEN, "other"),
         "odd": cases.linear_small(b, 2, 7, 5, *OPEN),
         "transposed": cases.linear_small(b, 3, 8, 6, *OPEN) | turned,
         "empty": cases.linear_small(b, 0, 8, 6, *OPEN),
@@ -261,7 +262,7 @@ def served(op: str) -> Arguments:
         arguments = cases.attention_decode(b, (3, 8), 8, 4, 2, 64, **score)
         return complete(op, arguments | {"block_table": ints([0], [1])})
     if op == "linear_small":
-        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "factor", dtype=BF16))
+        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
