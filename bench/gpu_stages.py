@@ -110,7 +110,7 @@ STAGES = {
     "experts": bench_ops("moe_experts", "moe_route"),
     "rows": bench_ops(
         *("rms_norm", "add_rms_norm", "moe_norm", "qkv_norm_rope", "qkv_norm_rope_cache"),
-        *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax"),
+        *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax", "sample"),
     ),
     "backward": bench_ops("attention_prefill_backward"),
     "counters": Stage(

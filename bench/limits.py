@@ -128,6 +128,7 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "ple_gate": 3 * c.hidden_size_per_layer_input,
         "softcap": 2 * c.vocab_size,
         "softcap_argmax": c.vocab_size,
+        "sample": c.vocab_size,
     }[op]  # fmt: skip
 
 
@@ -210,6 +211,7 @@ def row_estimates() -> list[dict]:
         ("ple_embed", "E4B", 8192),
         ("ple_gate", "E4B", 8192),
         ("softcap_argmax", "31B", 64),
+        ("sample", "31B", 1),
     ]
     rows = [
         estimate(f"{op}, {model}, {tokens} tokens", row_bytes(model, op, tokens))

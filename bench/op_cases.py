@@ -99,8 +99,10 @@ def row(op: str, model: str, n: int) -> Case:
         "ple_gate": (n, *ple, 1),
         "softcap": (n, c.vocab_size),
         "softcap_argmax": (n, c.vocab_size),
+        "sample": (n, c.vocab_size),
     }
-    make = maker(op, *sizes.get(op, (n, c.hidden_size)))
+    options = dict(cap=30.0, temperature=1.0, top_k=64, top_p=0.95) if op == "sample" else {}
+    make = maker(op, *sizes.get(op, (n, c.hidden_size)), **options)
     return Case(op, f"{model}, {n} tokens", make, limits.row_bytes(model, op, n))
 
 
@@ -222,5 +224,5 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             ops += ["ple_embed", "ple_gate"] * bool(
                 limits.MODELS[model].hidden_size_per_layer_input
             )
-            ops += ["softcap", "softcap_argmax"] * (n <= 64)
+            ops += ["softcap", "softcap_argmax", "sample"] * (n <= 64)
             yield from (row(op, model, n) for op in ops)

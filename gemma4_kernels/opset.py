@@ -25,10 +25,10 @@ FLOATS = (torch.float32, *HALF)
 
 # An op's arguments, each of the kind that its schema names, and its result.
 Args = tuple[Any, ...]
-Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...], covariant=True)
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...] | None, covariant=True)
 T = TypeVar("T")
 
-OPS: dict[str, "Op[Tensor | tuple[Tensor, ...]]"] = {}
+OPS: dict[str, "Op[Tensor | tuple[Tensor, ...] | None]"] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -196,7 +196,7 @@ class Op(Generic[Result]):
                 for value, want in zip(saved, wanted, strict=True)
             ]
             result = self.twin(*inputs)
-            outputs: tuple[Tensor, ...] = result if isinstance(result, tuple) else (result,)
+            outputs: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],

@@ -123,6 +123,63 @@ Tensor softcap_argmax(Tensor logits, double cap) {
   return index;
 }
 
+void sample(Tensor logits, Tensor seeds, Tensor positions, Tensor ids, Tensor done, Tensor counters,
+            Tensor eos, double cap, double temperature, int64_t top_k, double top_p, double min_p,
+            int64_t pad) {
+  Call call(logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits must be [B, V], got ",
+                  text(shape_of(logits)));
+  STD_TORCH_CHECK(eos.dim() == 1 && counters.dim() == 1,
+                  "eos and counters must have one dimension");
+  STD_TORCH_CHECK(cap >= 0 && temperature >= 0 && top_k >= 0 && top_p > 0 && top_p <= 1 &&
+                      min_p >= 0 && min_p <= 1,
+                  "cap, temperature, top_k, top_p or min_p is out of range");
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  const bool draws = temperature > 0 && top_k != 1, cut = draws && (top_p < 1 || min_p > 0);
+  const int64_t k = draws && top_k > 0 ? std::min(top_k, width) : 1;
+  STD_TORCH_CHECK(k <= gemma4::kMostTopK && (top_k > 0 || !cut),
+                  "there are kernels that cut to a top_k of at most ", gemma4::kMostTopK,
+                  " tokens, or not at all");
+  const auto row = [&](const char* name, const Tensor& t, ScalarType type, int64_t size) {
+    expect_dtype(name, t, type);
+    call.expect_here(name, t);
+    expect_shape(name, t, {size});
+    STD_TORCH_CHECK(size <= 1 || t.stride(0) == 1, name, " must be contiguous");
+    return t;
+  };
+  const Rows all = as_rows(logits);
+  gemma4::SampleParams p{};
+  p.logits = call.in("logits", call.keep(all.tensor));
+  p.stride = all.stride;
+  p.rows = rows;
+  p.width = as_int("logits", width);
+  p.k = static_cast<int>(k);
+  const int64_t parts = rows * gemma4::sample_parts(p.width);
+  STD_TORCH_CHECK(counters.size(0) >= parts, "counters must hold ", parts, " numbers, got ",
+                  text(shape_of(counters)));
+  const auto in = [&](const char* name, const Tensor& t, int64_t size) {
+    return static_cast<const int64_t*>(call.in(name, row(name, t, ScalarType::Long, size)));
+  };
+  const auto out = [&](const char* name, const Tensor& t, ScalarType type, int64_t size) {
+    return call.out(name, row(name, t, type, size));
+  };
+  p.seeds = in("seeds", seeds, rows);
+  p.positions = call.indices("positions", positions, rows);
+  p.ids = static_cast<int64_t*>(out("ids", ids, ScalarType::Long, rows));
+  p.done = static_cast<int64_t*>(out("done", done, ScalarType::Long, rows));
+  p.counters = static_cast<unsigned*>(out("counters", counters, ScalarType::Int, counters.size(0)));
+  p.eos = in("eos", eos, eos.size(0));
+  p.eos_count = as_int("eos", eos.size(0));
+  const int64_t nodes = gemma4::sample_nodes(p.width, p.k), slots = gemma4::sample_slots(p.k);
+  p.kept = call.out("kept", call.keep(call.empty({rows, nodes, slots}, ScalarType::Long)));
+  p.cap = static_cast<float>(cap);
+  p.temperature = draws ? static_cast<float>(temperature) : 0.0f;
+  p.top_p = static_cast<float>(top_p);
+  p.min_p = static_cast<float>(min_p);
+  p.pad = pad;
+  gemma4::sample(p, call.dtype(), call.device());
+}
+
 }  // namespace
 
 void register_linear(Library& m) {
@@ -130,6 +187,7 @@ void register_linear(Library& m) {
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("softcap", TORCH_BOX(&softcap));
   m.impl("softcap_argmax", TORCH_BOX(&softcap_argmax));
+  m.impl("sample", TORCH_BOX(&sample));
 }
 
 }  // namespace binding

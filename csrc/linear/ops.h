@@ -66,4 +66,29 @@ struct SoftcapArgmaxParams {
 };
 void softcap_argmax(const SoftcapArgmaxParams& params, DType dtype, const Device& device);
 
+// Of a block; and the most that may be cut to.
+constexpr int kSampleKeys = 2048, kMostTopK = 256;
+
+struct SampleParams {
+  const void* logits;    // [rows, width]
+  const int64_t* seeds;  // [rows]
+  Indices positions;     // [rows]
+  int64_t* ids;          // [rows]
+  int64_t* done;         // [rows]
+  unsigned* counters;    // [rows, sample_parts]; zeros, and left so
+  const int64_t* eos;    // [eos_count]
+  void* kept;            // [rows, sample_nodes, sample_slots] of 64 bits, round behind round
+  int64_t rows, stride, pad;
+  int width, eos_count;
+  int k;                    // 1 where nothing is cut
+  float cap, temperature;   // 0: no cap, the best
+  float top_p, min_p;       // 1 and 0: none
+  int parts, slots, nodes;  // the launcher's
+};
+// Blocks that read a row; keys of each winner's set, which travel in pairs; winners' sets of a row.
+int sample_parts(int width);
+int sample_slots(int k);
+int sample_nodes(int width, int k);
+void sample(SampleParams params, DType dtype, const Device& device);
+
 }  // namespace gemma4

@@ -14,7 +14,7 @@ sentence names the argument, what it must be and what came.
 
 from .attention import attention_decode, attention_prefill, qkv_attention_decode
 from .linear import linear_small
-from .logits import softcap, softcap_argmax
+from .logits import sample, softcap, softcap_argmax
 from .mlp import geglu
 from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
 from .norm import add_rms_norm, rms_norm
@@ -38,6 +38,7 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_cache",
     "rms_norm",
+    "sample",
     "softcap",
     "softcap_argmax",
 ]

@@ -98,13 +98,9 @@ class Residual:
 
 
 def run(
-    layers: Iterable[nn.Module],
-    norm: nn.Module,
-    x_TD: Tensor,
-    ple_TLP: Tensor | None,
-    plan: DecodePlan,
-) -> Tensor:
-    """norm(x) [T, D] behind the layers; those that somebody looks into are called."""
+    layers: Iterable[nn.Module], x_TD: Tensor, ple_TLP: Tensor | None, plan: DecodePlan
+) -> Residual:
+    """x behind the layers; those that somebody looks into are called."""
     residual = Residual(x_TD)
     for index, layer in enumerate(layers):
         ple = None if ple_TLP is None else (ple_TLP, index)
@@ -114,6 +110,30 @@ def run(
         x_TD, _ = residual.closed()
         one = layer.packed if plan.plain(layer, DecoderLayer) else partial(call_layer, layer)
         residual = Residual(one(x_TD, None, ple, plan)[0])
+    return residual
+
+
+def head(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> Tensor:
+    """norm(x) through a plain linear layer, in one launch where that pays."""
+    if id(linear) not in plan.fitting:
+        plan.fitting[id(linear)] = _head_fits(residual, norm, linear, plan)
+    if plan.fitting[id(linear)]:
+        assert isinstance(norm, RMSNorm)  # the head fits
+        return residual.times(norm, linear.weight)[0]
+    logits: Tensor = linear(normed(residual, norm, plan))
+    return logits
+
+
+def _head_fits(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> bool:
+    if not plan.plain(norm, RMSNorm) or linear.bias is not None:
+        return False
+    alike = residual.norm is None or residual.norm.eps == norm.eps
+    same = {residual.x.dtype} == {norm.weight.dtype, linear.weight.dtype}
+    return alike and same and linear_small_pays(residual.x, linear.weight, norm.weight, False)
+
+
+def normed(residual: Residual, norm: nn.Module, plan: DecodePlan) -> Tensor:
+    """norm(x) [T, D]."""
     if plan.plain(norm, RMSNorm):
         _, y_TD = residual.closed(norm)
         assert y_TD is not None  # as a norm was given

@@ -77,6 +77,13 @@ TAKEN = {
     },
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
+    "sample": {
+        "logits": ("+1 at 1",),
+        "counters": ("+1 at 0",),
+        "eos": ("+1 at 0", "0 at 0"),
+        "top_k": (1 << 40,),
+        "pad": (-1, -2, 1 << 40),
+    },
     "ple_gate": {"ple": ("+1 at 1",)},
 }
 # Sizes that lengths must agree with, which the eager twin alone reads; CONTRACT breaks the lengths.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.ops.logits import sample_counters
 from gemma4_kernels.reference.attention import COUNTERS
 
 from .backends import FP32, Backend, in_dtypes
@@ -350,3 +351,26 @@ def softcap(
 
 
 softcap_argmax = softcap
+
+
+def sample(
+    b: Backend,
+    rows: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = FP32,
+    std: float = 3.0,
+    **options: Any,
+) -> Arguments:
+    """Rows of seeds and positions far apart, none of which has ended or can."""
+    logits = b.randn(rows, vocab_size, dtype=dtype, std=std)
+    seeds = torch.tensor([-1, 0, 1 << 40, 7]).repeat(-(-rows // 4))[:rows]
+    return {
+        "logits": logits,
+        "seeds": b.to(seeds),
+        "positions": b.to(torch.arange(rows) * 1000),
+        "ids": b.to(torch.full((rows,), -7)),
+        "done": b.to(torch.zeros(rows, dtype=torch.int64)),
+        "counters": sample_counters(logits),
+        "eos": b.to(torch.tensor([vocab_size, vocab_size + 1])),
+    } | options

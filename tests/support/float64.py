@@ -267,6 +267,54 @@ def ple_gate(gate, ple, layer, dtype=None, wide=None):
     return _round(_round(gelu_tanh(gate), dtype) * ple[:, layer], wide or dtype)
 
 
+def philox(seed, low, high):
+    """Philox 4x32-10 of the counter (low, high, high >> 32, 0) under a key of 64 bits."""
+    word = 0xFFFFFFFF
+    c = [low & word, high & word, high >> 32 & word, 0]
+    key = [seed & word, seed >> 32 & word]
+    for _ in range(10):
+        x, y = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [y >> 32 ^ c[1] ^ key[0], y & word, x >> 32 ^ c[3] ^ key[1], x & word]
+        key = [key[0] + 0x9E3779B9 & word, key[1] + 0xBB67AE85 & word]
+    return c
+
+
+def gumbel(seed, position, token):
+    uniform = (philox(seed, token // 4, position)[token % 4] + 0.5) / 2**32
+    return -math.log(-math.log1p(-uniform))
+
+
+@_formula
+def sample(logits, seeds, positions, cap, temperature, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
+    """Of each row the tokens that may be chosen where logits are right up to `slack`, and all else
+    up to what fp32 costs."""
+    found = []
+    for row, seed, position in zip(logits, seeds.tolist(), positions.tolist(), strict=True):
+        x = softcap(row, cap) if cap else row
+        order = sorted(range(len(x)), key=lambda i: (-x[i].item(), i))
+        if temperature == 0 or top_k == 1:
+            found.append(
+                {i for i in order if x[i] >= x[order[0]] - slack and (slack or i == order[0])}
+            )
+            continue
+        kept = order[: top_k or len(x)]
+        error = 2 * slack / temperature
+        p = torch.softmax(x[kept] / temperature, 0)
+        before = (p.cumsum(0) - p).tolist()
+        possible = {i for i in order if x[i] >= x[kept[-1]] - slack} if slack else set(kept)
+        sure = {i for i in kept if not slack or len(kept) == len(x) or x[i] > x[kept[-1]] + slack}
+        for i, mass, better in zip(kept, (p / p[0]).tolist(), before, strict=True):
+            if better >= top_p - 1e-5 - error or mass < min_p * (1 + 1e-5 + error):
+                sure.discard(i)
+            if better >= top_p + 1e-5 + error or mass < min_p * (1 - 1e-5 - error):
+                possible.discard(i)
+        sure.add(order[0])
+        score = {i: x[i].item() / temperature + gumbel(seed, position, i) for i in possible | sure}
+        least = max(score[i] for i in sure) - 3e-5 - error
+        found.append({i for i in possible | sure if score[i] >= least})
+    return found
+
+
 @_formula
 def softcap(logits, cap, dtype=None):
     return _round(_round(torch.tanh(_round(logits / cap, dtype)), dtype) * cap, dtype)

@@ -48,10 +48,8 @@ def samples(op: str, dtype: torch.dtype = FP32, grad: bool = False) -> Cases:
 
 
 NOT_DIFFERENTIABLE = (
-    "qkv_norm_rope_cache",
-    "attention_decode",
-    "qkv_attention_decode",
-    "softcap_argmax",
+    *("qkv_norm_rope_cache", "attention_decode", "qkv_attention_decode", "softcap_argmax"),
+    "sample",
 )
 
 
@@ -253,6 +251,17 @@ def ple_embed(b: Leaves) -> Cases:
     }
 
 
+def sample(b: Leaves) -> Cases:
+    draws = dict(temperature=0.7, top_k=3, top_p=0.9)
+    return {
+        "usual": cases.sample(b, 3, 8, **draws),
+        "best": cases.sample(b, 3, 7, cap=30.0),
+        "all": cases.sample(b, 2, 8, temperature=1.0, min_p=0.1),
+        "transposed": cases.sample(b, 4, 8, **draws) | {"logits": b.turned(4, 8)},
+        "no rows": cases.sample(b, 0, 8),
+    }
+
+
 def ple_gate(b: Leaves) -> Cases:
     turned = {"gate": b.turned(3, 4), "ple": b.turned(3, 5, 4)}
     return {
@@ -268,7 +277,7 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
         *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
-        *(moe_open, moe_experts_small, ple_embed, ple_gate),
+        *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
     )
 }
 
@@ -312,6 +321,9 @@ def served(op: str) -> Arguments:
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
+    if op == "sample":
+        options = dict(cap=30.0, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, pad=3)
+        return complete(op, cases.sample(b, 3, 64, dtype=BF16, **options))
     if op == "ple_gate":
         return complete(op, cases.ple_gate(b, 3, 2, 16, 1, dtype=BF16))
     return complete(op, getattr(cases, op)(b, 3, 64, dtype=BF16))
@@ -323,5 +335,8 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
     result = getattr(backend.ops, op)(**copies)
-    written = [copies[n] for n in ("k_cache", "v_cache") if op.startswith("qkv") and n in copies]
-    return [*(result if isinstance(result, tuple) else (result,)), *written]
+    caches = op in ("qkv_norm_rope_cache", "qkv_attention_decode")
+    written = [copies[n] for n in ("k_cache", "v_cache") if caches]
+    written += [copies[n] for n in ("ids", "done", "counters") if op == "sample"]
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    return [*results, *written]

@@ -32,6 +32,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
             for op in ("geglu", "softcap", "softcap_argmax"):
                 yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+        for vocab_size in (4104, 77):
+            for options in ({}, dict(temperature=0.7), dict(temperature=0.7, top_k=5)):
+                yield "sample", cases.sample(b, 2, vocab_size, dtype=dtype, **options)
         for experts in (128, 512):
             yield "moe_route", cases.moe_route(b, 4, experts, 8, dtype=dtype)
     for dtype in half:
@@ -125,6 +128,8 @@ CASES: dict[str, tuple[str, tuple, dict[str, Any]]] = {  # op, sizes, options
     "ple_gate, fp32 ple": ("ple_gate", (T, 5, 256, 2), {}),
     "softcap": ("softcap", (T, 4096), {}),
     "softcap_argmax": ("softcap_argmax", (T, 8192), {}),
+    "sample": ("sample", (4, 8192), {}),
+    "sample, top_k": ("sample", (4, 8192), dict(temperature=0.7, top_k=64)),
 }
 
 
