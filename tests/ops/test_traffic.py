@@ -155,6 +155,36 @@ def test_decode_work(counted, layout, head_dim):
     check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
 
 
+@pytest.mark.parametrize("layout", ["rows", "ring", "pages"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_qkv_decode_work(counted, layout, head_dim):
+    """One launch; of the cache every visible key is read once, and the newest written once. Each
+    split of the keys reads q for itself."""
+    backend = emulated_backend()
+    batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
+    slots, lengths = 528 if layout == "ring" else 640, [length] * batch
+    sizes = lengths, slots, heads, kv_heads, head_dim
+    arguments = cases.qkv_attention_decode(backend, *sizes, dtype=BF16, packed=False)
+    if layout == "pages":
+        for name in ("k_cache", "v_cache"):
+            arguments[name] = arguments[name].view(-1, 64, kv_heads, head_dim)
+        order = torch.randperm(batch * slots // 64)
+        arguments["block_table"] = order.int().view(batch, -1)
+    with emulated.one_schedule():
+        backend.ops.qkv_attention_decode(**arguments, window=window, ring=layout == "ring")
+    counts = counted.counts()
+    assert counts.launches == 1
+    keys = (window or length) * batch * kv_heads * head_dim * 2
+    asked = {b.name: (b.read_bytes, b.written_bytes) for b in counts.buffers}
+    new = batch * kv_heads * head_dim * 2
+    assert asked["k_cache"] == asked["v_cache"] == (keys, new)
+    splits = 3  # two blocks for each of the card's 3 multiprocessors
+    assert asked["q"][0] == splits * batch * heads * head_dim * 2
+    assert asked["out"][1] == batch * heads * head_dim * 2
+    small = {"seq_lens", "block_table", "positions", "inv_freq", "counters", "partial_lse"}
+    check_sites(counts, exempt=small)
+
+
 # The counts that find a block its tile, and the few values that say where results belong.
 MOE_SMALL = ("offsets", "order", "experts", "weights")
 
