@@ -70,6 +70,7 @@ TAKEN = {
         "block_table": ("+1 at 1",),
     },
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
+    "moe_open": {"gate_up": ("0 at 0",), "router": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
     "ple_gate": {"ple": ("+1 at 1",)},
 }

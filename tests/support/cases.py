@@ -26,8 +26,6 @@ BRANCHES = {
     "qkv_norm_rope_cache": ("q", "k", "v", "k_cache", "v_cache"),
     "moe_route": ("logits",),
     "moe_experts": ("x",),
-    "moe_open": ("x", "gate_up", "router"),
-    "moe_experts_small": ("x", "dense_x", "dense"),
     "ple_embed": ("projected",),
     "ple_gate": ("gate",),
 }
