@@ -284,6 +284,48 @@ def test_linear_small_work(counted, case):
     check_sites(counts, exempt=("y", "factor", "scale"))
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_moe_open_work(counted, tokens):
+    """Both weights are read once, in whole sectors, in one launch."""
+    backend = emulated_backend()
+    arguments = cases.moe_open(backend, tokens, 1088, 48, 32, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.moe_open(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 1
+    read = {b.name: (b.read_bytes, 32 * b.sectors_touched) for b in counts.buffers}
+    for name in ("gate_up", "router"):
+        assert read[name] == (arguments[name].nbytes,) * 2
+    assert counts.mma == (2 * 48 + 32) // 8 * 2 * 1024 // 16
+    check_sites(counts, exempt=("hidden", "logits"))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_moe_experts_small_work(counted, tokens):
+    """Of each touched expert, and of the dense product, every weight is read once: two launches."""
+    backend = emulated_backend()
+    arguments = cases.moe_experts_small(backend, tokens, 64, 4, 576, 192, 320, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.moe_experts_small(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 2
+    routing = (arguments[name] for name in ("logits", "per_expert_scale", "k"))
+    touched = backend.ops.moe_route(*routing)[1].unique().numel()
+    expected = {name: touched * arguments[name][0].nbytes for name in ("gate_up", "down")}
+    expected["dense"] = arguments["dense"].nbytes
+    read = dict.fromkeys(expected, 0)
+    for buffer in counts.buffers:
+        if buffer.name in read:
+            assert 32 * buffer.sectors_touched == buffer.read_bytes
+            read[buffer.name] += buffer.read_bytes
+    assert read == expected
+    # Which rows of the products and of the order meet is the router's choice.
+    routed = lines_with("moe/moe_stream.cuh", "smem.product[")
+    routed += lines_with("moe/moe_experts_small.cuh", "choice.order[before]")
+    small = (*MOE_SMALL, "chosen", "chosen_weights", "logits", "per_expert_scale", "dense_y")
+    check_sites(counts, small, routed)
+
+
 PLANS = {  # head_dim, rows, KB of shared memory, Hopper: rows, keys and column warps of the tile
     (64, 1000, 99, False): (64, 64, 1),
     (128, 1000, 64, False): (64, 64, 1),
