@@ -105,7 +105,7 @@ STAGES = {
     "memcheck": sanitizer("no access out of bounds or misaligned"),
     "racecheck": sanitizer("no race in shared memory"),
     "prefill": bench_ops("attention_prefill"),
-    "decode": bench_ops("attention_decode"),
+    "decode": bench_ops("attention_decode", "qkv_attention_decode"),
     "linears": bench_ops("linear_small"),
     "experts": bench_ops("moe_experts", "moe_route"),
     "rows": bench_ops(

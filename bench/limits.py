@@ -190,6 +190,14 @@ def moe_bytes(model: str, tokens: int) -> float:
     return touched_experts(model, tokens) * expert_bytes(model) + 2 * BYTES * tokens * c.hidden_size
 
 
+def moe_open_bytes(model: str, tokens: int) -> int:
+    """The weights, and x, the residual, hidden, the experts' input and the residual once each."""
+    c = MODELS[model]
+    rows = 2 * c.intermediate_size + c.num_experts
+    made = c.intermediate_size + c.num_experts + 4 * c.hidden_size
+    return BYTES * (rows * c.hidden_size + tokens * made)
+
+
 def row_estimates() -> list[dict]:
     cases = [
         ("rms_norm", "E4B", 8192),

@@ -133,6 +133,16 @@ class Op(Generic[Result]):
                 return f"it is for {', '.join(map(str, FLOATS))}, got {args[i].dtype}"
         return self._unserved(args)
 
+    def pays(self, args: Args) -> bool:
+        """Whether such a call is no slower than its parts: it has a kernel, or they have none.
+
+        The arguments may end early, after those that matter here.
+        """
+        device = args[self.main].device
+        if self.name in kernels.names and kernels.covers(device):
+            return self.name not in kernels.failed(device) and self.why_eager(args) is None
+        return self._unserved(args) is None
+
     def register_fake(self, namespace: str, library: torch.library.Library) -> None:
         def fake(*args: object) -> Result:
             self._demands(args)

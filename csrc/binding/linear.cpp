@@ -32,10 +32,6 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
       !other == !x_weight && !other == !other_weight && (!other || residual),
       "x_weight, other and other_weight must come together and with a residual, or not");
   STD_TORCH_CHECK(!(gated && factor), "a gated product must not have a factor");
-  call.expect("weight", weight, {weight.size(0), width});
-  // A copy would be as large as the layer.
-  STD_TORCH_CHECK(weight.is_contiguous() && is_aligned(weight),
-                  "weight must be contiguous and begin on a multiple of 16 bytes");
   const auto row = [&](const char* name, const OptionalTensor& t, int64_t size) -> const void* {
     if (!t) return nullptr;
     call.expect(name, *t, {size});
@@ -51,7 +47,7 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
   };
   gemma4::LinearSmallParams p{};
   p.x = rows_of("x", x, width, p.x_stride);
-  p.weight = call.in("weight", weight);
+  p.weight = whole(call, "weight", weight, {weight.size(0), width});
   p.other = rows_of("other", other, width, p.other_stride);
   p.x_weight = row("x_weight", x_weight, width);
   p.other_weight = row("other_weight", other_weight, width);

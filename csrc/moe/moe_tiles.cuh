@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int out_width = kGateUp ? p.hidden_width : p.width;
   const int column_tiles = (out_width + kOutColumns - 1) / kOutColumns;
   const int first_column = blockIdx.x % column_tiles * kOutColumns;
-  const MoeTile tile = moe_tile(p, blockIdx.x / column_tiles, kRows);
+  const MoeTile tile = moe_tile(p.offsets, p.num_experts, blockIdx.x / column_tiles, kRows);
   if (tile.rows == 0) return;
 
   for (int i = threadIdx.x; i < tile.rows; i += kTileThreads)

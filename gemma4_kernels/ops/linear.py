@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import opset
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Op, new
 from ..reference import linear as reference
@@ -122,7 +121,4 @@ def linear_small_pays(x: Tensor, weight: Tensor, norm_weight: Tensor | None, gat
     x, weight, norm_weight (with or without a residual) and gated as in `linear_small`.
     """
     args = (x, weight, None, None, None, norm_weight, None, None, None, None, 0.0, gated)
-    kernels, name = opset.kernels, _linear_small.name
-    if name in kernels.names and kernels.covers(x.device):
-        return name not in kernels.failed(x.device) and _linear_small.why_eager(args) is None
-    return _unserved(*args[:10], gated) is None
+    return _linear_small.pays(args)

@@ -6,8 +6,9 @@ the residual where it ends, but where the next product reads the sum. Numbers ar
 `DecoderLayer.packed`, up to the order of the kernels' sums.
 
 Launches of an E model's layer, merge aside: q, k, v | their norms, rotation and cache | attention |
-o | gate, up | down | PLE gate | PLE projection. What is left apart reads what only all blocks of
-the kernel before it make: a head's norm needs its whole row.
+o | gate, up | down | PLE gate | PLE projection. With experts, after o: gate, up and router | the
+experts' gate, up and dense down | the experts' down. What is left apart reads what only all blocks
+of the kernel before it make: a head's norm needs its whole row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.ops.linear import linear_small_pays
+from gemma4_kernels.ops.moe import moe_small_pays
 
 from .layers import DecoderLayer, call_layer
 from .modules import RMSNorm
@@ -159,7 +161,7 @@ def _fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
         like = x_TD.new_empty(x_TD.shape[0], weight.shape[1])
         if not linear_small_pays(like, weight, None if norm is None else norm.weight, gated):
             return False
-    return True
+    return not layer.has_experts or _experts_fit(layer, plan, x_TD)
 
 
 def _products(
@@ -176,6 +178,50 @@ def _products(
         closing = layer.post_feedforward_layernorm
         yield _joined(plan, layer.per_layer_input_gate), closing, False
         yield _joined(plan, layer.per_layer_projection), None, False
+
+
+def _experts_fit(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
+    mlp, experts = layer.mlp, layer.experts
+    gate_up, down = _joined(plan, mlp.gate_proj, mlp.up_proj), _joined(plan, mlp.down_proj)
+    router = _joined(plan, layer.router.proj)
+    if gate_up is None or down is None or router is None:
+        return False
+    opening = _opening(layer, x_TD, x_TD, gate_up, router)
+    return moe_small_pays(
+        opening, (experts.gate_up_proj, experts.down_proj), layer.router.top_k, down
+    )
+
+
+def _opening(
+    layer: DecoderLayer, branch_TD: Tensor, x_TD: Tensor, gate_up: Tensor, router: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ops.moe_open` is given."""
+    norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
+    expert_norm = layer.pre_feedforward_layernorm_2
+    before, after = (norm.weight for norm in norms)
+    scale = layer.router.scale
+    return branch_TD, x_TD, before, after, gate_up, expert_norm.weight, scale, router
+
+
+def _with_experts(
+    layer: DecoderLayer,
+    branch_TD: Tensor,
+    x_TD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    router: Tensor,
+) -> tuple[Tensor, Two]:
+    """x after attention, whose output comes as the branch, and what is to be added to it."""
+    opening = _opening(layer, branch_TD, x_TD, gate_up, router)
+    eps = layer.post_attention_layernorm.eps
+    dense_x, logits_TE, expert_x, x_TD = ops.moe_open(*opening, eps)
+    experts, scale, k = layer.experts, layer.router.per_expert_scale, layer.router.top_k
+    weights = experts.gate_up_proj, experts.down_proj
+    routed_TD, dense_TD = ops.moe_experts_small(
+        expert_x, *weights, logits_TE, scale, k, dense_x, down
+    )
+    norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
+    return x_TD, Two(dense_TD, norms[0], routed_TD, norms[1])
 
 
 def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
@@ -200,16 +246,13 @@ def step(
 
     residual = Residual(x_TD, out, layer.post_attention_layernorm)
     gate_up = weight(mlp.gate_proj, mlp.up_proj)
-    hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
-    out, _ = ops.linear_small(hidden, weight(mlp.down_proj))
-    branch: Tensor | Two = out
+    down = weight(mlp.down_proj)
+    branch: Tensor | Two
     if layer.has_experts:
-        norm, router = layer.pre_feedforward_layernorm_2, layer.router
-        y_TD, scaled_TD = ops.moe_norm(x_TD, norm.weight, router.scale, norm.eps)
-        weights_TK, experts_TK = router.route(scaled_TD)
-        routed_TD = layer.experts(y_TD, experts_TK, weights_TK)
-        norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
-        branch = Two(out, norms[0], routed_TD, norms[1])
+        x_TD, branch = _with_experts(layer, out, x_TD, gate_up, down, weight(layer.router.proj))
+    else:
+        hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
+        branch, _ = ops.linear_small(hidden, down)
 
     if ple is None:
         return Residual(x_TD, branch, layer.post_feedforward_layernorm, layer.layer_scalar)

@@ -69,6 +69,12 @@ TAKEN = {
         "window": (1 << 40,),
         "block_table": ("+1 at 1",),
     },
+    "qkv_attention_decode": {
+        "q": ("0 at 1",),
+        "scale": (-1.0,),
+        "window": (1 << 40,),
+        "block_table": ("+1 at 1",),
+    },
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
     "sample": {
@@ -84,6 +90,7 @@ TAKEN = {
 READ = {
     "attention_prefill": {"q": ("+1 at 0", "0 at 0"), "block_table": ("0 at 1",)},
     "attention_decode": {"block_table": ("0 at 1",)},
+    "qkv_attention_decode": {"block_table": ("0 at 1",)},
 }
 
 

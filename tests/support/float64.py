@@ -168,6 +168,21 @@ def attention(
 
 
 @_formula
+def qkv_attention_decode(
+    q, k, v, q_weight, k_weight, positions, inv_freq, keys, values, eps, dtype=None, **options
+):
+    """Behind the keys and values [S, G, C] that each row has already; also the new k and v."""
+    q, k, v = qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq, eps, dtype)
+    rows = []
+    for b, (old_k, old_v) in enumerate(zip(keys, values, strict=True)):
+        row_k, row_v = old_k.double().cpu(), old_v.double().cpu()
+        if k is not None:
+            row_k, row_v = torch.cat([row_k, k[b : b + 1]]), torch.cat([row_v, v[b : b + 1]])
+        rows.append(attention(q[b : b + 1], row_k, row_v, **options, dtype=dtype)[0])
+    return torch.cat(rows), k, v
+
+
+@_formula
 def attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     """Sequence b owns rows cu[b] .. cu[b + 1] - 1 of q, and of k and v."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -211,6 +226,25 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
                 row = row + weights[t, slot] * _round(down[e] @ hidden, dtype)
         rows.append(_round(row, dtype))
     return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@_formula
+def moe_open(
+    x, residual, post_weight, norm_weight, gate_up, expert_weight, router_scale, router, eps,
+    dtype=None, wide=None,
+):  # fmt: skip
+    wide = wide or dtype
+    r, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps, dtype, wide)
+    expert_x, router_x = moe_norm(r, expert_weight, router_scale, eps, wide)
+    hidden = geglu(_round(_round(y, dtype) @ gate_up.T, dtype), dtype)
+    return hidden, _round(_round(router_x, dtype) @ router.T, dtype), expert_x, r
+
+
+@_formula
+def moe_experts_small(x, gate_up, down, logits, per_expert_scale, k, dense_x, dense, dtype=None):
+    weights, experts = moe_route(logits, per_expert_scale, k)
+    y = moe_experts(x, gate_up, down, experts, weights, dtype)
+    return y, _round(dense_x @ dense.T, dtype)
 
 
 @_formula

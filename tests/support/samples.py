@@ -47,7 +47,10 @@ def samples(op: str, dtype: torch.dtype = FP32, grad: bool = False) -> Cases:
     }
 
 
-NOT_DIFFERENTIABLE = ("qkv_norm_rope_cache", "attention_decode", "softcap_argmax", "sample")
+NOT_DIFFERENTIABLE = (
+    *("qkv_norm_rope_cache", "attention_decode", "qkv_attention_decode", "softcap_argmax"),
+    "sample",
+)
 
 
 def detached(arguments: Arguments) -> Arguments:
@@ -148,6 +151,26 @@ def attention_decode(b: Leaves) -> Cases:
     }
 
 
+def qkv_attention_decode(b: Leaves) -> Cases:
+    def make(lengths=(3, 7), **options) -> Arguments:
+        with torch.no_grad():
+            made = cases.qkv_attention_decode(b, lengths, 9, 4, 2, 64, **options)
+        return {n: x.detach() if "cache" in n else x for n, x in made.items()}
+
+    with torch.no_grad():
+        pages = {name: b.randn(5, 4, 2, 64) for name in ("k_cache", "v_cache")}
+    pages["block_table"] = torch.tensor([[3, 1, 0], [2, 4, 0]], dtype=torch.int32)
+    return {
+        "usual": make(),
+        "no v": make((1, 9), with_v=False, packed=False),
+        "borrowed": make(borrowed=True, softcap=3.0),
+        "ring": make((3, 70), window=4, ring=True),
+        "pages": make((5, 7), window=3) | pages,
+        "left out": make((0, 2)),
+        "no rows": make((), packed=False),
+    }
+
+
 OPEN = ("residual", "post_weight", "scale", "norm_weight")
 
 
@@ -192,6 +215,26 @@ def moe_experts(b: Leaves) -> Cases:
     }
 
 
+def moe_open(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "gate_up": b.turned(6, 8), "router": b.turned(4, 8)}
+    return {
+        "usual": cases.moe_open(b, 3, 8, 3, 4),
+        "odd": cases.moe_open(b, 2, 7, 3, 5),
+        "transposed": cases.moe_open(b, 3, 8, 3, 4) | turned,
+        "empty": cases.moe_open(b, 0, 8, 3, 4),
+    }
+
+
+def moe_experts_small(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "dense_x": b.turned(3, 5), "dense": b.turned(8, 5)}
+    usual = cases.moe_experts_small(b, 3, 4, 2, 8, 3, 5, dtype=b.drawn)
+    return {
+        "usual": usual,
+        "transposed": usual | turned,
+        "empty": cases.moe_experts_small(b, 0, 4, 2, 8, 3, 5, dtype=b.drawn),
+    }
+
+
 def ple_embed(b: Leaves) -> Cases:
     def make(*ids: int, width: int = 4) -> Arguments:
         arguments = cases.ple_embed(b, len(ids), 5, 3, width)
@@ -233,8 +276,8 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
-        *(attention_prefill, attention_decode, moe_route, moe_experts, ple_embed, ple_gate),
-        sample,
+        *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
+        *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
     )
 }
 
@@ -261,6 +304,9 @@ def served(op: str) -> Arguments:
     if op == "attention_decode":
         arguments = cases.attention_decode(b, (3, 8), 8, 4, 2, 64, **score)
         return complete(op, arguments | {"block_table": ints([0], [1])})
+    if op == "qkv_attention_decode":
+        options = dict(dtype=BF16, window=4, softcap=30.0, block_table=ints([0], [1]))
+        return complete(op, cases.qkv_attention_decode(b, (3, 8), 8, 4, 2, 64, **options))
     if op == "linear_small":
         return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
     if op == "moe_route":
@@ -268,6 +314,10 @@ def served(op: str) -> Arguments:
     if op == "moe_experts":
         arguments = cases.moe_experts(b, 3, 4, 2, 64, 16, dtype=BF16)
         return complete(op, arguments | {"experts": ints([0, 3], [1, 2], [2, 0])})
+    if op == "moe_open":
+        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16))
+    if op == "moe_experts_small":
+        return complete(op, cases.moe_experts_small(b, 3, 4, 2, 64, 16, 24, dtype=BF16))
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
@@ -285,7 +335,8 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
     result = getattr(backend.ops, op)(**copies)
-    written = [copies[n] for n in ("k_cache", "v_cache") if op.endswith("cache")]
+    caches = op in ("qkv_norm_rope_cache", "qkv_attention_decode")
+    written = [copies[n] for n in ("k_cache", "v_cache") if caches]
     written += [copies[n] for n in ("ids", "done", "counters") if op == "sample"]
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     return [*results, *written]

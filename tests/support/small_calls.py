@@ -48,12 +48,19 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        yield "moe_open", cases.moe_open(b, 2, 72, 24, 8, dtype=dtype)
+        for tokens in (2, 9):
+            sizes = tokens, 8, 2, 64, 16, 72
+            yield "moe_experts_small", cases.moe_experts_small(b, *sizes, dtype=dtype)
         for head_dim in HEAD_DIMS[:4]:
             for softcap in (0.0, 30.0):
                 for n in (1, 17, 65):
                     arguments = prefill(b, n, 17, 1, head_dim, dtype)
                     yield "attention_prefill", arguments | {"softcap": softcap}
             yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            for softcap in (0.0, 30.0):
+                arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
+                yield "qkv_attention_decode", arguments | {"softcap": softcap}
             arguments = prefill(b, 17, 17, 1, head_dim, dtype)
             yield "attention_prefill_backward", cases.attention_prefill_backward(b, arguments)
 

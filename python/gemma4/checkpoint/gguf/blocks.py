@@ -147,6 +147,5 @@ class Blocks(Packed):
         block_bytes, unpacked = _BY_NAME[self.kind]
         blocks = self.read(self.kind, begin, end).view(-1, block_bytes)
         values = unpacked(blocks).view(end - begin, columns)
-        if not bool(values.isfinite().all()):
-            self.refuse(self.kind, "hold finite scales", "nan or inf")
+        self.check_finite(self.kind, values)
         return values

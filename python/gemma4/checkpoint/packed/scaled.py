@@ -123,8 +123,7 @@ class Scaled(Packed):
 
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
         values = self.read(self.weight, begin, end).float()
-        if not bool(values.isfinite().all()):
-            self.refuse(self.weight, "hold finite numbers", "nan or inf")
+        self.check_finite(self.weight, values)
         scale = self._spread(self.numbers(self.scale), begin, end, columns)
         if self.zero is not None:
             values -= self._spread(self.read(self.zero).float(), begin, end, columns)
