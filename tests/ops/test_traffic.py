@@ -326,6 +326,26 @@ def test_moe_experts_small_work(counted, tokens):
     check_sites(counts, small, routed)
 
 
+@pytest.mark.parametrize("top_k", [0, 64])
+def test_sample_work(counted, top_k):
+    """The logits are read once, in whole sectors, and of four parts' winners each once."""
+    backend = emulated_backend()
+    arguments = cases.sample(backend, 2, 8192, dtype=BF16, temperature=0.7, top_k=top_k)
+    with emulated.one_schedule():
+        backend.ops.sample(**arguments)
+    counts = counted.counts()
+    buffers = {b.name: b for b in counts.buffers}
+    assert counts.launches == 1
+    read = buffers["logits"]
+    assert read.read_bytes == arguments["logits"].nbytes == 32 * read.sectors_touched
+    assert buffers["kept"].read_bytes == buffers["kept"].written_bytes == 2 * 4 * (top_k or 2) * 8
+    state = ("seeds", "positions", "ids", "done", "counters", "eos")
+    # Where winners stand among the others is the logits' choice.
+    places = lines_with("linear/sample.cuh", "smem.kept[rank]")
+    places += lines_with("linear/sample.cuh", "smem.kept[to + ")
+    check_sites(counts, (*state, "kept"), places)
+
+
 PLANS = {  # head_dim, rows, KB of shared memory, Hopper: rows, keys and column warps of the tile
     (64, 1000, 99, False): (64, 64, 1),
     (128, 1000, 64, False): (64, 64, 1),
