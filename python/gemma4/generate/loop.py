@@ -48,6 +48,7 @@ def generate(
     seed: int | None = None,
     streamer: Streamer | None = None,
     prefill_chunk_size: int = 2048,
+    compile: bool = False,
     **options: object,
 ) -> Tensor | GenerateOutput:
     """Continues each row of a batch.
@@ -64,7 +65,8 @@ def generate(
     logits_processor: functions of the ids so far [B, T] (padded on the left) and the scores [B, V]
     that return scores, called before temperature and cuts. stopping_criteria: functions of the same
     that say which rows end, bool [B]. seed: row r samples from its own generator, seeded seed + r,
-    so that it samples as it would alone; without it torch's global generator is used.
+    so that it samples as it would alone; without it torch's global generator is used. compile: on a
+    CPU, decode by compiled C++ (see `Decoder`), which the first call in a process waits for.
 
     Returns [B, S + new], prompt and new ids ([B, new] for inputs_embeds), or a `GenerateOutput`;
     the num_return_sequences continuations of a prompt are rows side by side. Raises ValueError for
@@ -109,7 +111,8 @@ def generate(
                 # A graph holds on to its addresses: a cache that grows needs another decoder, and
                 # the old one's graph is freed before memory for the next is asked for.
                 decoder = None
-                decoder = Decoder(model, held, min(limit - len(answer.new), RESERVED_STEPS))
+                steps = min(limit - len(answer.new), RESERVED_STEPS)
+                decoder = Decoder(model, held, steps, compile)
             logits_BV = decoder(ids_B)
     return answer.finished(held)
 
