@@ -28,7 +28,7 @@ void copy_async(uint32_t to, const void* from, int bytes, int bytes_read, Loc lo
   // Read in the pieces that are aligned, for the sake of the bounds.
   const int piece = bytes_read == bytes ? bytes : 2;
   for (int i = 0; i + piece <= bytes_read; i += piece)
-    access_global(static_cast<const char*>(from) + i, piece, false, false, site);
+    access_global(static_cast<const char*>(from) + i, piece, false, Via::kPlain, site);
   trace(true, true, to, bytes, site);
   copy_in_flight(to, bytes, true);
   std::memset(shared_at(to, bytes, site), 0xff, bytes);

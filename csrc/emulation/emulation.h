@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <set>
 #include <source_location>
 #include <string>
 #include <type_traits>
@@ -100,6 +101,8 @@ struct Settings {
   bool has_wgmma = false;                  // what is compiled for Hopper
   uint64_t max_idle_switches = 2'000'000;  // without a completed barrier, collective or thread
   double max_seconds = 60;                 // of one launch
+  bool dependent_launches = true;          // what may start while its predecessor runs
+  std::set<std::string> parameters;        // buffers that no kernel before one has written
 };
 Settings& settings();
 
@@ -110,7 +113,7 @@ void forget();
 
 // Runs body(context) in every thread; `context` holds the kernel, at its begin, and its parameters.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, void (*body)(void*),
-            void* context, size_t context_bytes);
+            void* context, size_t context_bytes, bool dependent = false);
 
 // One row for each source line, kind of access and buffer (none: shared memory).
 struct SiteCount {
@@ -130,6 +133,7 @@ struct LaunchCount {
   uint64_t kernel = 0;
   int threads = 0;
   uint64_t blocks = 0, smem_bytes = 0;
+  bool dependent = false;
 };
 struct Counts {
   uint64_t launches = 0, switches = 0, collectives = 0, barriers = 0, mma = 0;
@@ -164,11 +168,13 @@ void fence(LOC);  // __threadfence
 
 void load(void* to, const void* from, int bytes, Loc);
 void store(void* to, const void* from, int bytes, Loc);
-// By instructions that know global memory alone: ld.global, st.global.
+// By instructions that know global memory alone: ld.global, ld.global.nc, st.global.
 void load_global(void* to, const void* from, int bytes, Loc);
+void load_read_only(void* to, const void* from, int bytes, Loc);
 void store_global(void* to, const void* from, int bytes, Loc);
 uint64_t atomic(void* p, int bytes, uint64_t (*update)(uint64_t old, uint64_t operand),
-                uint64_t operand, Loc);
+                uint64_t operand, bool acquires_and_releases, Loc);
+void wait_for_previous_kernel();
 
 void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t address, Loc);
 void stmatrix(const uint32_t* registers, int matrices, bool transposed, uint32_t address, Loc);
@@ -226,14 +232,14 @@ template <class T>
 T atomicMax(T* p, T value, LOC) {
   static_assert(std::is_unsigned_v<T> && sizeof(T) >= 4);
   return static_cast<T>(emulation::atomic(
-      p, sizeof(T), [](uint64_t a, uint64_t b) { return a > b ? a : b; }, value, loc));
+      p, sizeof(T), [](uint64_t a, uint64_t b) { return a > b ? a : b; }, value, false, loc));
 }
 template <class T>
 T atomicAdd(T* p, T value, LOC) {
   static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "float atomics have no fixed order");
   return static_cast<T>(emulation::atomic(
       p, sizeof(T), [](uint64_t a, uint64_t b) { return a + b; }, static_cast<uint64_t>(value),
-      loc));
+      false, loc));
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

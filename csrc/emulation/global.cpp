@@ -1,11 +1,12 @@
-// Global memory: bounds, alignment, races between blocks, and what of each buffer was touched.
+// Global memory: bounds, alignment, what of each buffer was touched, and what a dependent launch
+// must leave alone until it has waited.
 //
-// Blocks run one after another, so a race between two of them never shows in the values. It is
-// found from who touched what: two blocks may touch the same two bytes only if both read, both use
-// atomics, or the first published them (a fence, then an atomic) and the second learnt of it (an
-// atomic on the same address).
+// A dependent launch may start while the one before it runs, and others before that one. What they
+// may still read or write is taken to be all but the op's parameters, by name: until it has waited,
+// a thread reads parameters alone and writes nothing. What was not there at the launch's start it
+// must not read by ld.global.nc even then, for that instruction is for what nobody writes in all
+// of the kernel's time, and compilers move it.
 #include <algorithm>
-#include <memory>
 #include <set>
 #include <stdexcept>
 
@@ -19,41 +20,12 @@ struct Buffer {
   uintptr_t begin;
   size_t bytes;
   std::string name;
-  bool writable;
+  bool writable, parameter;
   uint64_t read_bytes = 0, written_bytes = 0;
 };
 
-constexpr int kPageBytes = 4096, kGrain = 2;
-constexpr uint32_t kSeveral = 0xffffffffu;
-struct Grain {
-  uint32_t writer = 0, reader = 0;  // block + 1; kSeveral readers
-  bool atomic = false;
-};
-struct Page {
-  Grain grains[kPageBytes / kGrain];
-};
-
 std::vector<Buffer> buffers;
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 std::set<uintptr_t> sectors;
-
-// Publication between blocks.
-std::map<uintptr_t, std::set<uint32_t>> published_through;
-std::set<uint32_t> learnt;
-bool fenced = false;
-
-Page& page_of(uintptr_t address) {
-  static uintptr_t last = ~uintptr_t{0};
-  static Page* page = nullptr;
-  if (pages.empty()) last = ~uintptr_t{0};
-  if (address / kPageBytes != last) {
-    last = address / kPageBytes;
-    auto& held = pages[last];
-    if (!held) held = std::make_unique<Page>();
-    page = held.get();
-  }
-  return *page;
-}
 
 Buffer* find(uintptr_t address, int bytes, bool write) {
   Buffer* found = nullptr;
@@ -81,29 +53,30 @@ Buffer* find(uintptr_t address, int bytes, bool write) {
   stop(text + ", at " + where(site) + " by " + name_of(current()));
 }
 
-bool ordered(uint32_t other) {
-  const uint32_t mine = static_cast<uint32_t>(block().linear) + 1;
-  return other == 0 || other == mine || learnt.count(other);
+void check_dependent(const Buffer& buffer, bool write, Via via, Site site) {
+  if (buffer.parameter) return;
+  const std::string what = "'" + buffer.name + "', at " + where(site);
+  if (!current().waited)
+    report(std::string(write ? "write" : "read") + " of " + what + " by " + name_of(current()) +
+           " before it has waited for the kernel before this one");
+  else if (via == Via::kReadOnly)
+    report("ld.global.nc of " + what + ", which the kernel before this one may have written");
 }
 
 }  // namespace
 
 void allow(const void* begin, size_t bytes, const std::string& name, bool writable) {
-  if (bytes) buffers.push_back({reinterpret_cast<uintptr_t>(begin), bytes, name, writable});
+  if (bytes)
+    buffers.push_back({reinterpret_cast<uintptr_t>(begin), bytes, name, writable,
+                       !writable && settings().parameters.contains(name)});
 }
 
 void forget() { buffers.clear(); }
 
 void begin_globals() {
-  pages.clear();
+  begin_blocks();
   sectors.clear();
-  published_through.clear();
   for (Buffer& b : buffers) b.read_bytes = b.written_bytes = 0;
-}
-
-void begin_global_block() {
-  learnt.clear();
-  fenced = false;
 }
 
 bool is_allowed(const void* p, int bytes, bool write) {
@@ -115,7 +88,7 @@ std::string buffer_at(uintptr_t address) {
   return buffer ? buffer->name : "";
 }
 
-void access_global(const void* p, int bytes, bool write, bool atomic, Site site) {
+void access_global(const void* p, int bytes, bool write, Via via, Site site) {
   stop_if_out_of_time();
   const auto address = reinterpret_cast<uintptr_t>(p);
   if (address % bytes)
@@ -129,26 +102,9 @@ void access_global(const void* p, int bytes, bool write, bool atomic, Site site)
     trace(false, write, address, bytes, site);
   }
   if (!settings().races) return;
-  const uint32_t mine = static_cast<uint32_t>(block().linear) + 1;
-  if (atomic && fenced) published_through[address].insert(mine);
-  if (atomic) learnt.insert(published_through[address].begin(), published_through[address].end());
-  if (write && !atomic) fenced = false;
-  for (uintptr_t a = address; a < address + bytes; a += kGrain) {
-    Grain& grain = page_of(a).grains[a % kPageBytes / kGrain];
-    const bool both_atomic = atomic && grain.atomic;
-    const bool read_by_others = grain.reader == kSeveral || !ordered(grain.reader);
-    if (!both_atomic && (!ordered(grain.writer) || (write && read_by_others))) {
-      report(std::string("race between blocks: ") + (write ? "write" : "read") + " of '" +
-             buffer->name + "', offset " + std::to_string(a - buffer->begin) + ", at " +
-             where(site) + ", which another block " + (ordered(grain.writer) ? "reads" : "writes"));
-      return;
-    }
-    if (write) grain.writer = mine, grain.atomic = atomic;
-    if (!write) grain.reader = grain.reader == 0 || grain.reader == mine ? mine : kSeveral;
-  }
+  if (running->dependent) check_dependent(*buffer, write, via, site);
+  access_between_blocks(address, bytes, write, via, buffer->name, buffer->begin, site);
 }
-
-void global_fence() { fenced = true; }
 
 void count_buffers() {
   if (!settings().profile) return;
@@ -160,7 +116,7 @@ void count_buffers() {
   }
 }
 
-void fence(Loc) { global_fence(); }
+void wait_for_previous_kernel() { current().waited = running->waited = true; }
 
 void trap(Loc loc) { stop("trap at " + where(loc)); }
 
@@ -170,8 +126,8 @@ bool is_shared(const void* p) {
   return offset < kSharedBytes;
 }
 
-void access(const void* p, int bytes, bool write, Site site) {
-  if (!is_shared(p)) return access_global(p, bytes, write, false, site);
+void access(const void* p, int bytes, bool write, Site site, Via via = Via::kPlain) {
+  if (!is_shared(p)) return access_global(p, bytes, write, via, site);
   const auto address =
       static_cast<uint32_t>(static_cast<const unsigned char*>(p) - shared_bytes()) + kSharedBase;
   if (address % bytes)
@@ -203,17 +159,26 @@ void load_global(void* to, const void* from, int bytes, Loc loc) {
   load(to, from, bytes, loc);
 }
 
+void load_read_only(void* to, const void* from, int bytes, Loc loc) {
+  Quiet q;
+  expect_global(from, loc);
+  access(from, bytes, false, site_of(loc), Via::kReadOnly);
+  std::memcpy(to, from, bytes);
+}
+
 void store_global(void* to, const void* from, int bytes, Loc loc) {
   expect_global(to, loc);
   store(to, from, bytes, loc);
 }
 
 uint64_t atomic(void* p, int bytes, uint64_t (*update)(uint64_t, uint64_t), uint64_t operand,
-                Loc loc) {
+                bool acquires_and_releases, Loc loc) {
   Quiet q;
   uint64_t old = 0;
   if (is_shared(p)) stop("no kernel here uses atomics on shared memory, at " + where(loc));
-  access_global(p, bytes, true, true, site_of(loc));
+  access_global(p, bytes, true, Via::kAtomic, site_of(loc));
+  if (settings().races)
+    atomic_between_blocks(reinterpret_cast<uintptr_t>(p), acquires_and_releases);
   std::memcpy(&old, p, bytes);
   const uint64_t value = update(old, operand);
   std::memcpy(p, &value, bytes);

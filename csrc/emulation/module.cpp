@@ -21,7 +21,9 @@ PYBIND11_MODULE(GEMMA4_EMULATION, m) {
       .def_readwrite("sm_count", &Settings::sm_count)
       .def_readwrite("max_smem_bytes", &Settings::max_smem_bytes)
       .def_readwrite("has_wgmma", &Settings::has_wgmma)
-      .def_readwrite("max_seconds", &Settings::max_seconds);
+      .def_readwrite("max_seconds", &Settings::max_seconds)
+      .def_readwrite("dependent_launches", &Settings::dependent_launches)
+      .def_readwrite("parameters", &Settings::parameters);
   m.attr("settings") = py::cast(&settings(), py::return_value_policy::reference);
   py::class_<SiteCount>(m, "SiteCount")
       .def_readonly("where", &SiteCount::where)
@@ -43,7 +45,8 @@ PYBIND11_MODULE(GEMMA4_EMULATION, m) {
       .def_readonly("kernel", &LaunchCount::kernel)
       .def_readonly("threads", &LaunchCount::threads)
       .def_readonly("blocks", &LaunchCount::blocks)
-      .def_readonly("smem_bytes", &LaunchCount::smem_bytes);
+      .def_readonly("smem_bytes", &LaunchCount::smem_bytes)
+      .def_readonly("dependent", &LaunchCount::dependent);
   py::class_<Counts>(m, "Counts")
       .def_readonly("launches", &Counts::launches)
       .def_readonly("switches", &Counts::switches)

@@ -327,7 +327,6 @@ void run_block(uint64_t linear) {
   b.runnable_warps = 0;
   b.idle_switches = 0;
   begin_shared(b);
-  begin_global_block();
   for (int i = 0; i < b.num_threads; i++) begin_thread(b.threads[i], i);
   Thread* first = pick();
   b.current = first;
@@ -397,7 +396,7 @@ void wait_here(const char* operation, Site site) {
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block_dim, size_t smem_bytes, void (*body)(void*),
-            void* context, size_t context_bytes) {
+            void* context, size_t context_bytes, bool dependent) {
   const std::string name = std::string("emulated ") + kernel;
   const uint64_t threads = uint64_t{block_dim.x} * block_dim.y * block_dim.z;
   if (running) throw std::runtime_error(name + ": another launch is running");
@@ -418,11 +417,12 @@ void launch(const char* kernel, dim3 grid, dim3 block_dim, size_t smem_bytes, vo
   state->body = body;
   state->context = context;
   state->context_bytes = context_bytes;
+  state->dependent = dependent;
   const uint64_t sequence = ++counts().launches;
   if (settings().profile && context_bytes >= sizeof(void*))
     counts().launched.push_back({offset_in_library(*static_cast<void**>(context)),
                                  static_cast<int>(threads), uint64_t{grid.x} * grid.y * grid.z,
-                                 smem_bytes});
+                                 smem_bytes, dependent});
   state->random.state =
       (settings().seed * 0x9e3779b97f4a7c15ull ^ sequence * 0xd1b54a32d192ed03ull) | 1;
   for (int i = 0; i < 3; i++) state->random.next();
@@ -445,6 +445,9 @@ void launch(const char* kernel, dim3 grid, dim3 block_dim, size_t smem_bytes, vo
     }
   }
   count_buffers();
+  // Or the next would take this one's end for that of all before it.
+  if (dependent && !state->waited && !state->abandoned)
+    report("no thread has waited for the kernel before this one");
   running = nullptr;
   quiet = 0;
   if (!state->findings.empty()) {

@@ -6,6 +6,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -72,6 +73,11 @@ struct Wgmma {
   std::vector<std::array<uint32_t, 4>> a_registers;  // of each lane, or none
 };
 
+using Clocks = std::vector<uint32_t>;  // of a block's threads
+// What of other blocks, by number, is ordered before what comes next.
+using Past = std::map<uint32_t, std::shared_ptr<const Clocks>>;
+using Known = std::shared_ptr<const Past>;
+
 struct Thread : View {
   Fiber fiber;
   int index = 0, lane = 0, warp = 0;
@@ -82,6 +88,10 @@ struct Thread : View {
   std::deque<std::vector<CopyAsync>> copy_groups;
   uint32_t proxy_fenced = 0;  // its clock at the last fence.proxy.async
   std::vector<Traced> trace;
+  uint32_t moment = 0;  // its last in blocks.cpp
+  Known known;          // acquired
+  Known seen, fenced;   // what a fence would acquire; what the last fence made ready
+  bool waited = false;  // for the kernel before this one
 };
 
 struct Rendezvous {
@@ -145,6 +155,7 @@ struct Launch {
   void (*body)(void*);
   void* context;
   size_t context_bytes;
+  bool dependent, waited;
   Random random;
   Fiber host;
   Block block;
@@ -193,12 +204,18 @@ void read_by_async_proxy(uint32_t address, int bytes, Site site);
 
 // global.cpp
 bool is_allowed(const void* p, int bytes, bool write);
-void access_global(const void* p, int bytes, bool write, bool atomic, Site site);
+enum class Via { kPlain, kReadOnly, kAtomic };
+void access_global(const void* p, int bytes, bool write, Via via, Site site);
 std::string buffer_at(uintptr_t address);
-void global_fence();
 void begin_globals();
-void begin_global_block();
 void count_buffers();
+
+// blocks.cpp
+void begin_blocks();
+void access_between_blocks(uintptr_t address, int bytes, bool write, Via via,
+                           const std::string& buffer, uintptr_t buffer_begin, Site site);
+void atomic_between_blocks(uintptr_t address, bool acquires_and_releases);
+void order_known(const std::vector<int>& arriving, const std::vector<int>& leaving);
 
 // profile.cpp
 void trace(bool shared, bool write, uint64_t address, int bytes, Site site);

@@ -118,6 +118,7 @@ void order(const std::vector<int>& arriving, const std::vector<int>& leaving) {
   for (int t : arriving) join_clocks(joined.data(), b.clock_of(t));
   for (int t : leaving) join_clocks(b.clock_of(t), joined.data());
   for (int t : arriving) b.clock_of(t)[t]++;
+  order_known(arriving, leaving);
 }
 
 void copy_in_flight(uint32_t address, int bytes, bool begins) {

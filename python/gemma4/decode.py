@@ -13,6 +13,7 @@ from .cache import Cache
 from .steps import DecodePlan
 
 if TYPE_CHECKING:
+    from .generate.sampling import Sampler
     from .model import Gemma4ForCausalLM
 
 
@@ -24,13 +25,23 @@ class Decoder:
     once. On a GPU the first call captures the step as a CUDA graph, and each call overwrites the
     logits of the one before. Between two calls nothing else may write to the cache.
 
+    With a sampler the choice of the next tokens belongs to the step: decoder(sampler.ids) leaves
+    them in sampler.ids, and the logits that it returns may lack their cap.
+
     compile: on a CPU, all steps but the first run as C++ that torch.compile makes of them, once in
     a process for each model, dtype and batch size. It adds up and rounds in another order: logits
     are as near to float64 as before, but not the same bits. Raises RuntimeError where there is no
     C++ compiler, ValueError on a GPU.
     """
 
-    def __init__(self, model: "Gemma4ForCausalLM", cache: Cache, steps: int, compile: bool = False):
+    def __init__(
+        self,
+        model: "Gemma4ForCausalLM",
+        cache: Cache,
+        steps: int,
+        sampler: "Sampler | None" = None,
+        compile: bool = False,
+    ):
         cache.check(model.config, cache.batch_size, model.compute_dtype, model.device)
         cache.reserve(max(cache.lengths) + steps)
         if compile:
@@ -39,10 +50,12 @@ class Decoder:
             if watched is not None:
                 warnings.warn(f"decoding is not compiled: {watched}", stacklevel=3)
                 compile = False
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.sampler = model, cache, sampler
         self.plan = DecodePlan(cache)
-        self.ids = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        own = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        self.ids = own if sampler is None else sampler.ids
         self.first, self.compile = True, compile
+        self.cap = 0.0  # of the logits, which the sampler applies
         # The step's graph, and the logits that it writes.
         self.captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
@@ -59,34 +72,47 @@ class Decoder:
             )
         if self.first and self.cache.device.type == "cuda":
             self._capture(ids_B)
-        run = compiled.step if self.compile and not self.first else Decoder.forward
-        self.first = False
         if self.captured is None:
-            logits = run(self, ids_B)
+            logits = self._step(ids_B)
         else:
-            self.ids.copy_(ids_B)
+            if ids_B is not self.ids:
+                self.ids.copy_(ids_B)
             graph, logits = self.captured
             graph.replay()
+        self.first = False
         self.cache.count_one()
         return logits
 
     def forward(self, ids_B: Tensor) -> Tensor:
-        """The step itself: what a graph captures, and what may be compiled."""
-        return self.model(ids_B[:, None], cache=self.plan).logits[:, -1]
+        """The step up to its logits, without their cap for a sampler: what may be compiled."""
+        if self.sampler is None:
+            return self.model(ids_B[:, None], cache=self.plan).logits[:, -1]
+        logits, self.cap = self.model.next_logits(ids_B, self.plan)
+        return logits
+
+    def _step(self, ids_B: Tensor) -> Tensor:
+        """What a graph captures. The first asks which modules are plain, and is not compiled."""
+        forward = compiled.step if self.compile and not self.first else Decoder.forward
+        logits = forward(self, ids_B)
+        if self.sampler is not None:
+            self.sampler.choose(logits, self.plan.positions, self.cap)
+        return logits
 
     def _capture(self, ids_B: Tensor) -> None:
         """Runs the step once, for libraries set themselves up in the first run, and captures it.
 
-        Writes what the replay writes again. Hooks would be captured with it and never run again,
-        and eager twins that read values on the host cannot be captured: a warning names the first
-        of them, and the steps run as they are.
+        Writes what the replay writes again, and so leaves out the sampler, which has chosen the
+        tokens before these and needs no setting up. Hooks would be captured with it and never run
+        again, and eager twins that read values on the host cannot be captured: a warning names the
+        first of them, and the steps run as they are.
         """
         watched = _watched(self.model)
         if watched is not None:
             warnings.warn(f"decoding runs without a CUDA graph: {watched}", stacklevel=4)
             return
         device, before = self.cache.device, torch.cuda.get_sync_debug_mode()
-        self.ids.copy_(ids_B)
+        if ids_B is not self.ids:
+            self.ids.copy_(ids_B)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         torch.cuda.set_sync_debug_mode("error")
@@ -102,7 +128,7 @@ class Decoder:
         self.plan.rewind()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.forward(self.ids)
+            logits = self._step(self.ids)
         self.captured = graph, logits
 
 

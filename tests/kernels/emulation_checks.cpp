@@ -22,10 +22,10 @@ struct Words {
 };
 
 template <class F>
-void run(dim3 grid, int threads, F body, size_t smem_bytes = 16384) {
+void run(dim3 grid, int threads, F body, size_t smem_bytes = 16384, bool dependent = false) {
   emulation::launch(
       "check", grid, threads, smem_bytes, [](void* f) { (*static_cast<F*>(f))(); }, &body,
-      sizeof body);
+      sizeof body, dependent);
 }
 template <class F>
 void run(int threads, F body) {
@@ -336,6 +336,101 @@ void wgmma_trans() {
       &body, sizeof body);
 }
 
+// ---- several blocks
+
+void exchange_globally(bool synced) {
+  allow_globals();
+  run(64, [=] {
+    global_output[threadIdx.x] = 1;
+    if (synced) __syncthreads();
+    keep(global_output[63 - threadIdx.x]);
+  });
+}
+
+enum class Gather {
+  kRight,
+  kRelaxed,       // the counter is no release
+  kFences,        // but fences stand around it
+  kFenceBefore,   // or only before it
+  kNoBarrier,     // before a block counts itself in
+  kOtherCounter,  // for each block
+  kNotPassedOn,   // but by a shuffle, which orders no memory
+  kReadOnly,      // loads that may be stale
+  kNoReset,
+};
+
+// The last of four blocks reads what all have stored.
+void gather(Gather how) {
+  allow_globals();
+  global_output[512] = 0;
+  const auto body = [=] {
+    struct Smem {
+      bool last;
+    };
+    auto& smem = shared_memory<Smem>();
+    bool last = false;
+    global_output[blockIdx.x * 64 + threadIdx.x] = 1;
+    if (how != Gather::kNoBarrier) __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned* counter = global_output + 512 + (how == Gather::kOtherCounter ? blockIdx.x : 0);
+      unsigned before;
+      if (how == Gather::kFences || how == Gather::kFenceBefore) __threadfence();
+      if (how >= Gather::kRelaxed && how <= Gather::kFenceBefore)
+        before = atomicAdd(counter, 1u);
+      else
+        before = ptx::arrive(counter);
+      if (how == Gather::kFences) __threadfence();
+      smem.last = last = before == 3 || (how == Gather::kOtherCounter && blockIdx.x == 3);
+    }
+    if (how == Gather::kNotPassedOn) {
+      if (threadIdx.x >= 32 || !__shfl_sync(~0u, last, 0)) return;
+    } else {
+      __syncthreads();
+      if (!smem.last) return;  // most blocks end early
+    }
+    for (int i = 0; i < 4; i++) {
+      const unsigned* from = global_output + i * 64 + threadIdx.x / 4 * 4;
+      keep((how == Gather::kReadOnly ? ptx::load_16(from) : ptx::load_16_coherent(from)).x);
+    }
+    if (how != Gather::kNoReset && threadIdx.x == 0) global_output[512] = 0;
+  };
+  run(4, 64, body);
+  if (how != Gather::kNoReset && how != Gather::kRight) return;
+  run(4, 64, body);
+  require(global_output[512] == 0, "the counter was not left at zero");
+}
+
+// ---- dependent launches
+
+enum class Dependent { kRight, kReadsEarly, kWritesEarly, kCopiesEarly, kReadOnly, kNoWait };
+
+void dependent(Dependent how) {
+  emulation::settings().parameters = {"weights"};
+  allow_globals();
+  alignas(256) static unsigned weights[128];
+  emulation::allow(weights, sizeof weights, "weights", false);
+  run(
+      2, 32,
+      [=] {
+        const int i = (blockIdx.x * 32 + threadIdx.x) * 4;
+        const unsigned weight = ptx::load_16(weights + i % 128).x;
+        if (how == Dependent::kReadsEarly) keep(global_memory[i]);
+        if (how == Dependent::kWritesEarly) global_output[i] = weight;
+        if (how == Dependent::kCopiesEarly) {
+          ptx::cp_async<16>(ptx::shared_address(&shared_memory<Words>().data[threadIdx.x * 4]),
+                            &global_memory[i], 16);
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+        }
+        if (how == Dependent::kNoWait) return;
+        ptx::wait_for_previous_kernel();
+        const uint4 x = how == Dependent::kReadOnly ? ptx::load_16(global_memory + i)
+                                                    : ptx::load_16_coherent(global_memory + i);
+        global_output[i] = weight + x.x;
+      },
+      16384, true);
+}
+
 // ---- counts
 
 void bank_conflicts(int stride, int expected) {
@@ -539,33 +634,49 @@ const std::map<std::string, void (*)()> kChecks = {
        run(4, 32, [] { atomicAdd(&global_output[0], 1u); });
        require(global_output[0] == 128, "atomicAdd");
      }},
-    {"the last block gathers",
+    {"the last block gathers", [] { gather(Gather::kRight); }},
+    {"the last block gathers between fences", [] { gather(Gather::kFences); }},
+    {"the last block gathers without fence", [] { gather(Gather::kRelaxed); }},
+    {"the last block gathers without a second fence", [] { gather(Gather::kFenceBefore); }},
+    {"the last block gathers without barrier", [] { gather(Gather::kNoBarrier); }},
+    {"the last block counts elsewhere", [] { gather(Gather::kOtherCounter); }},
+    {"the last block's threads are not told", [] { gather(Gather::kNotPassedOn); }},
+    {"the last block reads what may be stale", [] { gather(Gather::kReadOnly); }},
+    {"the last block resets nothing", [] { gather(Gather::kNoReset); }},
+    {"a chain of blocks",
      [] {
        allow_globals();
-       global_output[512] = 0;
+       for (int i = 0; i < 8; i++) global_output[512 + i] = 0;
+       // Each block reads what those before it stored, having met only the last of them.
        run(4, 32, [] {
-         global_output[blockIdx.x * 32 + threadIdx.x] = 1;
+         unsigned turn = 0;
+         if (threadIdx.x == 0) turn = ptx::arrive(&global_output[512]);
          __syncwarp();
-         __threadfence();
-         unsigned done = 0;
-         if (threadIdx.x == 0) done = atomicAdd(&global_output[512], 1u);
-         if (__shfl_sync(~0u, done, 0) == 3)
-           for (int i = 0; i < 4; i++) keep(global_output[i * 32 + threadIdx.x]);
+         turn = __shfl_sync(~0u, turn, 0);
+         if (threadIdx.x == 0 && turn > 0) ptx::arrive(&global_output[512 + turn]);
+         __syncwarp();
+         for (unsigned i = 0; i < turn; i++) keep(global_output[i * 32 + threadIdx.x]);
+         global_output[turn * 32 + threadIdx.x] = 1;
+         __syncwarp();
+         if (threadIdx.x == 0) ptx::arrive(&global_output[513 + turn]);
        });
      }},
-    {"the last block gathers without fence",
+    {"threads of a block exchange", [] { exchange_globally(true); }},
+    {"threads of a block exchange without barrier", [] { exchange_globally(false); }},
+    {"a block overwrites what it read as constant",
      [] {
        allow_globals();
-       global_output[512] = 0;
-       run(4, 32, [] {
-         global_output[blockIdx.x * 32 + threadIdx.x] = 1;
-         __syncwarp();
-         unsigned done = 0;
-         if (threadIdx.x == 0) done = atomicAdd(&global_output[512], 1u);
-         if (__shfl_sync(~0u, done, 0) == 3)
-           for (int i = 0; i < 4; i++) keep(global_output[i * 32 + threadIdx.x]);
+       run(32, [] {
+         keep(ptx::load_16(global_output + threadIdx.x * 4).x);
+         global_output[threadIdx.x * 4] = 1;
        });
      }},
+    {"dependent", [] { dependent(Dependent::kRight); }},
+    {"dependent reads early", [] { dependent(Dependent::kReadsEarly); }},
+    {"dependent writes early", [] { dependent(Dependent::kWritesEarly); }},
+    {"dependent copies early", [] { dependent(Dependent::kCopiesEarly); }},
+    {"dependent reads as constant", [] { dependent(Dependent::kReadOnly); }},
+    {"dependent never waits", [] { dependent(Dependent::kNoWait); }},
     {"wgmma bf16", [] { wgmma<bf16>(Wgmma::kRight); }},
     {"wgmma fp16", [] { wgmma<fp16>(Wgmma::kRight); }},
     {"wgmma of registers bf16", wgmma_trans<bf16>},

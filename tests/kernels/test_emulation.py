@@ -11,6 +11,12 @@ import pytest
 from support import emulated
 from support.marks import needs_compiler
 
+LINE = r"emulation_checks.cpp:\d+"
+UNORDERED = (
+    rf"race between blocks: read of 'output', offset \d+, at {LINE}, is not ordered after the "
+    rf"write by block number \d at {LINE}"
+)
+STALE = rf"ld.global.nc of 'output', .*, at {LINE}, which the same launch writes, at {LINE}"
 CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel that is right
     "exchange": "clean",
     "exchange without barrier": r"race: (read|write) by thread \d+ .*emulation_checks.cpp:\d+ .*",
@@ -57,7 +63,24 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "a block reads what another writes": "race between blocks",
     "blocks add atomically": "clean",
     "the last block gathers": "clean",
-    "the last block gathers without fence": "race between blocks: read of 'output'",
+    "the last block gathers between fences": "clean",
+    "the last block gathers without fence": UNORDERED,
+    "the last block gathers without a second fence": UNORDERED,
+    "the last block gathers without barrier": UNORDERED,
+    "the last block counts elsewhere": UNORDERED,
+    "the last block's threads are not told": UNORDERED,
+    "the last block reads what may be stale": STALE,
+    "the last block resets nothing": "wrong: the counter was not left at zero",
+    "a chain of blocks": "clean",
+    "threads of a block exchange": "clean",
+    "threads of a block exchange without barrier": rf"race: \w+ of 'output', .*{LINE}.*{LINE}",
+    "a block overwrites what it read as constant": STALE,
+    "dependent": "clean",
+    "dependent reads early": rf"read of 'input', at {LINE} by thread .* before it has waited",
+    "dependent writes early": rf"write of 'output', at {LINE} by thread .* before it has waited",
+    "dependent copies early": rf"read of 'input', at {LINE} by thread .* before it has waited",
+    "dependent reads as constant": rf"ld.global.nc of 'input', at {LINE}, which the kernel before",
+    "dependent never waits": "no thread has waited for the kernel before this one",
     "wgmma bf16": "clean",
     "wgmma fp16": "clean",
     "wgmma of registers bf16": "clean",

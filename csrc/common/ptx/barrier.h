@@ -57,12 +57,13 @@ DEVICE void barrier_arrive(int id, int threads FROM_HERE) {
 }
 
 DEVICE unsigned arrive(unsigned* counter FROM_HERE) {
+  emulation::fence(loc);
   return static_cast<unsigned>(
-      emulation::atomic(counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1 HERE));
+      emulation::atomic(counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1, true HERE));
 }
 
-// Launches follow one another, so there is nothing to wait for.
-DEVICE void wait_for_previous_kernel() {}
+// Launches follow one another; what counts is what was touched before.
+DEVICE void wait_for_previous_kernel() { emulation::wait_for_previous_kernel(); }
 DEVICE void let_next_kernel_start() {}
 
 using emulation::trap;

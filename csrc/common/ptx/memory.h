@@ -117,14 +117,18 @@ DEVICE void cp_async_wait() {
 
 DEVICE uint4 load_16(const void* p FROM_HERE) {
   uint4 value;
-  emulation::load_global(&value, p, 16 HERE);
+  emulation::load_read_only(&value, p, 16 HERE);
   return value;
 }
 DEVICE uint4 load_16_once(const void* p FROM_HERE) { return load_16(p HERE); }
-DEVICE uint4 load_16_coherent(const void* p FROM_HERE) { return load_16(p HERE); }
+DEVICE uint4 load_16_coherent(const void* p FROM_HERE) {
+  uint4 value;
+  emulation::load_global(&value, p, 16 HERE);
+  return value;
+}
 DEVICE uint2 load_8(const void* p FROM_HERE) {
   uint2 value;
-  emulation::load_global(&value, p, 8 HERE);
+  emulation::load_read_only(&value, p, 8 HERE);
   return value;
 }
 DEVICE uint2 load_8_once(const void* p FROM_HERE) { return load_8(p HERE); }
