@@ -50,22 +50,24 @@ DEVICE float gated(float gate, float other) {
 template <class T>
 DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
-  const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  const float layer_scale =
+      p.scale ? to_float(ptx::load_one_first(static_cast<const T*>(p.scale))) : 1.0f;
   int parity = 0;
   // Rows of weights are loaded where they are used: beside x, the residual and the weights on their
   // way registers would not hold them.
   for (const void* row : {p.post_weight, p.norm_weight})
     if (row)
       columns.each([&](int, int column) { ptx::prefetch(static_cast<const T*>(row) + column); });
+  ptx::wait_for_previous_kernel();
   for (int token = 0; token < p.tokens; token++) {
-    const auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
+    const auto x = columns.load_fresh(static_cast<const T*>(p.x) + token * p.x_stride);
     Row<T, 8, kNormVectors> r;
     if (!p.residual) {
       r = x;
     } else {
       T* r_row = static_cast<T*>(p.new_residual) + int64_t{token} * p.width;
       const auto residual =
-          columns.load(static_cast<const T*>(p.residual) + token * p.residual_stride);
+          columns.load_fresh(static_cast<const T*>(p.residual) + token * p.residual_stride);
       const float x_sum = block_sum(columns.sum_of_squares(x), smem, parity);
       const float x_scale = inv_rms(x_sum, p.width, p.eps);
       columns.each([&](int i, int column) {
@@ -101,6 +103,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
   static_assert(!kGated || kSets == 2);
   constexpr int kRows = kGated ? 8 : 8 * kSets;  // of y, of a tile
+  ptx::let_next_kernel_start();
   auto& smem = shared_memory<LinearSmallSmem<kSets>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tiles = p.rows / kRows;
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     const int from = column(first + i / 2, i % 2);
 #pragma unroll
     for (int set = 0; set < kSets; set++)
-      weight[i][set] = load_once_if(ahead < tiles && from < p.width, row + set * next_set + from);
+      weight[i][set] = load_first_if(ahead < tiles && from < p.width, row + set * next_set + from);
   };
   const auto advance = [&] {
     first += kLinearLines;
@@ -139,6 +142,8 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     T* made = reinterpret_cast<T*>(&smem + 1);
     open_branch(p, made, smem.sum);
     a = made, stride = p.a_stride;
+  } else {
+    ptx::wait_for_previous_kernel();
   }
   const auto token = [&](int i, int from) {
     const bool exists = i < p.tokens && from < p.width;
@@ -146,7 +151,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
       return exists ? load_shared(reinterpret_cast<const uint4*>(a + i * stride + from))
                     : uint4{0, 0, 0, 0};
     else
-      return load_if(exists, a + i * stride + from);
+      return load_fresh_if(exists, a + i * stride + from);
   };
 
   for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn++) {

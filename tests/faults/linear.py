@@ -9,6 +9,16 @@ FAULTS = {
             (KERNEL, "block_sum(columns.sum_of_squares(r)", "block_sum(columns.sum_of_squares(x)"),
             (KERNEL, "  __syncthreads();\n}", "}"),
             (KERNEL, "i < p.tokens && from", "from"),
+            (KERNEL, "\n  ptx::wait_for_previous_kernel();\n", "\n"),
+            (
+                KERNEL,
+                "columns.load_fresh(static_cast<const T*>(p.residual",
+                "columns.load(static_cast<const T*>(p.residual",
+            ),
+        ],
+        "test_linear_small[emulated-one token-bfloat16]": [
+            (KERNEL, "{\n    ptx::wait_for_previous_kernel();\n", "{\n"),
+            (KERNEL, "load_fresh_if(exists", "load_if(exists"),
         ],
         "test_linear_small[emulated-no whole line-bfloat16]": [
             (KERNEL, "i < p.tokens && from < p.width", "i < p.tokens"),

@@ -34,6 +34,11 @@ FLAGS = (
     "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-tsan"
     f" -DGEMMA4_EMULATION={NAME}"
 )
+# What a model is made of, by the names of the ops' arguments: a dependent launch may read it before
+# it has waited for the kernel before it, which may have written anything else.
+PARAMETERS = {"weight", "post_weight", "norm_weight", "next_weight", "q_weight", "k_weight"}
+PARAMETERS |= {"x_weight", "other_weight", "scale", "per_expert_scale", "gate_up", "down"}
+PARAMETERS |= {"table", "inv_freq"}
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -186,6 +191,7 @@ class EmulatedKernels(opset.Kernels):
 
     def call(self, op: opset.Op, args: tuple[Any, ...]) -> Any:
         settings, results = control().settings, []
+        self.set_dependent_launches(True)
         for settings.seed, policy in SCHEDULES:
             settings.policy = getattr(control().Policy, policy)
             results.append(super().call(op, args))
@@ -200,6 +206,7 @@ def control() -> ModuleType:
     spec = importlib.util.spec_from_file_location(NAME, given_library or build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.settings.parameters = PARAMETERS
     return module
 
 
