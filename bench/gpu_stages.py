@@ -105,12 +105,12 @@ STAGES = {
     "memcheck": sanitizer("no access out of bounds or misaligned"),
     "racecheck": sanitizer("no race in shared memory"),
     "prefill": bench_ops("attention_prefill"),
-    "decode": bench_ops("attention_decode"),
+    "decode": bench_ops("attention_decode", "qkv_attention_decode"),
     "linears": bench_ops("linear_small"),
     "experts": bench_ops("moe_experts", "moe_route"),
     "rows": bench_ops(
         *("rms_norm", "add_rms_norm", "moe_norm", "qkv_norm_rope", "qkv_norm_rope_cache"),
-        *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax"),
+        *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax", "sample"),
     ),
     "backward": bench_ops("attention_prefill_backward"),
     "counters": Stage(

@@ -8,7 +8,7 @@ layer (norm, head, softcap, the choice of a token) and those of one whole token 
 fused op counts as the kernels that it starts, any other operator that is no view as one.
 
 The models have their own layers, experts aside, but are narrow; the card is an H100's 132
-multiprocessors, and the context 1,024 tokens at most.
+multiprocessors, and the context 1,024 tokens at most, if none is given.
 """
 
 import argparse
@@ -81,7 +81,7 @@ class _EnoughError(Exception):
     """Ends a generation."""
 
 
-def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
+def steady_step(model: Gemma4ForCausalLM, context: int = CONTEXT) -> dict[str, list[int]]:
     """Launches of one step of `generate` by part, a number for each layer of a kind."""
     launches, steps = Launches(), []
     decode = gemma4.decode.Decoder.__call__
@@ -110,18 +110,22 @@ def steady_step(model: Gemma4ForCausalLM) -> dict[str, list[int]]:
         contextlib.suppress(_EnoughError),
         launches,
     ):
-        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=CONTEXT, eos_token_id=[])
+        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=context, eos_token_id=[])
     by_kind: dict[str, list[int]] = defaultdict(list)
     for part, number in steps[-1].items():
         by_kind[part.split()[-1]].append(number)
     return by_kind
 
 
+def counted(name: str, context: int = CONTEXT) -> dict[str, list[int]]:
+    """The same of a released model."""
+    torch.manual_seed(0)
+    return steady_step(Gemma4ForCausalLM(narrow(name)).bfloat16().eval(), context)
+
+
 def line(name: str) -> str:
     """As in `E4B sliding 9 full 9 first 5 final 13 total 396`."""
-    torch.manual_seed(0)
-    model = Gemma4ForCausalLM(narrow(name)).bfloat16().eval()
-    by_kind = steady_step(model)
+    by_kind = counted(name)
     words = [name]
     for kind in ("sliding", "full", "first", "final"):
         least, most = min(by_kind[kind]), max(by_kind[kind])

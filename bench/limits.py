@@ -128,6 +128,7 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "ple_gate": 3 * c.hidden_size_per_layer_input,
         "softcap": 2 * c.vocab_size,
         "softcap_argmax": c.vocab_size,
+        "sample": c.vocab_size,
     }[op]  # fmt: skip
 
 
@@ -189,6 +190,14 @@ def moe_bytes(model: str, tokens: int) -> float:
     return touched_experts(model, tokens) * expert_bytes(model) + 2 * BYTES * tokens * c.hidden_size
 
 
+def moe_open_bytes(model: str, tokens: int) -> int:
+    """The weights, and x, the residual, hidden, the experts' input and the residual once each."""
+    c = MODELS[model]
+    rows = 2 * c.intermediate_size + c.num_experts
+    made = c.intermediate_size + c.num_experts + 4 * c.hidden_size
+    return BYTES * (rows * c.hidden_size + tokens * made)
+
+
 def row_estimates() -> list[dict]:
     cases = [
         ("rms_norm", "E4B", 8192),
@@ -202,6 +211,7 @@ def row_estimates() -> list[dict]:
         ("ple_embed", "E4B", 8192),
         ("ple_gate", "E4B", 8192),
         ("softcap_argmax", "31B", 64),
+        ("sample", "31B", 1),
     ]
     rows = [
         estimate(f"{op}, {model}, {tokens} tokens", row_bytes(model, op, tokens))

@@ -99,8 +99,10 @@ def row(op: str, model: str, n: int) -> Case:
         "ple_gate": (n, *ple, 1),
         "softcap": (n, c.vocab_size),
         "softcap_argmax": (n, c.vocab_size),
+        "sample": (n, c.vocab_size),
     }
-    make = maker(op, *sizes.get(op, (n, c.hidden_size)))
+    options = dict(cap=30.0, temperature=1.0, top_k=64, top_p=0.95) if op == "sample" else {}
+    make = maker(op, *sizes.get(op, (n, c.hidden_size)), **options)
     return Case(op, f"{model}, {n} tokens", make, limits.row_bytes(model, op, n))
 
 
@@ -141,6 +143,16 @@ def attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
     return Case("attention_decode", label, make, *counts)
 
 
+def qkv_attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
+    """As `attention_decode`, of a layer that has keys of its own."""
+    c, decode = limits.MODELS[model], attention_decode(model, kind, batch, keys)
+    heads, kv_heads, size = c.num_attention_heads, c.kv_heads(kind), c.head_size(kind)
+    window = c.window(kind)[0]
+    sizes = [keys] * batch, window or keys, heads, kv_heads, size
+    make = maker("qkv_attention_decode", *sizes, window=window, ring=bool(window))
+    return Case("qkv_attention_decode", decode.label, make, decode.bytes, decode.flop)
+
+
 def linear_small(model: str, part: str, n: int) -> Case:
     """With what stands before and behind that product in a layer."""
     rows, width = limits.linear_shapes(model)[part]
@@ -170,6 +182,24 @@ def moe_experts(model: str, n: int) -> Case:
     return Case("moe_experts", f"{model}, {n} tokens", make, *counts)
 
 
+def moe_open(model: str, n: int) -> Case:
+    c = limits.MODELS[model]
+    rows, experts, width = c.intermediate_size, c.num_experts, c.hidden_size
+    make = maker("moe_open", n, width, rows, experts)
+    flop = 2 * n * width * (2 * rows + experts)
+    return Case("moe_open", f"{model}, {n} tokens", make, limits.moe_open_bytes(model, n), flop)
+
+
+def moe_experts_small(model: str, n: int) -> Case:
+    """Uniform routing."""
+    c = limits.MODELS[model]
+    sizes = n, c.num_experts, c.top_k_experts, c.hidden_size, c.moe_intermediate_size
+    make = maker("moe_experts_small", *sizes, c.intermediate_size)
+    dense = limits.linear_bytes(model, "down", n), 2 * n * c.hidden_size * c.intermediate_size
+    counts = limits.moe_bytes(model, n) + dense[0], limits.moe_flop(model, n) + dense[1]
+    return Case("moe_experts_small", f"{model}, {n} tokens", make, *counts)
+
+
 def all_cases(sizes: Sizes) -> Iterator[Case]:
     kinds = (SLIDING, FULL)
     for model in sizes.models:
@@ -178,16 +208,21 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             yield from (attention_prefill_backward(model, kind, n) for kind in kinds)
         for batch in sizes.batches:
             yield attention_decode(model, SLIDING, batch, sizes.contexts[0])
-            yield from (attention_decode(model, FULL, batch, n) for n in sizes.contexts)
+            yield qkv_attention_decode(model, SLIDING, batch, sizes.contexts[0])
+            for n in sizes.contexts:
+                yield attention_decode(model, FULL, batch, n)
+                yield qkv_attention_decode(model, FULL, batch, n)
         for part in limits.linear_shapes(model):
             yield from (linear_small(model, part, n) for n in (1, 4))
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
                 yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))
+                if n <= 8:
+                    yield from (moe_open(model, n), moe_experts_small(model, n))
         for n in sizes.tokens:
             ops = ["rms_norm", "add_rms_norm", "qkv_norm_rope", "qkv_norm_rope_cache", "geglu"]
             ops += ["ple_embed", "ple_gate"] * bool(
                 limits.MODELS[model].hidden_size_per_layer_input
             )
-            ops += ["softcap", "softcap_argmax"] * (n <= 64)
+            ops += ["softcap", "softcap_argmax", "sample"] * (n <= 64)
             yield from (row(op, model, n) for op in ops)

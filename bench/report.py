@@ -17,6 +17,7 @@ from pathlib import Path
 import compiled
 import limits
 import plots
+import token_cost
 from ledger import Ledger
 from tables import machines, model_table, ops_summary, table
 
@@ -116,7 +117,62 @@ banks of shared memory, matrix products. Small shapes, bf16.
 
 {estimate_words()}
 
-{estimates_table(report["estimates"])}"""
+{estimates_table(report["estimates"])}
+## One token at batch 1, in bf16
+
+{token_words()}
+
+{tokens_table(report["tokens"])}"""
+
+
+def token_words() -> str:
+    return textwrap.fill(
+        f"Weights and keys at {token_cost.STREAMED:.0%} of what copies move, "
+        f"{token_cost.LAUNCH * 1e6:.1f} µs a launch, and {token_cost.TURN * 1e6:.1f} µs a turn of "
+        "decode attention where that takes longer than its keys: arithmetic, with constants whose "
+        "sources stand in `bench/token_cost.py`. Behind an arrow, "
+        f"{token_cost.DEPENDENT_LAUNCH * 1e6:.1f} µs a launch, as dependent launches allow from "
+        "Hopper on. Then the floor, bytes over copies alone, and the last number's share of it. A "
+        "dash: the weights and that many keys do not fit the card. Launches are counted on the "
+        "emulated kernels.",
+        100,
+    )
+
+
+def one_token_words(rows: list[dict]) -> str:
+    """Of the first card and the shortest context."""
+    card, keys = rows[0]["card"], rows[0]["keys"]
+    told = "; ".join(
+        f"{row['model']} {token_cell(row)}"
+        for row in rows
+        if (row["card"], row["keys"]) == (card, keys)
+    )
+    return textwrap.fill(
+        f"So too one token at batch 1 on an {card}, in bf16 over {keys} keys, in tokens a second of "
+        f"what its bytes alone allow (behind the arrow with dependent launches): {told} (other "
+        "cards: `bench/results/static.md`).",
+        100,
+    )
+
+
+def tokens_table(rows: list[dict]) -> str:
+    """A line a model and context."""
+    lines: dict[tuple, list[str]] = {}
+    for row in rows:
+        sizes = tuple(row[key] for key in ("model", "keys", "launches", "weights_gb", "keys_gb"))
+        lines.setdefault(sizes, []).append(token_cell(row))
+    cards = dict.fromkeys(row["card"] for row in rows)
+    head = ("model", "keys", "launches", "GB of weights", "of keys", *cards)
+    return table(head, ((*sizes, *cells) for sizes, cells in lines.items()))
+
+
+def token_cell(row: dict) -> str:
+    """As in `241 → 261 of 323, 81%`: tokens a second."""
+    plain, dependent, floor = (row[key] for key in ("tok_s", "dependent_tok_s", "floor_tok_s"))
+    if floor is None:
+        return "-"
+    arrow = "" if dependent is None else f" → {dependent:.0f}"
+    return f"{plain:.0f}{arrow} of {floor:.0f}, {(dependent or plain) / floor:.0%}"
 
 
 def estimate_words() -> str:
@@ -145,6 +201,7 @@ def numbers() -> str:
     }
     parts = [on_gpu(name, rows) for name, rows in measured.items()] or [NO_GPU]
     parts.append(estimate_words() + "\n" + worst_words(report["estimates"]))
+    parts.append(one_token_words(report["tokens"]))
     if overhead:
         ratios = sorted(row["over_add"] for row in overhead)
         parts.append(

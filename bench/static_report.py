@@ -2,12 +2,13 @@
 
     python bench/static_report.py [--out bench/results/static.json]
 
-Three tables, the same from run to run. `compiled`: each kernel on each architecture, from ptxas and
+Four tables, the same from run to run. `compiled`: each kernel on each architecture, from ptxas and
 cuobjdump, with the threads and the shared memory that its launcher gives it in the emulator.
 `counted`: bytes, sectors, bank wavefronts and matrix products that the emulator counts on small
-shapes, beside what would do. `estimates`: times on an H100, from the first table and limits.py;
-never measured. test_static_report.py lets no kernel become worse than the committed tables,
-of which report.py makes static.md and the README's.
+shapes, beside what would do. `estimates`: times on an H100, from the first table and limits.py.
+`tokens`: what a token costs on four cards, from counted launches (token_cost.py). The last two are
+never measured. test_static_report.py lets no kernel become worse than the committed tables, of
+which report.py makes static.md and the README's.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import compiled
 import limits
 import paths  # noqa: F401
+import token_cost
 import torch
 from support import cases, emulated
 from support.backends import CARDS, Backend, function
@@ -222,7 +224,16 @@ def worse(fresh: dict, committed: dict) -> list[str]:
         for name in (n for n, x in row.items() if "_over_" in n and x is not None):
             if row[name] > 1.001 * (old[name] or 0):
                 found.append(f"{row['case']}: {name} {row[name]}, {old[name]} before")
-    return found + [f"{case}: gone, yet in the committed report" for case in before]
+    found += [f"{case}: gone, yet in the committed report" for case in before]
+    told = {(r["model"], r["keys"], r["card"]): r for r in committed.get("tokens", ())}
+    for row in fresh.get("tokens", ()):
+        old = told[row["model"], row["keys"], row["card"]]
+        if (row["launches"], *row["turns"]) > (old["launches"], *old["turns"]):
+            name = f"{row['model']} over {row['keys']} keys on {row['card']}"
+            kept = ("launches", "turns")
+            now, then = ([r[key] for key in kept] for r in (row, old))
+            found.append(f"{name}: launches, turns {now}, {then} before")
+    return found
 
 
 def tensor_share(row: dict) -> float:
@@ -239,7 +250,8 @@ def report() -> dict[str, list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         kernels = compiled.read_kernels(compiled.compile_kernels(Path(folder)))
         rows = compiled_rows(kernels, launches())
-    return {"compiled": rows, "counted": counted_rows(), "estimates": estimate_rows(rows)}
+    tables = {"compiled": rows, "counted": counted_rows(), "estimates": estimate_rows(rows)}
+    return tables | {"tokens": token_cost.rows()}
 
 
 def main() -> None:

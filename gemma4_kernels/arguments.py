@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 # What a number may not fall below, in every op that takes an argument of this name.
-LEAST = {"eps": 0.0, "softcap": 0.0, "max_seqlen_q": 0, "max_seqlen_k": 0, "window_right": -1}
+LEAST = {
+    **dict.fromkeys(("eps", "softcap", "temperature", "min_p"), 0.0),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k", "top_k"), 0),
+    "window_right": -1,
+}
 MOST = torch.iinfo(torch.int64).max
 
 

@@ -23,13 +23,11 @@ def dependent_launches(allowed: bool = True) -> Iterator[None]:
     before it waits for the one before it, so inside, nothing may write what an op is then given as
     a weight. Results are the same to the bit.
 
-    Off until it is asked for, as a decoding step of the `gemma4` model does. With `allowed` False
-    it stays off for whatever runs inside, that step too:
+    Off until it is asked for, as the CUDA graph of a `gemma4` model's decoding step does. With
+    `allowed` False it stays off for whatever is run or captured inside, that graph too:
 
         with gemma4_kernels.dependent_launches(False):
             model.generate(ids)
-
-    What a CUDA graph captured stays as it was captured.
     """
     kernels, outer = opset.kernels, _state.forbidden
     _state.forbidden = outer or not allowed

@@ -25,10 +25,10 @@ FLOATS = (torch.float32, *HALF)
 
 # An op's arguments, each of the kind that its schema names, and its result.
 Args = tuple[Any, ...]
-Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...], covariant=True)
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...] | None, covariant=True)
 T = TypeVar("T")
 
-OPS: dict[str, "Op[Tensor | tuple[Tensor, ...]]"] = {}
+OPS: dict[str, "Op[Tensor | tuple[Tensor, ...] | None]"] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -133,6 +133,16 @@ class Op(Generic[Result]):
                 return f"it is for {', '.join(map(str, FLOATS))}, got {args[i].dtype}"
         return self._unserved(args)
 
+    def pays(self, args: Args) -> bool:
+        """Whether such a call is no slower than its parts: it has a kernel, or they have none.
+
+        The arguments may end early, after those that matter here.
+        """
+        device = args[self.main].device
+        if self.name in kernels.names and kernels.covers(device):
+            return self.name not in kernels.failed(device) and self.why_eager(args) is None
+        return self._unserved(args) is None
+
     def register_fake(self, namespace: str, library: torch.library.Library) -> None:
         def fake(*args: object) -> Result:
             self._demands(args)
@@ -186,7 +196,7 @@ class Op(Generic[Result]):
                 for value, want in zip(saved, wanted, strict=True)
             ]
             result = self.twin(*inputs)
-            outputs: tuple[Tensor, ...] = result if isinstance(result, tuple) else (result,)
+            outputs: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],

@@ -18,54 +18,12 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "key_tiles.cuh"
 #include "mainloop.cuh"
 #include "mainloop_wgmma.cuh"
-#include "plan.h"
 #include "softmax.cuh"
 
 namespace gemma4 {
-
-// Blocks that a multiprocessor must hold. Decoding waits for memory, and more of them hide it;
-// without a number the compiler picks one that it cannot keep everywhere.
-template <class Tile>
-constexpr int kResidentBlocks = Tile::kRows == 16 && Tile::kHeadDim <= 256 ? 3 : 1;
-
-// A block's tiles of keys, one an iteration; of iterations that do not exist, nothing is copied.
-template <class T, class Tile>
-struct KeyTiles {
-  const AttentionParams& p;
-  AttentionSmem<T, Tile>& smem;
-  const Sequence& s;
-  int b, g;
-  KeyRange range;
-  int iterations;
-
-  DEVICE int first_key(int iteration) const { return range.begin + iteration * Tile::kKeys; }
-
-  // A thread a key finds where it lies, once for k and v; every copy would have to divide.
-  DEVICE void load_offsets(int iteration) const {
-    const int key = first_key(iteration) + static_cast<int>(threadIdx.x);
-    if (threadIdx.x < Tile::kKeys)
-      smem.offset[iteration % smem.kOffsets][threadIdx.x] =
-          key_offset(p, s, b, g, min(key, range.end - 1));
-  }
-  DEVICE void copy_k(int iteration) const {
-    copy(smem.k[iteration % Tile::kStages], p.k, iteration);
-  }
-  DEVICE void copy_v(int iteration) const {
-    copy(smem.v[iteration % Tile::kStages], p.v, iteration);
-  }
-
- private:
-  DEVICE void copy(T* tile, const void* base, int iteration) const {
-    if (iteration < iterations)
-      copy_rows<Tile::kHeadDim, Tile::kKeys, Tile::kThreads>(tile, [&](int row) {
-        return SourceRow<T>{
-            static_cast<const T*>(base) + smem.offset[iteration % smem.kOffsets][row],
-            first_key(iteration) + row < range.end};
-      });
-  }
-};
 
 template <class T, class Tile, bool kSoftcap>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
@@ -76,18 +34,18 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   auto& smem = shared_memory<AttentionSmem<T, Tile>>();
   const int lane = threadIdx.x % 32;
 
-  const int g = blockIdx.y, split = blockIdx.z, group = p.q_heads / p.kv_heads;
-  const RowTile of = row_tile(p.max_seqlen_q * group, kRows);
+  const int g = blockIdx.y, split = blockIdx.z;
+  const RowTile of = row_tile(p.tiles);
   const int b = of.b, first_row = of.tile * kRows;
   const Sequence s = sequence_at(p, b);
-  const QueryRows queries{s, g, group};
+  const QueryRows queries{s, g, p.group};
   if (p.cu_seqlens_q) fill_unowned<T>(p, s, of, g);
   // From here on; those beyond kRows are others'.
-  const int rows = min(s.queries, p.max_seqlen_q) * group - first_row;
+  const int rows = min(s.queries, p.max_seqlen_q) * p.group.divisor - first_row;
   if (rows <= 0) return;
   const int first_position = queries.position(first_row);
   const int last_position = queries.position(first_row + min(rows, kRows) - 1);
-  KeyRange range = split_at(p, s, split);
+  KeyRange range = Splits(p, s).at(split);
   range.begin = max(range.begin, visible_at(p, first_position, s.keys).begin);
   range.end = min(range.end, visible_at(p, last_position, s.keys).end);
 
@@ -118,22 +76,24 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   };
   if (iterations > 0) {
     copy_rows<Tile::kHeadDim, kRows, Tile::kThreads>(smem.q, [&](int row) {
-      const int r = min(first_row + row, s.queries * group - 1);
+      const int r = min(first_row + row, s.queries * p.group.divisor - 1);
       return SourceRow<T>{static_cast<const T*>(p.q) + queries.token(r) * p.q_stride +
                               queries.head(r) * p.q_head_stride,
                           row < rows};
     });
-    if constexpr (Tile::kWgmma)
+    if constexpr (Tile::kWgmma) {
       mainloop_wgmma<Tile>(smem, out, keys, online_softmax);
-    else
+    } else {
+      start_mainloop(keys);
       mainloop<Tile>(smem, out, keys, online_softmax);
+    }
   }
 
   softmax.reduce();
   const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
   const float lse[2] = {softmax.lse(0), softmax.lse(1)};
   store_lse<Tile>(p, lse, queries, b, split, first_row, rows);
-  if (p.splits > 1)
+  if (p.splits.divisor > 1)
     return store_split<Tile>(p, out, inverse, softmax.row_sum, queries, split, first_row, rows);
   store_rows<Tile>(smem.q, out, inverse, rows, [&](int row) {
     const int64_t at = queries.token(first_row + row) * p.q_heads + queries.head(first_row + row);

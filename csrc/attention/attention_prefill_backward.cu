@@ -15,19 +15,19 @@ void attention_prefill_backward(const AttentionBackwardParams& p, DType dtype,
     launch(device, "attention_prefill_backward, delta", attention_delta_kernel<T>,
            ceil_div<int64_t>(f.tokens * f.q_heads, kDeltaWarps), kDeltaWarps * 32, 0, p);
     with_backward_tile<T>(f.head_dim, device.max_smem_bytes, [&]<class Tile>() {
-      const int64_t q_rows = int64_t{f.max_seqlen_q} * (f.q_heads / f.kv_heads);
+      const int64_t q_rows = int64_t{f.max_seqlen_q} * f.group.divisor;
       const size_t smem_bytes = sizeof(BackwardSmem<T, Tile>);
-      const auto grid = [&](int64_t rows) {
-        return Grid(ceil_div<int64_t>(rows, Tile::kRows) * f.batch, f.kv_heads);
+      const auto launch_of = [&](const char* of, auto kernel, int64_t rows) {
+        if (rows == 0) return;
+        AttentionBackwardParams own = p;
+        own.forward.tiles = Divisor(static_cast<int>(ceil_div<int64_t>(rows, Tile::kRows)));
+        const Grid grid(int64_t{own.forward.tiles.divisor} * f.batch, f.kv_heads);
+        launch(device, of, kernel, grid, Tile::kThreads, smem_bytes, own);
       };
-      if (q_rows > 0)
-        launch(device, "attention_prefill_backward, of queries",
-               attention_backward_kernel<T, Tile, false>, grid(q_rows), Tile::kThreads, smem_bytes,
-               p);
-      if (p.max_seqlen_k > 0)
-        launch(device, "attention_prefill_backward, of keys",
-               attention_backward_kernel<T, Tile, true>, grid(p.max_seqlen_k), Tile::kThreads,
-               smem_bytes, p);
+      launch_of("attention_prefill_backward, of queries", attention_backward_kernel<T, Tile, false>,
+                q_rows);
+      launch_of("attention_prefill_backward, of keys", attention_backward_kernel<T, Tile, true>,
+                p.max_seqlen_k);
     });
   });
 }

@@ -146,7 +146,7 @@ DEVICE KeyRange rows_of_u(const AttentionParams& f, const Window& window, const 
   int begin = s.first(), end = s.keys;
   if (f.window_right >= 0) begin = max(first - window.right, s.first());
   if (f.window > 0) end = min(last + min(window.left, s.keys), s.keys);
-  return {(begin - s.first()) * queries.group, (end - s.first()) * queries.group};
+  return {(begin - s.first()) * queries.group.divisor, (end - s.first()) * queries.group.divisor};
 }
 
 // Where rows lie, in elements.
@@ -281,10 +281,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const AttentionParams& f = p.forward;
   const int lane = threadIdx.x % 32;
 
-  const int g = blockIdx.y, group = f.q_heads / f.kv_heads;
-  const RowTile of = row_tile(kOfKeys ? p.max_seqlen_k : f.max_seqlen_q * group, kRows);
+  const int g = blockIdx.y, group = f.group.divisor;
+  const RowTile of = row_tile(f.tiles);
   const Sequence s = sequence_at(f, of.b);
-  const QueryRows queries{s, g, group};
+  const QueryRows queries{s, g, f.group};
   const BackwardOffsets<kHeadDim> at{f, queries};
   // The last queries and the first keys have the most to do in the causal case: they start first.
   const int first = (kOfKeys ? of.tiles - 1 - of.tile : of.tile) * kRows;

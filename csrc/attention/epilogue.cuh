@@ -45,7 +45,7 @@ DEVICE void store_lse(const AttentionParams& p, const float (&lse)[2], const Que
     if (row >= rows || Tile::column() != 0 || lane % 4 != 0) continue;
     const int query = queries.query(first_row + row), head = queries.head(first_row + row);
     const int64_t token = queries.token(first_row + row);
-    if (p.splits > 1)
+    if (p.splits.divisor > 1)
       p.partial_lse[(split * p.tokens + token) * p.q_heads + head] = lse[i];
     else if (p.lse)
       p.lse[p.cu_seqlens_q ? head * p.lse_head_stride + token
@@ -80,7 +80,7 @@ DEVICE void store_split(const AttentionParams& p, const float (&out)[Tile::kColu
 // thread's index makes nvcc compute the main loop's addresses anew in every iteration.)
 template <class T>
 DEVICE void fill_unowned(const AttentionParams& p, const Sequence& s, const RowTile& of, int g) {
-  const int group = p.q_heads / p.kv_heads;
+  const int group = p.group.divisor;
   const auto fill = [&](int64_t begin, int64_t end) {
     for (int64_t token = begin + of.tile; token < end; token += of.tiles)
       for (int head = g * group; head < (g + 1) * group; head++) {

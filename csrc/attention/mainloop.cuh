@@ -7,15 +7,20 @@
 
 namespace gemma4 {
 
+// Before the loop; what is copied or stored into shared memory until then is there in it.
+template <class Keys>
+DEVICE void start_mainloop(const Keys& keys) {
+  keys.load_offsets(0);
+  __syncthreads();
+  keys.copy_k(0);
+  ptx::cp_async_commit();
+}
+
 // `keys` is KeyTiles; online_softmax(weight, score, iteration) makes weights of an iteration's
 // scores.
 template <class Tile, class Smem, class Keys, class Softmax>
 DEVICE void mainloop(Smem& smem, float (&out)[Tile::kColumns / 8][4], const Keys& keys,
                      const Softmax& online_softmax) {
-  keys.load_offsets(0);
-  __syncthreads();
-  keys.copy_k(0);
-  ptx::cp_async_commit();
   for (int iteration = 0; iteration < keys.iterations; iteration++) {
     ptx::cp_async_wait<0>();
     __syncthreads();

@@ -1,6 +1,7 @@
 // Attention, forward and backward.
 #pragma once
 
+#include "../common/divisor.h"
 #include "../common/types.h"
 
 namespace gemma4 {
@@ -33,19 +34,41 @@ struct AttentionParams {
   int64_t capacity;  // keys that there is memory for: of all sequences if packed, else of each
   int batch, new_tokens, max_seqlen_q;
   int q_heads, kv_heads, head_dim;
-  int pages_per_row, page_size, ring;  // 0: none
-  float scale, softcap;                // softcap 0: none
-  int window, window_right;            // 0 and -1: no bound; causal is window_right 0
-  int splits;                          // parts that the keys are divided into
-  float* partial_out;                  // [splits, tokens, H, C], if there is more than one
-  float* partial_lse;                  // [splits, tokens, H], likewise
+  Divisor group;  // query heads of one KV head
+  Divisor tiles;  // of one sequence's rows; a launcher knows
+  int pages_per_row;
+  Divisor page_size, ring;   // 0: none
+  float scale, softcap;      // softcap 0: none
+  int window, window_right;  // 0 and -1: no bound; causal is window_right 0
+  Divisor splits;            // parts that the keys are divided into
+  float* partial_out;        // [splits and knots, tokens, H, C], if there is more than one
+  float* partial_lse;        // [splits and knots, tokens, H], likewise
 };
 void attention_prefill(const AttentionParams& params, DType dtype, const Device& device);
 void attention_decode(const AttentionParams& params, DType dtype, const Device& device);
 
-// How many parts attention_decode divides the keys of sequences into of which at most `keys` are
-// visible, if the results of one part take `bytes`.
-int attention_decode_splits(int64_t keys, int64_t bytes);
+// How many parts the keys of sequences are divided into of which at most `keys` are visible.
+int attention_decode_splits(const AttentionParams& params, int64_t keys, const Device& device);
+// How many merges of some of so many splits are kept behind them.
+int attention_decode_knots(int splits);
+
+// attention_decode of one new token a sequence, whose q, k and v are still to be normed and turned,
+// and whose k and v go into the cache.
+struct QkvAttentionDecodeParams {
+  AttentionParams attention;
+  const void *k, *v;                // [B, G, C]; k null: the key is there; v null: made from k
+  const void *q_weight, *k_weight;  // [C], in fp32 if wide_weights
+  const float* inv_freq;            // [C / 2]
+  void *k_cache, *v_cache;          // those of `attention`
+  Indices positions;                // [B]
+  int64_t k_stride, v_stride, k_head_stride, v_head_stride;
+  unsigned* counters;  // [B, G, kDecodeCounters], zeros before and after
+  float eps;
+  bool wide_weights;
+};
+constexpr int kDecodeCounters = 9;
+void qkv_attention_decode(const QkvAttentionDecodeParams& params, DType dtype,
+                          const Device& device);
 
 struct AttentionBackwardParams {
   AttentionParams forward;  // its arguments and its results, keys not in pages

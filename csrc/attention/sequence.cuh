@@ -7,7 +7,7 @@
 
 namespace gemma4 {
 
-constexpr int kLeastKeysOfSplit = 256;
+constexpr int kLeastKeysOfSplit = 64;
 
 // Where one sequence's queries and keys are.
 struct Sequence {
@@ -31,7 +31,7 @@ DEVICE Sequence sequence_at(const AttentionParams& p, int b) {
   int64_t keys = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] : p.seq_lens[b];
   if (p.cu_seqlens_k && p.block_table.data) keys -= p.cu_seqlens_k[b];
   if (p.cu_seqlens_k && !p.block_table.data) s.k_begin = within(p.cu_seqlens_k[b], p.capacity);
-  const int64_t end = within(keys, p.ring > 0 ? INT32_MAX : p.capacity);
+  const int64_t end = within(keys, p.ring.divisor > 0 ? INT32_MAX : p.capacity);
   s.keys = static_cast<int>(max(int64_t{0}, end - s.k_begin));
   return s;
 }
@@ -48,17 +48,24 @@ DEVICE KeyRange visible_at(const AttentionParams& p, int i, int keys) {
   return r;
 }
 
-// Split `split` of a sequence's keys. Its bounds follow from this sequence alone, so that a row's
-// bits depend neither on the others nor on the memory that is reserved: fewer splits than there may
-// be are enough for all keys in splits of the least size.
-DEVICE KeyRange split_at(const AttentionParams& p, const Sequence& s, int split) {
-  const KeyRange all{visible_at(p, s.first(), s.keys).begin, visible_at(p, s.keys - 1, s.keys).end};
-  if (p.splits == 1) return all;
-  const int even = (max(all.end - all.begin, 0) + p.splits - 1) / p.splits;
-  const int size = max(kLeastKeysOfSplit, (even + 63) / 64 * 64);
-  const int begin = min(all.begin + split * size, all.end);
-  return {begin, min(begin + size, all.end)};
-}
+// How the keys that a sequence's queries see are divided. It follows from this sequence alone, so
+// that a row's bits depend neither on the others nor on the memory that is reserved: fewer splits
+// than there may be are enough for all keys in splits of the least size.
+struct Splits {
+  KeyRange all;
+  int size;
+
+  DEVICE Splits(const AttentionParams& p, const Sequence& s)
+      : all{visible_at(p, s.first(), s.keys).begin, visible_at(p, s.keys - 1, s.keys).end} {
+    const int keys = max(all.end - all.begin, 0);
+    const int even = (keys + p.splits.divisor - 1) / p.splits;
+    size = p.splits.divisor == 1 ? keys : max(kLeastKeysOfSplit, (even + 63) / 64 * 64);
+  }
+  DEVICE KeyRange at(int split) const {
+    const int begin = min(all.begin + split * size, all.end);
+    return {begin, min(begin + size, all.end)};
+  }
+};
 
 // Where a key lies in k and in v alike, in elements.
 DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, int g, int key) {
@@ -66,7 +73,7 @@ DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, in
   if (p.block_table.data) {
     outer = index_at(p.block_table, int64_t{b} * p.pages_per_row + key / p.page_size);
     inner = key % p.page_size;
-  } else if (p.ring > 0) {
+  } else if (p.ring.divisor > 0) {
     inner = key % p.ring;
   }
   return outer * p.key_strides.outer + inner * p.key_strides.inner + g * p.key_strides.head;
@@ -75,10 +82,11 @@ DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, int b, in
 // The rows of one KV head: (query, query head) pairs, the heads of one query beside each other.
 struct QueryRows {
   Sequence s;
-  int g, group;
+  int g;
+  Divisor group;
 
   DEVICE int query(int row) const { return row / group; }
-  DEVICE int head(int row) const { return g * group + row % group; }
+  DEVICE int head(int row) const { return g * group.divisor + row % group; }
   DEVICE int64_t token(int row) const { return s.q_begin + query(row); }
   DEVICE int position(int row) const { return s.first() + query(row); }
 };
@@ -90,11 +98,9 @@ struct RowTile {
 
 // Blocks in x are the tiles of the first sequence, then those of the second. The last rows see the
 // most keys in the causal case: they start first.
-DEVICE RowTile row_tile(int rows, int rows_of_tile) {
-  const unsigned tiles = (rows + rows_of_tile - 1) / rows_of_tile;
-  const unsigned b = blockIdx.x / tiles;
-  return {static_cast<int>(b), static_cast<int>((b + 1) * tiles - 1 - blockIdx.x),
-          static_cast<int>(tiles)};
+DEVICE RowTile row_tile(const Divisor& tiles) {
+  const int b = static_cast<int>(blockIdx.x) / tiles;
+  return {b, (b + 1) * tiles.divisor - 1 - static_cast<int>(blockIdx.x), tiles.divisor};
 }
 
 }  // namespace gemma4

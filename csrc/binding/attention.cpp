@@ -12,7 +12,7 @@
 namespace binding {
 namespace {
 
-using gemma4::AttentionParams;
+using gemma4::AttentionParams, gemma4::Divisor;
 
 // The common part of both attention ops: what does not depend on where the keys lie.
 AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -34,7 +34,8 @@ AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, c
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
-  p.splits = 1;
+  p.group = Divisor(static_cast<int>(heads / kv_heads));
+  p.splits = Divisor(1);
   return p;
 }
 
@@ -51,8 +52,8 @@ void set_pages(Call& call, AttentionParams& p, const Tensor& k, const Tensor& bl
   STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
                   "block_table must be [B, pages] with B = ", batch);
   p.pages_per_row = as_int("block_table", block_table.size(1));
-  p.page_size = as_int("k", k.size(1));
-  p.capacity = int64_t{p.pages_per_row} * p.page_size;
+  p.page_size = Divisor(as_int("k", k.size(1)));
+  p.capacity = int64_t{p.pages_per_row} * p.page_size.divisor;
   p.block_table = call.flat_indices("block_table", block_table);
 }
 
@@ -182,53 +183,123 @@ std::tuple<Tensor, Tensor, Tensor> attention_prefill_backward(
   return {grad_q, grad_k, grad_v};
 }
 
+// Of what a sequence may see at most, and the memory for the results of its splits.
+void set_splits(Call& call, AttentionParams& p, bool ring) {
+  const int64_t seen = p.window > 0 ? int64_t{p.window} + p.new_tokens - 1 : p.capacity;
+  const int splits =
+      gemma4::attention_decode_splits(p, ring ? seen : std::min(seen, p.capacity), call.device());
+  p.splits = Divisor(splits);
+  if (splits == 1) return;
+  const int64_t parts = splits + gemma4::attention_decode_knots(splits);
+  const auto memory = [&](const char* name, const Shape& shape) {
+    return static_cast<float*>(call.out(name, call.keep(call.empty(shape, ScalarType::Float))));
+  };
+  p.partial_out = memory("partial_out", {parts, p.tokens, p.q_heads, p.head_dim});
+  p.partial_lse = memory("partial_lse", {parts, p.tokens, p.q_heads});
+}
+
+// Everything of a decoding op but q and out: where the keys are, and how they are divided.
+AttentionParams decode_params(Call& call, const Tensor& q, const Tensor& k_cache,
+                              const Tensor& v_cache, const Tensor& seq_lens,
+                              const OptionalTensor& block_table, int64_t new_tokens, double scale,
+                              int64_t window, bool ring, double softcap) {
+  STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache must be 4-d, got ", text(shape_of(k_cache)));
+  AttentionParams p = attention_params(call, q, k_cache, v_cache, scale, window, softcap);
+  const int64_t batch = q.size(0), slots = k_cache.size(1);
+  STD_TORCH_CHECK(block_table || k_cache.size(0) == batch,
+                  "k_cache must have one row per sequence, ", batch, ", got ", k_cache.size(0));
+  STD_TORCH_CHECK(
+      !ring || (!block_table && window > 0 && window + new_tokens - 1 <= slots),
+      "a ring cache needs a window and window + new tokens - 1 slots, and no block_table");
+  p.capacity = slots;
+  if (block_table) set_pages(call, p, k_cache, *block_table, batch);
+  set_cache(call, p, "k_cache", k_cache, "v_cache", v_cache);
+  p.ring = Divisor(ring ? as_int("k_cache", slots) : 0);
+  p.seq_lens = lengths(call, "seq_lens", seq_lens, batch);
+  p.tokens = batch * new_tokens;
+  p.batch = as_int("q", batch);
+  p.new_tokens = p.max_seqlen_q = as_int("q", new_tokens);
+  set_splits(call, p, ring);
+  return p;
+}
+
 std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_cache,
                                             Tensor seq_lens, OptionalTensor block_table,
                                             double scale, int64_t window, bool ring, double softcap,
                                             bool return_lse) {
   Call call(q);
   STD_TORCH_CHECK(q.dim() == 4, "q must be [B, N, H, C], got ", text(shape_of(q)));
-  STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache must be 4-d, got ", text(shape_of(k_cache)));
-  AttentionParams p = attention_params(call, q, k_cache, v_cache, scale, window, softcap);
-  const int64_t batch = q.size(0), new_tokens = q.size(1), slots = k_cache.size(1);
-  STD_TORCH_CHECK(block_table || k_cache.size(0) == batch,
-                  "k_cache must have one row per sequence, ", batch, ", got ", k_cache.size(0));
-  STD_TORCH_CHECK(
-      !ring || (!block_table && window > 0 && window + new_tokens - 1 <= slots),
-      "a ring cache needs a window and window + new tokens - 1 slots, and no block_table");
+  const int64_t batch = q.size(0), new_tokens = q.size(1);
+  AttentionParams p = decode_params(call, q, k_cache, v_cache, seq_lens, block_table, new_tokens,
+                                    scale, window, ring, softcap);
   Tensor out = call.empty(shape_of(q));
   Tensor lse = call.empty({batch, q.size(2), return_lse ? new_tokens : 0}, ScalarType::Float);
   Tensor flat = aligned(q);
   if (new_tokens > 1 && flat.stride(0) != new_tokens * flat.stride(1))
     flat = torch::stable::contiguous(q);
   const Tensor& q_held = call.keep(flat);
-  p.capacity = slots;
-  if (block_table) set_pages(call, p, k_cache, *block_table, batch);
-  set_cache(call, p, "k_cache", k_cache, "v_cache", v_cache);
-  p.ring = ring ? as_int("k_cache", slots) : 0;
   p.q = call.in("q", q_held);
   p.out = call.out("out", out);
   p.lse = return_lse ? static_cast<float*>(call.out("lse", lse)) : nullptr;
-  p.seq_lens = lengths(call, "seq_lens", seq_lens, batch);
   p.q_stride = new_tokens > 1 ? q_held.stride(1) : q_held.stride(0);
   p.q_head_stride = q_held.stride(2);
   p.lse_head_stride = new_tokens;
-  p.tokens = batch * new_tokens;
-  p.batch = as_int("q", batch);
-  p.new_tokens = p.max_seqlen_q = as_int("q", new_tokens);
-  const int64_t seen = window > 0 ? window + new_tokens - 1 : p.capacity;
-  p.splits =
-      gemma4::attention_decode_splits(ring ? seen : std::min(seen, p.capacity),
-                                      p.tokens * p.q_heads * p.head_dim * int64_t{sizeof(float)});
-  OptionalTensor partial_out, partial_lse;
-  if (p.splits > 1) {
-    partial_out = call.empty({p.splits, p.tokens, p.q_heads, p.head_dim}, ScalarType::Float);
-    partial_lse = call.empty({p.splits, p.tokens, p.q_heads}, ScalarType::Float);
-    p.partial_out = static_cast<float*>(call.out("partial_out", *partial_out));
-    p.partial_lse = static_cast<float*>(call.out("partial_lse", *partial_lse));
-  }
   gemma4::attention_decode(p, call.dtype(), call.device());
   return {out, lse};
+}
+
+Tensor qkv_attention_decode(Tensor q, OptionalTensor k, OptionalTensor v, Tensor q_weight,
+                            OptionalTensor k_weight, Tensor positions, Tensor inv_freq,
+                            Tensor k_cache, Tensor v_cache, Tensor seq_lens,
+                            OptionalTensor block_table, Tensor counters, double eps, double scale,
+                            int64_t window, bool ring, double softcap) {
+  Call call(q);
+  STD_TORCH_CHECK(q.dim() == 3, "q must be [B, H, C], got ", text(shape_of(q)));
+  STD_TORCH_CHECK(k.has_value() == k_weight.has_value(), "k and k_weight must come together");
+  STD_TORCH_CHECK(k || !v, "v must not come without k");
+  const int64_t batch = q.size(0), head_dim = q.size(2);
+  AttentionParams a = decode_params(call, q, k_cache, v_cache, seq_lens, block_table, 1, scale,
+                                    window, ring, softcap);
+  STD_TORCH_CHECK(a.group.divisor <= 16, "at most 16 query heads may share a KV head, got ",
+                  a.group.divisor);
+  call.expect_here("counters", counters);
+  expect_dtype("counters", counters, ScalarType::Int);
+  expect_shape("counters", counters, {batch, a.kv_heads, gemma4::kDecodeCounters});
+  STD_TORCH_CHECK(counters.is_contiguous(), "counters must be contiguous");
+  expect_dtype("inv_freq", inv_freq, ScalarType::Float);
+  call.expect_here("inv_freq", inv_freq);
+  expect_shape("inv_freq", inv_freq, {head_dim / 2});
+  Tensor out = call.empty(shape_of(q));
+  const Tensor& q_held = call.keep(aligned(q));
+  a.q = call.in("q", q_held);
+  a.out = call.out("out", out);
+  a.q_stride = q_held.stride(0);
+  a.q_head_stride = q_held.stride(1);
+  gemma4::QkvAttentionDecodeParams p{};
+  const gemma4::DType weights =
+      call.dtypes(q.scalar_type(), {&q_weight, pointer_to(k_weight)}).weight;
+  const auto heads = [&](const char* name, const Tensor& t, int64_t& stride, int64_t& head_stride) {
+    call.expect(name, t, {batch, a.kv_heads, head_dim});
+    const Tensor& held = call.keep(aligned(t));
+    stride = held.stride(0), head_stride = held.stride(1);
+    return call.in(name, held);
+  };
+  p.q_weight = call.weight("q_weight", q_weight, head_dim, weights);
+  p.k_weight = call.weight("k_weight", k_weight, head_dim, weights);
+  p.wide_weights = weights != call.dtype();
+  if (k) {
+    p.k = heads("k", *k, p.k_stride, p.k_head_stride);
+    p.k_cache = call.out("k_cache", k_cache);
+    p.v_cache = call.out("v_cache", v_cache);
+  }
+  if (v) p.v = heads("v", *v, p.v_stride, p.v_head_stride);
+  p.inv_freq = static_cast<const float*>(call.in("inv_freq", call.keep(aligned(inv_freq))));
+  p.positions = call.indices("positions", positions, batch);
+  p.counters = static_cast<unsigned*>(call.out("counters", counters));
+  p.eps = static_cast<float>(eps);
+  p.attention = a;
+  gemma4::qkv_attention_decode(p, call.dtype(), call.device());
+  return out;
 }
 
 }  // namespace
@@ -237,6 +308,7 @@ void register_attention(Library& m) {
   m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
   m.impl("attention_prefill_backward", TORCH_BOX(&attention_prefill_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("qkv_attention_decode", TORCH_BOX(&qkv_attention_decode));
 }
 
 }  // namespace binding

@@ -11,7 +11,8 @@ namespace {
 std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor residual,
                                         OptionalTensor post_weight, OptionalTensor scale,
                                         OptionalTensor norm_weight, OptionalTensor factor,
-                                        double eps, bool gated) {
+                                        OptionalTensor x_weight, OptionalTensor other,
+                                        OptionalTensor other_weight, double eps, bool gated) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be [T, D] and weight [N, D]");
   const int64_t tokens = x.size(0), width = x.size(1), rows = weight.size(0) / (gated ? 2 : 1);
@@ -27,11 +28,10 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
                   gemma4::kMostNormedElements, " elements, got ", text(shape_of(x)));
   STD_TORCH_CHECK(!residual == !post_weight, "residual and post_weight must come together or not");
   STD_TORCH_CHECK(!scale || residual, "scale must not come without a residual");
+  STD_TORCH_CHECK(
+      !other == !x_weight && !other == !other_weight && (!other || residual),
+      "x_weight, other and other_weight must come together and with a residual, or not");
   STD_TORCH_CHECK(!(gated && factor), "a gated product must not have a factor");
-  call.expect("weight", weight, {weight.size(0), width});
-  // A copy would be as large as the layer.
-  STD_TORCH_CHECK(weight.is_contiguous() && is_aligned(weight),
-                  "weight must be contiguous and begin on a multiple of 16 bytes");
   const auto row = [&](const char* name, const OptionalTensor& t, int64_t size) -> const void* {
     if (!t) return nullptr;
     call.expect(name, *t, {size});
@@ -47,7 +47,10 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
   };
   gemma4::LinearSmallParams p{};
   p.x = rows_of("x", x, width, p.x_stride);
-  p.weight = call.in("weight", weight);
+  p.weight = whole(call, "weight", weight, {weight.size(0), width});
+  p.other = rows_of("other", other, width, p.other_stride);
+  p.x_weight = row("x_weight", x_weight, width);
+  p.other_weight = row("other_weight", other_weight, width);
   p.residual = rows_of("residual", residual, width, p.residual_stride);
   p.post_weight = row("post_weight", post_weight, width);
   p.scale = row("scale", scale, 1);
@@ -120,6 +123,63 @@ Tensor softcap_argmax(Tensor logits, double cap) {
   return index;
 }
 
+void sample(Tensor logits, Tensor seeds, Tensor positions, Tensor ids, Tensor done, Tensor counters,
+            Tensor eos, double cap, double temperature, int64_t top_k, double top_p, double min_p,
+            int64_t pad) {
+  Call call(logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits must be [B, V], got ",
+                  text(shape_of(logits)));
+  STD_TORCH_CHECK(eos.dim() == 1 && counters.dim() == 1,
+                  "eos and counters must have one dimension");
+  STD_TORCH_CHECK(cap >= 0 && temperature >= 0 && top_k >= 0 && top_p > 0 && top_p <= 1 &&
+                      min_p >= 0 && min_p <= 1,
+                  "cap, temperature, top_k, top_p or min_p is out of range");
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  const bool draws = temperature > 0 && top_k != 1, cut = draws && (top_p < 1 || min_p > 0);
+  const int64_t k = draws && top_k > 0 ? std::min(top_k, width) : 1;
+  STD_TORCH_CHECK(k <= gemma4::kMostTopK && (top_k > 0 || !cut),
+                  "there are kernels that cut to a top_k of at most ", gemma4::kMostTopK,
+                  " tokens, or not at all");
+  const auto row = [&](const char* name, const Tensor& t, ScalarType type, int64_t size) {
+    expect_dtype(name, t, type);
+    call.expect_here(name, t);
+    expect_shape(name, t, {size});
+    STD_TORCH_CHECK(size <= 1 || t.stride(0) == 1, name, " must be contiguous");
+    return t;
+  };
+  const Rows all = as_rows(logits);
+  gemma4::SampleParams p{};
+  p.logits = call.in("logits", call.keep(all.tensor));
+  p.stride = all.stride;
+  p.rows = rows;
+  p.width = as_int("logits", width);
+  p.k = static_cast<int>(k);
+  const int64_t parts = rows * gemma4::sample_parts(p.width);
+  STD_TORCH_CHECK(counters.size(0) >= parts, "counters must hold ", parts, " numbers, got ",
+                  text(shape_of(counters)));
+  const auto in = [&](const char* name, const Tensor& t, int64_t size) {
+    return static_cast<const int64_t*>(call.in(name, row(name, t, ScalarType::Long, size)));
+  };
+  const auto out = [&](const char* name, const Tensor& t, ScalarType type, int64_t size) {
+    return call.out(name, row(name, t, type, size));
+  };
+  p.seeds = in("seeds", seeds, rows);
+  p.positions = call.indices("positions", positions, rows);
+  p.ids = static_cast<int64_t*>(out("ids", ids, ScalarType::Long, rows));
+  p.done = static_cast<int64_t*>(out("done", done, ScalarType::Long, rows));
+  p.counters = static_cast<unsigned*>(out("counters", counters, ScalarType::Int, counters.size(0)));
+  p.eos = in("eos", eos, eos.size(0));
+  p.eos_count = as_int("eos", eos.size(0));
+  const int64_t nodes = gemma4::sample_nodes(p.width, p.k), slots = gemma4::sample_slots(p.k);
+  p.kept = call.out("kept", call.keep(call.empty({rows, nodes, slots}, ScalarType::Long)));
+  p.cap = static_cast<float>(cap);
+  p.temperature = draws ? static_cast<float>(temperature) : 0.0f;
+  p.top_p = static_cast<float>(top_p);
+  p.min_p = static_cast<float>(min_p);
+  p.pad = pad;
+  gemma4::sample(p, call.dtype(), call.device());
+}
+
 }  // namespace
 
 void register_linear(Library& m) {
@@ -127,6 +187,7 @@ void register_linear(Library& m) {
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("softcap", TORCH_BOX(&softcap));
   m.impl("softcap_argmax", TORCH_BOX(&softcap_argmax));
+  m.impl("sample", TORCH_BOX(&sample));
 }
 
 }  // namespace binding

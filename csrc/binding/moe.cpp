@@ -1,5 +1,6 @@
 #include "../moe/ops.h"
 
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -79,11 +80,122 @@ Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor
   return y;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, Tensor post_weight,
+                                                    Tensor norm_weight, Tensor gate_up,
+                                                    Tensor expert_weight, Tensor router_scale,
+                                                    Tensor router, double eps) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() == 2 && gate_up.dim() == 2 && router.dim() == 2,
+                  "x must be [T, D], gate_up [2 F, D] and router [E, D]");
+  const int64_t tokens = x.size(0), width = x.size(1), rows = gate_up.size(0) / 2;
+  const int64_t num_experts = router.size(0);
+  STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens && width % 8 == 0 &&
+                      gate_up.size(0) % 16 == 0 && num_experts % 8 == 0 &&
+                      width <= gemma4::kMostNormedWidth &&
+                      tokens * width <= gemma4::kMostNormedElements,
+                  "there are kernels for at most ", gemma4::kMostSmallTokens, " tokens, ",
+                  gemma4::kMostNormedWidth, " columns, ", gemma4::kMostNormedElements,
+                  " elements and widths that are multiples of 8, got ", text(shape_of(x)), ", ",
+                  text(shape_of(gate_up)), " and ", text(shape_of(router)));
+  const auto row = [&](const char* name, const Tensor& t) {
+    call.expect(name, t, {width});
+    return call.parameter(name, t, aligned(t));
+  };
+  const auto rows_of = [&](const char* name, const Tensor& t, int64_t& stride) {
+    call.expect(name, t, {tokens, width});
+    const Tensor& held = call.keep(aligned(t));
+    stride = held.stride(0);
+    return call.in(name, held);
+  };
+  Tensor hidden = call.empty({tokens, rows}), logits = call.empty({tokens, num_experts});
+  Tensor expert_x = call.empty({tokens, width}), new_residual = call.empty({tokens, width});
+  gemma4::MoeOpenParams p{};
+  p.x = rows_of("x", x, p.x_stride);
+  p.residual = rows_of("residual", residual, p.residual_stride);
+  p.post_weight = row("post_weight", post_weight);
+  p.norm_weight = row("norm_weight", norm_weight);
+  p.expert_weight = row("expert_weight", expert_weight);
+  p.router_scale = row("router_scale", router_scale);
+  p.gate_up = whole(call, "gate_up", gate_up, {2 * rows, width});
+  p.router = whole(call, "router", router, {num_experts, width});
+  p.hidden = call.out("hidden", hidden);
+  p.logits = call.out("logits", logits);
+  p.expert_x = call.out("expert_x", expert_x);
+  p.new_residual = call.out("new_residual", new_residual);
+  p.tokens = as_int("x", tokens);
+  p.width = as_int("x", width);
+  p.rows = as_int("gate_up", rows);
+  p.num_experts = as_int("router", num_experts);
+  p.eps = static_cast<float>(eps);
+  p.factor = 1.0f / std::sqrt(static_cast<float>(width));
+  gemma4::moe_open(p, call.dtype(), call.device());
+  return {hidden, logits, expert_x, new_residual};
+}
+
+std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor down, Tensor logits,
+                                             Tensor per_expert_scale, int64_t k, Tensor dense_x,
+                                             Tensor dense) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && logits.dim() == 2 && dense.dim() == 2,
+                  "x must be [T, D], down [E, D, F], logits [T, E] and dense [D, N]");
+  const int64_t tokens = x.size(0), width = x.size(1), dense_width = dense.size(1);
+  const int64_t num_experts = down.size(0), hidden_width = down.size(2), assignments = tokens * k;
+  STD_TORCH_CHECK(1 <= k && k <= num_experts, "k must lie in 1..E = ", num_experts, ", got ", k);
+  STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens &&
+                      assignments <= gemma4::kMostSmallAssignments && k <= gemma4::kMostRoutes &&
+                      num_experts <= gemma4::kMostSmallExperts && width % 8 == 0 &&
+                      hidden_width > 0 && hidden_width % 8 == 0 && dense_width % 8 == 0,
+                  "there are kernels for at most ", gemma4::kMostSmallTokens, " tokens, ",
+                  gemma4::kMostSmallAssignments, " assignments, ", gemma4::kMostSmallExperts,
+                  " experts and widths that are multiples of 8, got ", text(shape_of(x)), ", ", k,
+                  " of ", text(shape_of(down)), " and ", text(shape_of(dense)));
+  call.expect("x", x, {tokens, width});
+  call.expect("logits", logits, {tokens, num_experts});
+  call.expect("dense_x", dense_x, {tokens, dense_width});
+  const Tensor& x_held = call.keep(aligned(x));
+  const Tensor& logits_held = call.keep(aligned(logits));
+  const Tensor& dense_held = call.keep(aligned(dense_x));
+  Tensor y = call.empty({tokens, width}), dense_y = call.empty({tokens, width});
+  Tensor chosen = call.empty({assignments}, ScalarType::Int);
+  Tensor chosen_weights = call.empty({assignments}, ScalarType::Float);
+  Tensor offsets = call.empty({num_experts + 1}, ScalarType::Int);
+  Tensor order = call.empty({assignments}, ScalarType::Int);
+  Tensor hidden = call.empty({assignments, hidden_width});
+  gemma4::MoeExpertsSmallParams p{};
+  p.x = call.in("x", x_held);
+  p.x_stride = x_held.stride(0);
+  p.gate_up = whole(call, "gate_up", gate_up, {num_experts, 2 * hidden_width, width});
+  p.down = whole(call, "down", down, {num_experts, width, hidden_width});
+  p.logits = call.in("logits", logits_held);
+  p.logits_stride = logits_held.stride(0);
+  p.scale = call.floats("per_expert_scale", per_expert_scale, {num_experts});
+  p.dense_x = call.in("dense_x", dense_held);
+  p.dense_stride = dense_held.stride(0);
+  p.dense = whole(call, "dense", dense, {width, dense_width});
+  p.y = call.out("y", y);
+  p.dense_y = call.out("dense_y", dense_y);
+  p.chosen = static_cast<int32_t*>(call.out("chosen", chosen));
+  p.chosen_weights = static_cast<float*>(call.out("chosen_weights", chosen_weights));
+  p.offsets = static_cast<int32_t*>(call.out("offsets", offsets));
+  p.order = static_cast<int32_t*>(call.out("order", order));
+  p.hidden = call.out("hidden", hidden);
+  p.tokens = as_int("x", tokens);
+  p.k = as_int("k", k);
+  p.num_experts = as_int("down", num_experts);
+  p.width = as_int("x", width);
+  p.hidden_width = as_int("down", hidden_width);
+  p.dense_width = as_int("dense", dense_width);
+  gemma4::moe_experts_small(p, call.dtype(), call.device());
+  return {y, dense_y};
+}
+
 }  // namespace
 
 void register_moe(Library& m) {
   m.impl("moe_route", TORCH_BOX(&moe_route));
   m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("moe_open", TORCH_BOX(&moe_open));
+  m.impl("moe_experts_small", TORCH_BOX(&moe_experts_small));
 }
 
 }  // namespace binding

@@ -221,6 +221,14 @@ inline Tensor aligned(const Tensor& t) {
   return is_aligned(dense) ? dense : torch::stable::clone(dense);
 }
 
+// A weight of the op's dtype that is read where it lies: a copy would be as large as the layer.
+inline const void* whole(Call& call, const char* name, const Tensor& t, const Shape& shape) {
+  call.expect(name, t, shape);
+  STD_TORCH_CHECK(t.is_contiguous() && is_aligned(t), name,
+                  " must be contiguous and begin on a multiple of 16 bytes");
+  return call.in(name, t);
+}
+
 inline int as_int(const char* name, int64_t value) {
   STD_TORCH_CHECK(value <= INT32_MAX, name, " is too wide: ", value);
   return static_cast<int>(value);

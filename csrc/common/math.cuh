@@ -13,6 +13,12 @@ DEVICE float gelu_tanh(float x) {
   return x / (1.0f + expf(-2.0f * u));
 }
 
+// The gated product of an MLP, finite in fp16 too.
+template <class T>
+DEVICE float gated(float gate, float other) {
+  return saturate<T>(gelu_tanh(gate) * other);
+}
+
 DEVICE float softcap(float x, float cap) { return cap * tanhf(x / cap); }
 
 // cap tanh(x / cap) for attention scores: 1 - 2 / (1 + e^2u), exact to a few ulp of cap, and cheap.

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     const auto other = load_fresh<kWidth>(other_row + column);
     Vec<R, kWidth> y;
 #pragma unroll
-    for (int j = 0; j < kWidth; j++) y.set(j, saturate<R>(gelu_tanh(gate[j]) * other[j]));
+    for (int j = 0; j < kWidth; j++) y.set(j, gated<R>(gate[j], other[j]));
     store(static_cast<R*>(p.y) + row * p.width + column, y);
   });
 }

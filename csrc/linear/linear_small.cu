@@ -1,14 +1,10 @@
 #include "linear_small.cuh"
 
-#include "../common/launch.h"
-
 namespace gemma4 {
 
 void linear_small(LinearSmallParams p, DType dtype, const Device& device) {
   if (p.tokens == 0) return;
-  // 64 bytes past a whole number of lines, so that two tokens, which one access reads at once,
-  // share no bank.
-  p.a_stride = round_up(p.width, 64) + 32;
+  p.a_stride = padded_row(p.width);
   with_half_type("linear_small", dtype, [&]<class T>() {
     const auto run = [&]<bool kOpens, int kSets, bool kGated>() {
       const int tiles = p.rows / (kGated ? 8 : 8 * kSets);

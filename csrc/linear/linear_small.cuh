@@ -2,6 +2,8 @@
 //
 // a is x; or, where a branch closes and the next one opens, r = (residual + rms_norm(x)
 // post_weight) scale, which is stored, and a = rms_norm(r) norm_weight, each half of it if wanted.
+// Two branches that close as one are first made one: x = rms_norm(x) x_weight + rms_norm(other)
+// other_weight.
 // y is the product; or gelu_tanh(gate) up of the two halves of its rows; or gelu_tanh(product)
 // factor.
 //
@@ -21,6 +23,7 @@
 // DRAM.
 #pragma once
 
+#include "../common/launch.h"
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
 #include "../common/row.cuh"
@@ -35,32 +38,51 @@ constexpr int kLinearLines = 2;  // of 64 columns, on their way
 // 16 bytes each that a thread holds of a row it norms.
 constexpr int kNormVectors = 3;
 
+// Elements from a row of a to the next in shared memory: 64 bytes past a whole number of lines, so
+// that two tokens, which one access reads at once, share no bank.
+inline int padded_row(int width) { return round_up(width, 64) + 32; }
+
 template <int kSets>
 struct LinearSmallSmem {
   float4 partial[2][kSets][kLinearWarps][32];
   BlockSum sum;
 };
 
-template <class T>
-DEVICE float gated(float gate, float other) {
-  return saturate<T>(gelu_tanh(gate) * other);
-}
-
-// Makes a, all of it; the first block stores r.
-template <class T>
-DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
+// Makes a, all of it, in shared memory: what norm(token, column, y, scale) makes of each vector y
+// of r, whose (mean r² + eps)^-½ is `scale`. The first block stores r.
+template <class T, class Norm>
+DEVICE void open_branch(const OpeningParams& p, T* a, BlockSum& smem, const Norm& norm) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
   const float layer_scale =
       p.scale ? to_float(ptx::load_one_first(static_cast<const T*>(p.scale))) : 1.0f;
   int parity = 0;
   // Rows of weights are loaded where they are used: beside x, the residual and the weights on their
   // way registers would not hold them.
-  for (const void* row : {p.post_weight, p.norm_weight})
+  for (const void* row : {p.x_weight, p.other_weight, p.post_weight, p.norm_weight})
     if (row)
       columns.each([&](int, int column) { ptx::prefetch(static_cast<const T*>(row) + column); });
   ptx::wait_for_previous_kernel();
   for (int token = 0; token < p.tokens; token++) {
-    const auto x = columns.load_fresh(static_cast<const T*>(p.x) + token * p.x_stride);
+    auto x = columns.load_fresh(static_cast<const T*>(p.x) + token * p.x_stride);
+    if (p.other) {
+      const auto other =
+          columns.load_fresh(static_cast<const T*>(p.other) + token * p.other_stride);
+      const auto close = [&](const auto& branch, const void* weight, bool adds) {
+        const float sum = block_sum(columns.sum_of_squares(branch), smem, parity);
+        const float scale = inv_rms(sum, p.width, p.eps);
+        columns.each([&](int i, int column) {
+          auto to = x.at(i, column);
+          const auto from = branch.at(i, column);
+          const auto w = load<8>(static_cast<const T*>(weight) + column);
+#pragma unroll
+          for (int j = 0; j < to.kWidth; j++)
+            to.set(j, (adds ? to[j] : 0.0f) + from[j] * scale * w[j]);
+          x.vectors[i] = to;
+        });
+      };
+      close(x, p.x_weight, false);
+      close(other, p.other_weight, true);
+    }
     Row<T, 8, kNormVectors> r;
     if (!p.residual) {
       r = x;
@@ -85,11 +107,7 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
     const float scale = inv_rms(sum, p.width, p.eps);
     columns.each([&](int i, int column) {
       auto y = r.at(i, column);
-      if (p.norm_weight) {
-        const auto w = load<8>(static_cast<const T*>(p.norm_weight) + column);
-#pragma unroll
-        for (int j = 0; j < y.kWidth; j++) y.set(j, y[j] * scale * w[j]);
-      }
+      norm(token, column, y, scale);
       uint4 bits;
       __builtin_memcpy(&bits, &y, sizeof bits);
       store_shared(reinterpret_cast<uint4*>(a + token * p.a_stride + column), bits);
@@ -98,63 +116,62 @@ DEVICE void open_branch(const LinearSmallParams& p, T* a, BlockSum& smem) {
   __syncthreads();
 }
 
-template <class T, bool kOpens, int kSets, bool kGated>
-__global__ void __launch_bounds__(kLinearThreads, 2)
-    linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
-  static_assert(!kGated || kSets == 2);
-  constexpr int kRows = kGated ? 8 : 8 * kSets;  // of y, of a tile
-  ptx::let_next_kernel_start();
-  auto& smem = shared_memory<LinearSmallSmem<kSets>>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tiles = p.rows / kRows;
-  const int64_t next_set = int64_t{kGated ? p.rows : 8} * p.width;
+// y = y scale weight, of a vector of the row.
+template <class T>
+DEVICE void scale_by(Vec<T, 8>& y, float scale, const void* weight, int column) {
+  const auto w = load<8>(static_cast<const T*>(weight) + column);
+#pragma unroll
+  for (int j = 0; j < y.kWidth; j++) y.set(j, y[j] * scale * w[j]);
+}
 
+// The rows of W that a block multiplies. A tile is `sets` times 8 of them, `next_set` elements
+// apart; its first is row tile * tile_rows.
+template <class T>
+struct WeightTiles {
+  const T* weight;
+  int64_t next_set;
+  int width, tiles, tile_rows, sets;
+  int first, step;  // the block's are first, first + step, ...
+};
+
+// The products of a block's tiles. `open` makes a, once the first weights are on their way, and
+// returns token(t, column), which reads 8 columns of it, zeros where there are none; `finish` is
+// given a tile and what a lane of one warp has of it: in x, y rows lane % 4 * 2 and the next of a
+// set, of token lane / 4; in z, w of token lane / 4 + 8.
+template <class T, int kSets, class Open, class Finish>
+DEVICE void multiply_tiles(const WeightTiles<T>& w, LinearSmallSmem<kSets>& smem, Open&& open,
+                           Finish&& finish) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // A warp's lines of 64 columns; of each half of one a lane takes 8.
-  const int lines = (p.width + kLinearWarps * 64 - 1) / (kLinearWarps * 64);
+  const int lines = (w.width + kLinearWarps * 64 - 1) / (kLinearWarps * 64);
   const auto column = [&](int line, int half) {
     return (line * kLinearWarps + warp) * 64 + half * 32 + lane % 4 * 8;
   };
 
   // Where in the weights the next loads are.
-  int ahead = blockIdx.x, first = 0;
-  const T* row = static_cast<const T*>(p.weight) + int64_t{ahead * kRows + lane / 4} * p.width;
+  int ahead = w.first, first = 0;
+  const T* row = w.weight + int64_t{ahead * w.tile_rows + lane / 4} * w.width;
   uint4 weight[2 * kLinearLines][kSets];
   const auto ask = [&](int i) {
     const int from = column(first + i / 2, i % 2);
 #pragma unroll
     for (int set = 0; set < kSets; set++)
-      weight[i][set] = load_first_if(ahead < tiles && from < p.width, row + set * next_set + from);
+      weight[i][set] = load_first_if(ahead < w.tiles && from < w.width && set < w.sets,
+                                     row + set * w.next_set + from);
   };
   const auto advance = [&] {
     first += kLinearLines;
     if (first < lines) return;
     first = 0;
-    ahead += gridDim.x;
-    row += int64_t{kRows} * gridDim.x * p.width;
+    ahead += w.step;
+    row += int64_t{w.tile_rows} * w.step * w.width;
   };
 #pragma unroll
   for (int i = 0; i < 2 * kLinearLines; i++) ask(i);
   advance();
 
-  const T* a = static_cast<const T*>(p.x);
-  int64_t stride = p.x_stride;
-  if constexpr (kOpens) {
-    T* made = reinterpret_cast<T*>(&smem + 1);
-    open_branch(p, made, smem.sum);
-    a = made, stride = p.a_stride;
-  } else {
-    ptx::wait_for_previous_kernel();
-  }
-  const auto token = [&](int i, int from) {
-    const bool exists = i < p.tokens && from < p.width;
-    if constexpr (kOpens)
-      return exists ? load_shared(reinterpret_cast<const uint4*>(a + i * stride + from))
-                    : uint4{0, 0, 0, 0};
-    else
-      return load_fresh_if(exists, a + i * stride + from);
-  };
-
-  for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn++) {
+  const auto token = open();
+  for (int tile = w.first, turn = 0; tile < w.tiles; tile += w.step, turn++) {
     float sum[kSets][4] = {};
     for (int line = 0; line < lines; line += kLinearLines) {
 #pragma unroll
@@ -179,40 +196,91 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
 #pragma unroll
     for (int set = 0; set < kSets; set++)
 #pragma unroll
-      for (int w = 0; w < kLinearWarps; w++) {
-        const float4 part = load_shared(&partial[set][w][lane]);
+      for (int v = 0; v < kLinearWarps; v++) {
+        const float4 part = load_shared(&partial[set][v][lane]);
         total[set].x += part.x, total[set].y += part.y;
         total[set].z += part.z, total[set].w += part.w;
       }
-    const auto write = [&](int t, int r, float low, float high) {
-      if (t < p.tokens)
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + int64_t{t} * p.rows + r) =
-            pack_pair<T>(low, high);
-    };
-    const int t = lane / 4, r = tile * kRows + lane % 4 * 2;
-    if constexpr (kGated) {
-      const float4 gate = total[0], up = total[1];
-      write(t, r, gated<T>(gate.x, up.x), gated<T>(gate.y, up.y));
-      write(t + 8, r, gated<T>(gate.z, up.z), gated<T>(gate.w, up.w));
-    } else {
-#pragma unroll
-      for (int set = 0; set < kSets; set++) {
-        float4 y = total[set];
-        if (p.factor) {
-          const auto factor = [&](int token, int row) {
-            return token < p.tokens
-                       ? to_float(static_cast<const T*>(p.factor)[token * p.factor_stride + row])
-                       : 0.0f;
-          };
-          y = {gated<T>(y.x, factor(t, r + set * 8)), gated<T>(y.y, factor(t, r + set * 8 + 1)),
-               gated<T>(y.z, factor(t + 8, r + set * 8)),
-               gated<T>(y.w, factor(t + 8, r + set * 8 + 1))};
-        }
-        write(t, r + set * 8, y.x, y.y);
-        write(t + 8, r + set * 8, y.z, y.w);
-      }
-    }
+    finish(tile, total);
   }
+}
+
+// Into y, [tokens, rows]: what a lane holds of eight of its rows, from `row` on.
+template <class T>
+DEVICE void write_rows(void* y, int tokens, int rows, int row, float4 of_lane) {
+  const int t = threadIdx.x % 32 / 4, r = row + threadIdx.x % 4 * 2;
+  const auto write = [&](int t, float low, float high) {
+    if (t < tokens)
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(y) + int64_t{t} * rows + r) =
+          pack_pair<T>(low, high);
+  };
+  write(t, of_lane.x, of_lane.y);
+  write(t + 8, of_lane.z, of_lane.w);
+}
+
+template <class T>
+DEVICE float4 gated(float4 gate, float4 up) {
+  return {gated<T>(gate.x, up.x), gated<T>(gate.y, up.y), gated<T>(gate.z, up.z),
+          gated<T>(gate.w, up.w)};
+}
+
+// Where `open` has put a: in shared memory.
+template <class T>
+DEVICE auto tokens_at(const OpeningParams& p, const T* a) {
+  return [&p, a](int t, int from) {
+    const bool exists = t < p.tokens && from < p.width;
+    return exists ? load_shared(reinterpret_cast<const uint4*>(a + t * p.a_stride + from))
+                  : uint4{0, 0, 0, 0};
+  };
+}
+
+template <class T, bool kOpens, int kSets, bool kGated>
+__global__ void __launch_bounds__(kLinearThreads, 2)
+    linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
+  static_assert(!kGated || kSets == 2);
+  constexpr int kRows = kGated ? 8 : 8 * kSets;  // of y, of a tile
+  ptx::let_next_kernel_start();
+  auto& smem = shared_memory<LinearSmallSmem<kSets>>();
+  const WeightTiles<T> tiles{.weight = static_cast<const T*>(p.weight),
+                             .next_set = int64_t{kGated ? p.rows : 8} * p.width,
+                             .width = p.width,
+                             .tiles = p.rows / kRows,
+                             .tile_rows = kRows,
+                             .sets = kSets,
+                             .first = static_cast<int>(blockIdx.x),
+                             .step = static_cast<int>(gridDim.x)};
+  const auto open = [&] {
+    if constexpr (kOpens) {
+      T* a = reinterpret_cast<T*>(&smem + 1);
+      open_branch(p, a, smem.sum, [&](int, int column, auto& y, float scale) {
+        if (p.norm_weight) scale_by(y, scale, p.norm_weight, column);
+      });
+      return tokens_at(p, a);
+    } else {
+      ptx::wait_for_previous_kernel();
+      return [&](int t, int from) {
+        return load_fresh_if(t < p.tokens && from < p.width,
+                             static_cast<const T*>(p.x) + t * p.x_stride + from);
+      };
+    }
+  };
+  multiply_tiles(tiles, smem, open, [&](int tile, const float4(&total)[kSets]) {
+    if constexpr (kGated)
+      return write_rows<T>(p.y, p.tokens, p.rows, tile * kRows, gated<T>(total[0], total[1]));
+#pragma unroll
+    for (int set = 0; set < kSets; set++) {
+      float4 y = total[set];
+      if (p.factor) {
+        const int t = threadIdx.x % 32 / 4, r = tile * kRows + set * 8 + threadIdx.x % 4 * 2;
+        const auto factor = [&](int t, int r) {
+          return t < p.tokens ? to_float(static_cast<const T*>(p.factor)[t * p.factor_stride + r])
+                              : 0.0f;
+        };
+        y = gated<T>(y, {factor(t, r), factor(t, r + 1), factor(t + 8, r), factor(t + 8, r + 1)});
+      }
+      write_rows<T>(p.y, p.tokens, p.rows, tile * kRows + set * 8, y);
+    }
+  });
 }
 
 }  // namespace gemma4

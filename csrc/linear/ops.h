@@ -10,20 +10,28 @@ constexpr int kMostSmallTokens = 16;
 // Of one norm's row, and of all rows that a block keeps beside its sums in 99 KB.
 constexpr int kMostNormedWidth = 6144, kMostNormedElements = 40960;
 
-struct LinearSmallParams {
-  const void* x;            // [tokens, width]
-  const void* weight;       // [rows, width]; gated: [2 rows, width], gate rows first
-  const void* residual;     // [tokens, width] or null
-  const void* post_weight;  // [width], with a residual
-  const void* scale;        // one number or null
-  const void* norm_weight;  // [width] or null
-  const void* factor;       // [tokens, rows] or null
-  void* y;                  // [tokens, rows]
-  void* new_residual;       // [tokens, width]
-  int64_t x_stride, residual_stride, factor_stride;
-  int tokens, width, rows;  // width and rows are multiples of 8
-  int a_stride;             // in shared memory; the launcher's
+// What such a product multiplies.
+struct OpeningParams {
+  const void* x;                        // [tokens, width]
+  const void* other;                    // [tokens, width] or null
+  const void *x_weight, *other_weight;  // [width], with another branch
+  const void* residual;                 // [tokens, width] or null
+  const void* post_weight;              // [width], with a residual
+  const void* scale;                    // one number or null
+  const void* norm_weight;              // [width] or null
+  void* new_residual;                   // [tokens, width]
+  int64_t x_stride, other_stride, residual_stride;
+  int tokens, width;  // a multiple of 8
+  int a_stride;       // in shared memory; the launcher's
   float eps;
+};
+
+struct LinearSmallParams : OpeningParams {
+  const void* weight;  // [rows, width]; gated: [2 rows, width], gate rows first
+  const void* factor;  // [tokens, rows] or null
+  void* y;             // [tokens, rows]
+  int64_t factor_stride;
+  int rows;  // a multiple of 8
   bool gated;
 };
 void linear_small(LinearSmallParams params, DType dtype, const Device& device);
@@ -57,5 +65,30 @@ struct SoftcapArgmaxParams {
   float cap;
 };
 void softcap_argmax(const SoftcapArgmaxParams& params, DType dtype, const Device& device);
+
+// Of a block; and the most that may be cut to.
+constexpr int kSampleKeys = 2048, kMostTopK = 256;
+
+struct SampleParams {
+  const void* logits;    // [rows, width]
+  const int64_t* seeds;  // [rows]
+  Indices positions;     // [rows]
+  int64_t* ids;          // [rows]
+  int64_t* done;         // [rows]
+  unsigned* counters;    // [rows, sample_parts]; zeros, and left so
+  const int64_t* eos;    // [eos_count]
+  void* kept;            // [rows, sample_nodes, sample_slots] of 64 bits, round behind round
+  int64_t rows, stride, pad;
+  int width, eos_count;
+  int k;                    // 1 where nothing is cut
+  float cap, temperature;   // 0: no cap, the best
+  float top_p, min_p;       // 1 and 0: none
+  int parts, slots, nodes;  // the launcher's
+};
+// Blocks that read a row; keys of each winner's set, which travel in pairs; winners' sets of a row.
+int sample_parts(int width);
+int sample_slots(int k);
+int sample_nodes(int width, int k);
+void sample(SampleParams params, DType dtype, const Device& device);
 
 }  // namespace gemma4

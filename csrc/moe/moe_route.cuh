@@ -17,24 +17,25 @@ namespace gemma4 {
 
 constexpr int kRouteWarps = 4;
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kRouteWarps * 32)
-    moe_route_kernel(const __grid_constant__ MoeRouteParams p) {
-  const int lane = threadIdx.x % 32;
-  const int64_t token = int64_t{blockIdx.x} * kRouteWarps + threadIdx.x / 32;
-  if (token >= p.tokens) return;
-  const T* logits = static_cast<const T*>(p.logits) + token * p.stride;
+struct Route {
+  int expert;
+  float weight;
+};
 
+// A token's routes by all of a warp's lanes: lane i < k has the i-th, the others have none.
+template <class T, int kPerLane>
+DEVICE Route route_of_lane(const T* logits, int num_experts, int k, const Floats& scale) {
+  const int lane = threadIdx.x % 32;
   Packed candidate[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; i++) {
     const int e = i * 32 + lane;
-    candidate[i] = e < p.num_experts ? pack(to_float(logits[e]), e) : 0;
+    candidate[i] = e < num_experts ? pack(to_float(logits[e]), e) : 0;
   }
 
   int expert = 0;
   float highest = 0.0f, weight = 0.0f;
-  for (int n = 0; n < p.k; n++) {
+  for (int n = 0; n < k; n++) {
     Packed best = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) best = max(best, candidate[i]);
@@ -51,9 +52,20 @@ __global__ void __launch_bounds__(kRouteWarps * 32)
     }
   }
   const float sum = lane_sum(weight);
+  return {expert, lane < k ? weight / sum * float_at(scale, expert) : 0.0f};
+}
+
+template <class T, int kPerLane>
+__global__ void __launch_bounds__(kRouteWarps * 32)
+    moe_route_kernel(const __grid_constant__ MoeRouteParams p) {
+  const int lane = threadIdx.x % 32;
+  const int64_t token = int64_t{blockIdx.x} * kRouteWarps + threadIdx.x / 32;
+  if (token >= p.tokens) return;
+  const Route route = route_of_lane<T, kPerLane>(static_cast<const T*>(p.logits) + token * p.stride,
+                                                 p.num_experts, p.k, p.scale);
   if (lane >= p.k) return;
-  p.experts[token * p.k + lane] = expert;
-  p.weights[token * p.k + lane] = weight / sum * float_at(p.scale, expert);
+  p.experts[token * p.k + lane] = route.expert;
+  p.weights[token * p.k + lane] = route.weight;
 }
 
 }  // namespace gemma4

@@ -62,13 +62,13 @@ struct MoeTile {
   int expert, begin, rows;  // rows 0: there is none
 };
 
-// Tile n when each expert's assignments are cut into tiles of most_rows. All of a warp's lanes ask
-// for the same one.
-DEVICE MoeTile moe_tile(const MoeExpertsParams& p, int n, int most_rows) {
+// Tile n when each expert's assignments, which begin at these offsets, are cut into tiles of
+// most_rows. All of a warp's lanes ask for the same one.
+DEVICE MoeTile moe_tile(const int32_t* offsets, int num_experts, int n, int most_rows) {
   const int lane = threadIdx.x % 32;
-  for (int first = 0; first < p.num_experts; first += 32) {
-    const int begin = p.offsets[min(first + lane, p.num_experts)];
-    const int end = p.offsets[min(first + lane + 1, p.num_experts)];
+  for (int first = 0; first < num_experts; first += 32) {
+    const int begin = offsets[min(first + lane, num_experts)];
+    const int end = offsets[min(first + lane + 1, num_experts)];
     const int tiles = (end - begin + most_rows - 1) / most_rows;
     int through = tiles;  // of this lane's expert and those before it
 #pragma unroll

@@ -86,17 +86,14 @@ struct LaneColumns<T, float> {
   }
 };
 
+// Of one tile, whose assignments `order` begins with, the hidden values of 16 gate rows.
 template <class T, class W, class Batch>
-__global__ void __launch_bounds__(kStreamWarps * 32, 2)
-    moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
+DEVICE void stream_gate_up(const MoeExpertsParams& p, const MoeTile& tile, const int32_t* order,
+                           int first_row, GateUpSmem<T, Batch>& smem) {
   using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Batch::kTokens / 8;
-  auto& smem = shared_memory<GateUpSmem<T, Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const MoeTile tile = moe_tile(p, blockIdx.y, Batch::kTokens);
-  if (tile.rows == 0) return;
-
-  const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
+  const int row = first_row + lane / 4;
   const W* gate_row = static_cast<const W*>(p.gate_up) +
                       (int64_t{2} * tile.expert * p.hidden_width + row) * p.width;
   const W* up_row = gate_row + int64_t{p.hidden_width} * p.width;
@@ -104,7 +101,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
 #pragma unroll
   for (int n = 0; n < kBlocks; n++) {
     const int i = min(n * 8 + lane / 4, tile.rows - 1);
-    token[n] = static_cast<const T*>(p.x) + p.order[tile.begin + i] / p.k * p.x_stride;
+    token[n] = static_cast<const T*>(p.x) + order[i] / p.k * p.x_stride;
   }
 
   float gate[kBlocks][4] = {}, up[kBlocks][4] = {};
@@ -154,7 +151,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
 #pragma unroll
     for (int e = 0; e < 4; e++)
       *smem.hidden_at(warp * 8 + lane % 4 * 2 + e % 2, lane / 4 + e / 2 * 8) =
-          from_float<T>(saturate<T>(gelu_tanh(g[e]) * u[e]));
+          from_float<T>(gated<T>(g[e], u[e]));
   }
   __syncthreads();
   const int i = threadIdx.x / 2, part = threadIdx.x % 2 * 8;
@@ -162,6 +159,15 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     ptx::store_16(
         static_cast<T*>(p.hidden) + int64_t{tile.begin + i} * p.hidden_width + first_row + part,
         load_shared(reinterpret_cast<const uint4*>(smem.hidden_at(i, part))));
+}
+
+template <class T, class W, class Batch>
+__global__ void __launch_bounds__(kStreamWarps * 32, 2)
+    moe_stream_gate_up_kernel(const __grid_constant__ MoeExpertsParams p) {
+  auto& smem = shared_memory<GateUpSmem<T, Batch>>();
+  const MoeTile tile = moe_tile(p.offsets, p.num_experts, blockIdx.y, Batch::kTokens);
+  if (tile.rows == 0) return;
+  stream_gate_up<T, W, Batch>(p, tile, p.order + tile.begin, blockIdx.x * kStreamRows, smem);
 }
 
 template <class T, class W, class Batch>
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
 
   for (int t = warp;; t += kStreamWarps) {
-    const MoeTile tile = moe_tile(p, t, Batch::kTokens);
+    const MoeTile tile = moe_tile(p.offsets, p.num_experts, t, Batch::kTokens);
     if (tile.rows == 0) break;
     const W* weight_row =
         static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;

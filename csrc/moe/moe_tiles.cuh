@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int out_width = kGateUp ? p.hidden_width : p.width;
   const int column_tiles = (out_width + kOutColumns - 1) / kOutColumns;
   const int first_column = blockIdx.x % column_tiles * kOutColumns;
-  const MoeTile tile = moe_tile(p, blockIdx.x / column_tiles, kRows);
+  const MoeTile tile = moe_tile(p.offsets, p.num_experts, blockIdx.x / column_tiles, kRows);
   if (tile.rows == 0) return;
 
   for (int i = threadIdx.x; i < tile.rows; i += kTileThreads)
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kTileThreads)
         const int row = i * 64 + warp * 16 + lane / 4 + half * 8;
         float low = sum[i][n][2 * half], high = sum[i][n][2 * half + 1];
         if constexpr (kGateUp) {
-          low = gelu_tanh(low) * sum[i][n + 8][2 * half];
-          high = gelu_tanh(high) * sum[i][n + 8][2 * half + 1];
+          low = gated<T>(low, sum[i][n + 8][2 * half]);
+          high = gated<T>(high, sum[i][n + 8][2 * half + 1]);
         }
         T* to = smem.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "../linear/ops.h"
 
 namespace gemma4 {
 
@@ -36,5 +37,36 @@ struct MoeExpertsParams {
 void moe_experts(const MoeExpertsParams& params, const DTypes& dtypes, const Device& device);
 // Whether the tokens are so few that the weights are streamed past them.
 bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts);
+
+// What opens both branches of a layer with experts; the OpeningParams' norm is the dense one's.
+struct MoeOpenParams : OpeningParams {
+  const void* gate_up;        // [2 rows, width], gate rows first
+  const void* expert_weight;  // [width]
+  const void* router_scale;   // [width]
+  const void* router;         // [num_experts, width]
+  void* hidden;               // [tokens, rows]
+  void* logits;               // [tokens, num_experts]
+  void* expert_x;             // [tokens, width]
+  int rows, num_experts;      // multiples of 8
+  int dense_blocks;           // the launcher's
+  float factor;               // width^-½
+};
+void moe_open(MoeOpenParams params, DType dtype, const Device& device);
+
+constexpr int kMostSmallExperts = 128, kMostSmallAssignments = 128;
+// Its experts and weights are chosen by the first launch, and the launcher's.
+struct MoeExpertsSmallParams : MoeExpertsParams {
+  const void* logits;     // [T, E]
+  Floats scale;           // [E]
+  int32_t* chosen;        // [A]
+  float* chosen_weights;  // [A]
+  const void* dense_x;    // [T, dense_width]
+  const void* dense;      // [D, dense_width]
+  void* dense_y;          // [T, D]
+  int64_t logits_stride, dense_stride;
+  int dense_width;   // a multiple of 8, as is D
+  int dense_blocks;  // the launcher's
+};
+void moe_experts_small(MoeExpertsSmallParams params, DType dtype, const Device& device);
 
 }  // namespace gemma4

@@ -2,16 +2,13 @@
 //
 // rope turns the pairs (i, i + C/2) by position · inv_freq[i]. A block owns a token; each group of
 // neighbouring lanes owns one head at a time and walks over the token's heads: q's, then k's, then
-// v's. A lane holds vectors of the head's first half and those that pair with them, so that the
-// rotation never leaves the lane, and the angles' sin and cos, the same for every head, stay in
-// registers. Without v, a k head gives both outputs from one read. No shared memory, no barrier.
-// Bound: 2 (H + 2G) C sizeof(T) bytes of DRAM a token.
+// v's, as heads.cuh says; the angles' sin and cos, the same for every head, stay in registers.
+// Without v, a k head gives both outputs from one read. No shared memory, no barrier. Bound: 2 (H +
+// 2G) C sizeof(T) bytes of DRAM a token.
 #pragma once
 
 #include "../common/indices.cuh"
-#include "../common/math.cuh"
-#include "../common/reduce.cuh"
-#include "../common/row.cuh"
+#include "heads.cuh"
 #include "ops.h"
 
 namespace gemma4 {
@@ -50,76 +47,30 @@ DEVICE Head<T, W> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slo
           p.v ? nullptr : v_out};
 }
 
-template <class T, int kHeadDim>
-struct HeadLanes {
-  static constexpr int kWidth = kFullWidth<T>;
-  static constexpr int kVectorsOfHalf = kHeadDim / 2 / kWidth;
-  static constexpr int kLanes = kVectorsOfHalf < 32 ? kVectorsOfHalf : 32;
-  static constexpr int kVectors = kVectorsOfHalf / kLanes;  // of each half, a lane
-};
-
 template <class T, class W, int kHeadDim>
 __global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
     qkv_norm_rope_kernel(const __grid_constant__ QkvNormRopeParams p) {
   using Lanes = HeadLanes<T, kHeadDim>;
-  constexpr int kWidth = Lanes::kWidth, kVectors = Lanes::kVectors, kHalf = kHeadDim / 2;
-  const int lane = threadIdx.x % Lanes::kLanes;
   const int groups = blockDim.x / Lanes::kLanes;
   const int group = blockIdx.y * groups + threadIdx.x / Lanes::kLanes;
-  const Columns<kVectors, kWidth> half{kHalf, lane, Lanes::kLanes};
 
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const float position = static_cast<float>(index_at(p.positions, token));
     const int64_t slot = p.slots.data ? index_at(p.slots, token) : token;
-    float sin[kVectors][kWidth], cos[kVectors][kWidth];
-    half.each([&](int i, int column) {
-#pragma unroll
-      for (int j = 0; j < kWidth; j += 4) {
-        const auto frequency = load<4>(p.inv_freq + column + j);
-#pragma unroll
-        for (int l = 0; l < 4; l++) sin_cos(position * frequency[l], sin[i][j + l], cos[i][j + l]);
-      }
-    });
+    const Rotation<T, kHeadDim> rotation(p.inv_freq,
+                                         static_cast<float>(index_at(p.positions, token)));
 
     // Every group takes every turn: the sums are the whole warp's.
     for (int first = 0; first < num_heads(p); first += groups * gridDim.y) {
       const bool has_head = first + group < num_heads(p);
       const Head<T, W> head =
           has_head ? head_at<T, W>(p, token, slot, first + group) : Head<T, W>{};
-      const auto a = half.load_once(head.in, has_head);
-      const auto b = half.load_once(head.in + kHalf, has_head);
-      float sum = 0.0f;
-      half.each([&](int i, int) {
-        sum += sum_of_squares<kWidth>(a.vectors[i]) + sum_of_squares<kWidth>(b.vectors[i]);
-      });
-      const float scale = inv_rms(lane_sum<Lanes::kLanes>(sum), kHeadDim, p.eps);
+      const HeadRow<T, kHeadDim> row(head.in, has_head, p.eps);
+      const auto to = [](T* out) {
+        return [out](int column, const auto& vector) { store(out + column, vector); };
+      };
       T* raw_out = head.weight ? head.raw_out : head.out;
-      half.each([&](int i, int column) {
-        const auto a_i = a.at(i, column), b_i = b.at(i, column);
-        const auto store_both = [&](T* out, const auto& first_half, const auto& second_half) {
-          store(out + column, first_half);
-          store(out + kHalf + column, second_half);
-        };
-        Vec<T, kWidth> out_a, out_b;
-        if (raw_out) {
-#pragma unroll
-          for (int j = 0; j < kWidth; j++) {
-            out_a.set(j, a_i[j] * scale);
-            out_b.set(j, b_i[j] * scale);
-          }
-          store_both(raw_out, out_a, out_b);
-        }
-        if (!head.weight || !head.out) return;
-        const auto weight_a = load<kWidth>(head.weight + column);
-        const auto weight_b = load<kWidth>(head.weight + kHalf + column);
-#pragma unroll
-        for (int j = 0; j < kWidth; j++) {
-          const float x = a_i[j] * scale * weight_a[j], y = b_i[j] * scale * weight_b[j];
-          out_a.set(j, x * cos[i][j] - y * sin[i][j]);
-          out_b.set(j, y * cos[i][j] + x * sin[i][j]);
-        }
-        store_both(head.out, out_a, out_b);
-      });
+      if (raw_out) row.normed(to(raw_out));
+      if (head.weight && head.out) row.turned(head.weight, rotation, to(head.out));
     }
   }
 }

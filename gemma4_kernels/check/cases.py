@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.attention import HEAD_DIMS
+from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..reference.attention import COUNTERS
 
 HOST = torch.device("cpu")
 EPS = 1e-6
@@ -136,7 +138,11 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             scale = draw.randn(1, mean=0.3, std=0.1) if opens and gated else None
             factor = draw.strided(tokens, rows) if width == 256 else None
             x, weight = draw.strided(tokens, width), draw.randn(height, width, std=std)
-            yield x, weight, residual, post_weight, scale, norm_weight, factor, EPS, gated
+            two = opens and tokens == 1
+            other = draw.strided(tokens, width) if two else None
+            x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
+            norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
+            yield x, weight, *norms, EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:
@@ -215,6 +221,35 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
             yield q, *ring, seq_lens, None, 1.0, 37, True, 0.0, True
 
 
+def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
+    lengths = 1, 0, 45, 270  # the last is divided among blocks
+    for head_dim in HEAD_DIMS:
+        weights = draw.weight(head_dim), draw.weight(head_dim)
+        positions, inv_freq = (
+            draw.ints(0, 0, 44, 900),
+            1e4 ** -(torch.arange(head_dim // 2) / head_dim),
+        )
+        rope = *weights, positions, inv_freq.to(draw.device)
+        counters = torch.zeros(4, 2, COUNTERS, dtype=torch.int32).to(draw.device)
+
+        def qkv(group: int, head_dim: int = head_dim) -> tuple[Tensor, ...]:
+            return draw.strided(4, 2 * group + 4, head_dim).split([2 * group, 2, 2], 1)
+
+        rows = [heads(draw, 4, 272, 2, head_dim) for _ in range(2)]
+        for b, length in enumerate(lengths):
+            for cache in rows:
+                cache[b, max(length - 1, 0) :] = torch.nan
+        seq_lens, scale = draw.ints(*lengths), head_dim**-0.5
+        yield *qkv(4), *rope, *rows, seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        q, k, _ = qkv(16)
+        k_pages, v_pages, table = paged(draw, lengths, 16, 2, head_dim)
+        pages = k_pages, v_pages, seq_lens, table, counters
+        yield q, k, None, *rope, *pages, EPS, scale, 33, False, 20.0
+        ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
+        borrowed = None, None, weights[0], None, *rope[2:]
+        yield qkv(1)[0], *borrowed, *ring, seq_lens, None, counters, EPS, scale, 37, True, 0.0
+
+
 def moe_route(draw: Draw) -> Iterator[Arguments]:
     for experts, k in ((5, 5), (128, 8), (MOST_EXPERTS, MOST_ROUTES)):
         for dtype in draw.others:
@@ -236,6 +271,36 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
                 draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype),
                 chosen.to(draw.device),  # the last is one that lives elsewhere
                 draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
+            )
+
+
+def moe_open(draw: Draw) -> Iterator[Arguments]:
+    for tokens, width, rows, experts in ((1, 72, 24, 8), (3, 2816, 16, 32), (16, 520, 2400, 16)):
+        std = width**-0.5
+        weights = [draw.weight(width) for _ in range(4)]
+        yield (
+            *(draw.strided(tokens, width), draw.strided(tokens, width), *weights[:2]),
+            draw.randn(2 * rows, width, std=std),
+            *weights[2:],
+            draw.randn(experts, width),
+            EPS,
+        )
+
+
+def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
+    for tokens, experts, k, width, hidden in ((1, 8, 2, 72, 24), (8, 128, 8, 528, 40)):
+        for more in (0, 8):
+            logits = torch.stack([draw.permutation(experts) for _ in range(tokens + more)])
+            logits[0, 1] = logits[0, 0]  # of equals the first comes first
+            yield (
+                draw.strided(tokens + more, width),
+                draw.randn(experts, 2 * hidden, width, std=width**-0.5),
+                draw.randn(experts, width, hidden, std=hidden**-0.5),
+                (logits / experts * 8).to(draw.device, draw.dtype),
+                draw.weight(experts, torch.float32),
+                k,
+                draw.strided(tokens + more, 136),
+                draw.randn(width, 136, std=0.1),
             )
 
 
@@ -273,6 +338,20 @@ def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
         yield -1.0 - draw.permutation(width).to(draw.device, draw.dtype)[None], 30.0
 
 
+def sample(draw: Draw) -> Iterator[Arguments]:
+    for vocab_size in (7, 96, 4104, 20_000):  # parts of a row: one, three, ten
+        logits = draw.strided(3, vocab_size).clamp_(-2, 2)
+        logits[0, 5] = logits[0, 6] = logits[1, 3] = logits[2, 0] = 40
+        rows = draw.ints(-1, 5, 1 << 40, dtype=torch.int64), draw.ints(0, 7, 9)
+        for options in (0.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (0.5, 5, 0.4, 0.01):
+            ids, done = draw.ints(0, 0, 0, dtype=torch.int64), draw.ints(0, 0, 1, dtype=torch.int64)
+            eos = draw.ints(3, 96, dtype=torch.int64)
+            state = *rows, ids, done, sample_counters(logits), eos
+            # Draws have one token worth mentioning: the twin in float64 draws it too.
+            cut = logits if options[0] == 0 else logits.index_fill(1, draw.ints(6), -2)
+            yield cut, *state, 0.0 if options[0] else 50.0, *options, 2
+
+
 CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
     function.__name__: function
     for function in (
@@ -286,11 +365,15 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         attention_prefill,
         attention_prefill_backward,
         attention_decode,
+        qkv_attention_decode,
         moe_route,
         moe_experts,
+        moe_open,
+        moe_experts_small,
         ple_embed,
         ple_gate,
         softcap,
         softcap_argmax,
+        sample,
     )
 }

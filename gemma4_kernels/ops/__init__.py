@@ -12,11 +12,11 @@ Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device
 sentence names the argument, what it must be and what came.
 """
 
-from .attention import attention_decode, attention_prefill
+from .attention import attention_decode, attention_prefill, qkv_attention_decode
 from .linear import linear_small
-from .logits import softcap, softcap_argmax
+from .logits import sample, softcap, softcap_argmax
 from .mlp import geglu
-from .moe import moe_experts, moe_norm, moe_route
+from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
 from .norm import add_rms_norm, rms_norm
 from .ple import ple_embed, ple_gate
 from .rope import qkv_norm_rope, qkv_norm_rope_cache
@@ -28,13 +28,17 @@ __all__ = [
     "geglu",
     "linear_small",
     "moe_experts",
+    "moe_experts_small",
     "moe_norm",
+    "moe_open",
     "moe_route",
     "ple_embed",
     "ple_gate",
+    "qkv_attention_decode",
     "qkv_norm_rope",
     "qkv_norm_rope_cache",
     "rms_norm",
+    "sample",
     "softcap",
     "softcap_argmax",
 ]

@@ -9,6 +9,8 @@ from ..reference import attention as reference
 
 # Those that csrc/attention has tiles for; its launchers refuse others, whoever calls.
 HEAD_DIMS = (64, 128, 256, 512)
+# Query heads that may share a KV head in `qkv_attention_decode`.
+MOST_GROUP = 16
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -212,3 +214,70 @@ def attention_decode(
     args = (q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse)
     out, lse = _attention_decode(*args)
     return out, lse if return_lse else None
+
+
+def _qkv_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    if q.ndim == 3 and k_cache.ndim == 4 and q.shape[1] > MOST_GROUP * k_cache.shape[2]:
+        return f"at most {MOST_GROUP} query heads may share a KV head, got {list(q.shape)}"
+    return _decode_unserved(q, k_cache, v_cache)
+
+
+_qkv_attention_decode = Op(
+    "qkv_attention_decode(Tensor q, Tensor? k, Tensor? v, Tensor q_weight, Tensor? k_weight,"
+    " Tensor positions, Tensor inv_freq, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens,"
+    " Tensor? block_table, Tensor(c!) counters, float eps, float scale, int window, bool ring,"
+    " float softcap) -> Tensor",
+    reference.qkv_attention_decode,
+    check=reference.check_qkv_attention_decode,
+    outputs=lambda q: new(q, *q.shape),
+    dtypes=HALF,
+    beside=("q_weight", "k_weight"),
+    unserved=_qkv_unserved,
+)
+
+
+def qkv_attention_decode(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    counters: Tensor,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """One new token of each sequence: `qkv_norm_rope`, its key into the cache, `attention_decode`.
+
+    q [B, H, C], k and v [B, G, C], q_weight, k_weight, positions [B], inv_freq and eps are those of
+    `qkv_norm_rope`; without k the caches hold the new key already (a layer that borrows them).
+    k_cache, v_cache, seq_lens [B], block_table, scale, window, ring and softcap are those of
+    `attention_decode`; seq_lens counts the new token, whose place is that of key seq_lens - 1. A
+    length of 0 leaves a row out: nothing is written. counters [B, G, 9] are int32 zeros and are so
+    again behind the call: one tensor serves all layers of a step.
+
+    Returns out [B, H, C] in the dtype of q, of which q, k and v are normed and rotated as the two
+    ops in a row make them. Has no backward.
+
+    The eager twin raises ValueError for a seq_lens outside 0..S (in a ring: below 0); a kernel
+    takes the nearer of the two, and writes no key that has no place.
+    """
+    # As in `qkv_norm_rope_cache`.
+    if needs_grad(q, k, v, q_weight, k_weight):
+        raise RuntimeError(
+            "qkv_attention_decode has no backward; use qkv_norm_rope and attention_prefill, or "
+            "torch.no_grad()"
+        )
+    cache = k_cache, v_cache, seq_lens, block_table, counters
+    options = eps, scale, window, ring, softcap
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, *cache, *options)
+    return _qkv_attention_decode(*args)

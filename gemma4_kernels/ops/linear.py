@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import opset
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Op, new
 from ..reference import linear as reference
@@ -20,6 +19,9 @@ def _unserved(
     scale: Tensor | None,
     norm_weight: Tensor | None,
     factor: Tensor | None,
+    x_weight: Tensor | None,
+    other: Tensor | None,
+    other_weight: Tensor | None,
     gated: bool,
 ) -> str | None:
     if x.ndim != 2 or weight.ndim != 2:
@@ -29,10 +31,11 @@ def _unserved(
         return f"it is for at most {MOST_TOKENS} tokens, got {tokens}"
     if width % 8 or rows % (16 if gated else 8):
         return f"it is for widths that are multiples of 8, got {list(weight.shape)}"
-    if any(t is not None and t.dtype != x.dtype for t in (weight, post_weight, norm_weight)):
+    weights = (weight, post_weight, norm_weight, x_weight, other_weight)
+    if any(t is not None and t.dtype != x.dtype for t in weights):
         return f"it is for weights in the dtype of x, {x.dtype}"
-    if any(t is not None and t.dtype != x.dtype for t in (residual, scale, factor)):
-        return f"it is for a residual, scale and factor in the dtype of x, {x.dtype}"
+    if any(t is not None and t.dtype != x.dtype for t in (residual, scale, factor, other)):
+        return f"it is for a residual, scale, factor and other in the dtype of x, {x.dtype}"
     normed = residual is not None or norm_weight is not None
     if normed and (width > MOST_NORMED_WIDTH or tokens * width > MOST_NORMED_ELEMENTS):
         return (
@@ -55,12 +58,16 @@ def _outputs(
 
 _linear_small = Op(
     "linear_small(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, Tensor? scale,"
-    " Tensor? norm_weight, Tensor? factor, float eps, bool gated) -> (Tensor, Tensor)",
+    " Tensor? norm_weight, Tensor? factor, Tensor? x_weight, Tensor? other, Tensor? other_weight,"
+    " float eps, bool gated) -> (Tensor, Tensor)",
     reference.linear_small,
     check=reference.check_linear_small,
     outputs=_outputs,
     dtypes=HALF,
-    beside=("residual", "post_weight", "scale", "norm_weight"),
+    beside=(
+        *("residual", "post_weight", "scale", "norm_weight"),
+        *("x_weight", "other", "other_weight"),
+    ),
     unserved=_unserved,
 )
 
@@ -74,6 +81,9 @@ def linear_small(
     scale: Tensor | None = None,
     norm_weight: Tensor | None = None,
     factor: Tensor | None = None,
+    x_weight: Tensor | None = None,
+    other: Tensor | None = None,
+    other_weight: Tensor | None = None,
     gated: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
@@ -81,10 +91,13 @@ def linear_small(
 
     a = x; with a residual, new_residual = (residual + rms_norm(x, post_weight)) scale and a = that;
     with norm_weight, a = rms_norm(a, norm_weight). y = a weightᵀ; gated, geglu(y) of its two
-    halves; with a factor, gelu(y, approximate="tanh") · factor.
+    halves; with a factor, gelu(y, approximate="tanh") · factor. With other, a branch that closes
+    beside x and like it needs a residual, x is rms_norm(x, x_weight) + rms_norm(other,
+    other_weight) in all this.
 
-    x, residual [T, D]; weight [N, D], gated with the N / 2 gate rows first; post_weight, which
-    comes with a residual, and norm_weight [D]; scale [1]; factor [T, N]; eps as in `rms_norm`. x,
+    x, residual, other [T, D]; weight [N, D], gated with the N / 2 gate rows first; post_weight,
+    which comes with a residual, x_weight and other_weight, which come with other, and norm_weight
+    [D]; scale [1]; factor [T, N]; eps as in `rms_norm`. x,
     weight and factor have one floating dtype, and under autocast are cast to its dtype; the others
     may be of any.
     Returns y [T, N or N / 2] in the dtype of weight, and new_residual [T, D] in the one that x and
@@ -96,8 +109,9 @@ def linear_small(
         x, weight = cast(dtype, x, weight)
         if factor is not None:
             (factor,) = cast(dtype, factor)
-    args = (x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated)
-    y, new_residual = _linear_small(*args)
+    opening = residual, post_weight, scale, norm_weight
+    args = (*opening, factor, x_weight, other, other_weight, eps, gated)
+    y, new_residual = _linear_small(x, weight, *args)
     return y, None if residual is None else new_residual
 
 
@@ -106,8 +120,5 @@ def linear_small_pays(x: Tensor, weight: Tensor, norm_weight: Tensor | None, gat
 
     x, weight, norm_weight (with or without a residual) and gated as in `linear_small`.
     """
-    args = (x, weight, None, None, None, norm_weight, None, 0.0, gated)
-    kernels, name = opset.kernels, _linear_small.name
-    if name in kernels.names and kernels.covers(x.device):
-        return name not in kernels.failed(x.device) and _linear_small.why_eager(args) is None
-    return _unserved(*args[:7], gated) is None
+    args = (x, weight, None, None, None, norm_weight, None, None, None, None, 0.0, gated)
+    return _linear_small.pays(args)

@@ -42,3 +42,72 @@ def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
     logits [..., V]. Returns [...] int64: the lowest index among equals; NaN wins, as in torch.
     """
     return _softcap_argmax(logits, cap)
+
+
+MOST_TOP_K = 256  # of a kernel
+
+
+def _sample_unserved(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> str | None:
+    if temperature == 0 or top_k == 1:
+        return None
+    if top_k == 0 and (top_p < 1 or min_p > 0):
+        return "it is for a top_p and min_p of a top_k"
+    if logits.ndim == 2 and min(top_k, logits.shape[1]) > MOST_TOP_K:
+        return f"it is for a top_k of at most {MOST_TOP_K}, got {top_k}"
+    return None
+
+
+_sample = Op(
+    "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor(a!) ids, Tensor(b!) done,"
+    " Tensor(c!) counters, Tensor eos, float cap, float temperature, int top_k, float top_p,"
+    " float min_p, int pad) -> ()",
+    reference.sample,
+    check=reference.check_sample,
+    outputs=lambda: None,
+    unserved=_sample_unserved,
+)
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    ids: Tensor,
+    done: Tensor,
+    counters: Tensor,
+    eos: Tensor,
+    *,
+    cap: float = 0.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    pad: int = 0,
+) -> None:
+    """The next token of each row, drawn or the best, and whether the row ends with it.
+
+    x = softcap(logits, cap), or the logits where cap is 0. With temperature 0 the token is the
+    argmax of x. Else of the top_k largest x (0: of all) it is one drawn from softmax(x /
+    temperature), restricted to the best whose better ones' mass is below top_p, and of them to
+    those at least min_p times as probable as the best: the argmax of x / temperature plus Gumbel
+    noise, which Philox makes of the row's seed, its position and the token. A row's draws depend on
+    nothing else, and are the same on every device. Of equals the lowest index is taken.
+
+    logits [B, V]; seeds [B] int64; positions [B] integers, another in each step; ids [B] int64,
+    written: the token, or pad where the row has ended; done [B] int64, written: 1 where the
+    token is one of eos [E] int64, and not 0 where the row had ended; counters [C] int32, zeros, and
+    left so: one at least for each 2,048 logits of a row that were begun. Returns nothing.
+    """
+    _sample(
+        *(logits, seeds, positions, ids, done, counters, eos),
+        *(cap, temperature, top_k, top_p, min_p, pad),
+    )
+
+
+def sample_counters(logits: Tensor) -> Tensor:
+    """The counters of `sample` for logits of this shape and device."""
+    batch, vocab_size = logits.shape
+    size = batch * -(-vocab_size // reference.SAMPLE_KEYS)
+    return torch.zeros(size, dtype=torch.int32, device=logits.device)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, new
 from ..reference import moe as reference
+from .linear import MOST_NORMED_ELEMENTS, MOST_NORMED_WIDTH, MOST_TOKENS
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,3 +136,175 @@ def moe_experts(
     if isinstance(gate_up, Tensor) and gate_up.dtype != torch.float32:
         gate_up, down = cast(product, gate_up, down)
     return _moe_experts(narrow, gate_up, down, experts, weights).to(x.dtype)
+
+
+# As kMostSmallExperts and kMostSmallAssignments of csrc/moe/ops.h.
+MOST_SMALL_EXPERTS, MOST_SMALL_ASSIGNMENTS = 128, 128
+
+
+def _lies_ready(weight: Tensor) -> bool:
+    """Contiguous, and beginning on a multiple of 16 bytes."""
+    return weight.is_contiguous() and weight.storage_offset() * weight.itemsize % 16 == 0
+
+
+def _open_unserved(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    norm_weight: Tensor,
+    gate_up: Tensor,
+    expert_weight: Tensor,
+    router_scale: Tensor,
+    router: Tensor,
+) -> str | None:
+    if x.ndim != 2 or gate_up.ndim != 2 or router.ndim != 2:
+        return "it is for x [T, D], gate_up [2F, D] and router [E, D]"
+    tokens, width = x.shape
+    if tokens > MOST_TOKENS or width > MOST_NORMED_WIDTH or tokens * width > MOST_NORMED_ELEMENTS:
+        most = f"{MOST_TOKENS} tokens, {MOST_NORMED_WIDTH} columns and {MOST_NORMED_ELEMENTS}"
+        return f"it is for at most {most} elements, got {list(x.shape)}"
+    if width % 8 or gate_up.shape[0] % 16 or router.shape[0] % 8:
+        shapes = f"{list(gate_up.shape)} and {list(router.shape)}"
+        return f"it is for widths that are multiples of 8, got {shapes}"
+    rows = (residual, post_weight, norm_weight, expert_weight, router_scale, gate_up, router)
+    if any(t.dtype != x.dtype for t in rows):
+        return f"it is for tensors of the dtype of x, {x.dtype}, alone"
+    if not (_lies_ready(gate_up) and _lies_ready(router)):
+        return "gate_up or router is not contiguous, or does not begin on a multiple of 16 bytes"
+    return None
+
+
+def _opened(
+    x: Tensor, residual: Tensor, gate_up: Tensor, router: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, wide = x.shape[0], torch.promote_types(x.dtype, residual.dtype)
+    hidden, logits = new(x, tokens, gate_up.shape[0] // 2), new(x, tokens, router.shape[0])
+    return hidden, logits, new(x, *x.shape, dtype=wide), new(x, *x.shape, dtype=wide)
+
+
+_moe_open = Op(
+    "moe_open(Tensor x, Tensor residual, Tensor post_weight, Tensor norm_weight, Tensor gate_up,"
+    " Tensor expert_weight, Tensor router_scale, Tensor router, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.moe_open,
+    check=reference.check_moe_open,
+    outputs=_opened,
+    dtypes=HALF,
+    beside=("residual", "post_weight", "norm_weight", "expert_weight", "router_scale"),
+    unserved=_open_unserved,
+)
+
+
+def moe_open(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    norm_weight: Tensor,
+    gate_up: Tensor,
+    expert_weight: Tensor,
+    router_scale: Tensor,
+    router: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What opens both branches of a layer with experts, for up to 16 tokens.
+
+    r = residual + rms_norm(x, post_weight); hidden = geglu(rms_norm(r, norm_weight) gate_upᵀ);
+    expert_x, router_x = moe_norm(r, expert_weight, router_scale); logits = router_x routerᵀ.
+
+    x, residual [T, D]; gate_up [2F, D], gate rows first; router [E, D]; the other weights [D]; eps
+    as in `rms_norm`. x, gate_up and router have one floating dtype, and under autocast are cast to
+    its dtype; the others may be of any. Returns (hidden [T, F], logits [T, E], expert_x [T, D], r
+    [T, D]), the first two in the dtype of gate_up, the others in the one that x and residual
+    promote to. A kernel reads every weight once, and a token's bits do not depend on the others.
+    """
+    dtype = product_dtype(x)
+    if dtype is not None:
+        x, gate_up, router = cast(dtype, x, gate_up, router)
+    opening = x, residual, post_weight, norm_weight
+    return _moe_open(*opening, gate_up, expert_weight, router_scale, router, eps)
+
+
+def _experts_small_unserved(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    logits: Tensor,
+    k: int,
+    dense_x: Tensor,
+    dense: Tensor,
+) -> str | None:
+    if x.ndim != 2 or down.ndim != 3 or dense.ndim != 2:
+        return "it is for x [T, D], down [E, D, F] and dense [D, N]"
+    tokens, num_experts = x.shape[0], down.shape[0]
+    if (
+        tokens > MOST_TOKENS
+        or tokens * k > MOST_SMALL_ASSIGNMENTS
+        or num_experts > MOST_SMALL_EXPERTS
+        or k > MOST_ROUTES
+    ):
+        most = f"{MOST_TOKENS} tokens, {MOST_SMALL_ASSIGNMENTS} assignments, {MOST_SMALL_EXPERTS}"
+        got = f"{tokens} tokens and {k} of {num_experts} experts"
+        return f"it is for at most {most} experts and k = {MOST_ROUTES}, got {got}"
+    if down.shape[1] % 8 or down.shape[2] % 8 or not down.shape[2] or dense.shape[1] % 8:
+        shapes = f"{list(down.shape)} and {list(dense.shape)}"
+        return f"it is for widths that are multiples of 8, got {shapes}"
+    if any(t.dtype != x.dtype for t in (gate_up, down, logits, dense_x, dense)):
+        return f"it is for tensors of the dtype of x, {x.dtype}, alone"
+    if not all(map(_lies_ready, (gate_up, down, dense))):
+        return "a weight is not contiguous, or does not begin on a multiple of 16 bytes"
+    return None
+
+
+_moe_experts_small = Op(
+    "moe_experts_small(Tensor x, Tensor gate_up, Tensor down, Tensor logits,"
+    " Tensor per_expert_scale, int k, Tensor dense_x, Tensor dense) -> (Tensor, Tensor)",
+    reference.moe_experts_small,
+    check=reference.check_moe_experts_small,
+    outputs=lambda x: (new(x, *x.shape), new(x, *x.shape)),
+    dtypes=HALF,
+    beside=("logits", "per_expert_scale"),
+    unserved=_experts_small_unserved,
+)
+
+
+def moe_experts_small(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    logits: Tensor,
+    per_expert_scale: Tensor,
+    k: int,
+    dense_x: Tensor,
+    dense: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The experts of up to 16 tokens with the choice among them, and the dense branch beside them.
+
+    y = moe_experts(x, gate_up, down, experts, weights) of the experts and weights that
+    moe_route(logits, per_expert_scale, k) chooses; dense_y = dense_x denseᵀ.
+
+    x, gate_up and down as in `moe_experts`; logits and per_expert_scale as in `moe_route`; dense_x
+    [T, N] and dense [D, N] in the dtype of x. Under autocast all products are of its dtype. Returns
+    (y, dense_y), each [T, D] in the dtype of x. A kernel reads every touched weight once, and a
+    token's bits do not depend on the others.
+    """
+    dtype, wide = product_dtype(x), x.dtype
+    if dtype is not None:
+        x, dense_x, dense = cast(dtype, x, dense_x, dense)
+        if isinstance(gate_up, Tensor) and gate_up.dtype != torch.float32:
+            gate_up, down = cast(dtype, gate_up, down)
+    routing = logits, per_expert_scale, k
+    y, dense_y = _moe_experts_small(x, gate_up, down, *routing, dense_x, dense)
+    return y.to(wide), dense_y
+
+
+def moe_small_pays(
+    opening: tuple[Tensor, ...], experts: tuple[Tensor, Tensor], k: int, dense: Tensor
+) -> bool:
+    """Whether `moe_open` of these, up to eps, and `moe_experts_small` behind it are no slower than
+    their parts; experts: gate_up and down."""
+    x, router = opening[0], opening[-1]
+    logits, dense_x = new(x, x.shape[0], router.shape[0]), new(x, x.shape[0], dense.shape[-1])
+    routing = logits, logits, k
+    return _moe_open.pays(opening) and _moe_experts_small.pays(
+        (x, *experts, *routing, dense_x, dense)
+    )

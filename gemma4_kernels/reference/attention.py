@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import check_floating, check_integral, check_like, check_same_device, check_shape
+from .rope import check_qkv_norm_rope, qkv_norm_rope
 from .scores import (
     grouped,
     keys_on_pages,
@@ -20,11 +21,18 @@ from .scores import (
     visible_mask,
 )
 
-__all__ = ["attention_decode", "attention_prefill", "attention_prefill_backward"]
+__all__ = [
+    "attention_decode",
+    "attention_prefill",
+    "attention_prefill_backward",
+    "qkv_attention_decode",
+]
 
 # Attention scores held at once by `attention_prefill`, in elements: bounds its memory whatever the
 # prompt, and large enough for full-speed matrix products.
 SCORE_ELEMENTS = 1 << 22
+# Of each sequence and KV head in `qkv_attention_decode`.
+COUNTERS = 9
 # Query rows per call of torch's fused CPU attention, which blocks over keys itself.
 FUSED_ROWS = 256
 
@@ -339,3 +347,78 @@ def attention_decode(
         if return_lse:
             lse_BHN[b] = lse.flatten(0, 1)
     return out, lse_BHN
+
+
+def check_qkv_attention_decode(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    counters: Tensor,
+    window: int,
+    ring: bool,
+) -> None:
+    check_qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq)
+    decode = (k_cache, v_cache, seq_lens, block_table, window, ring)
+    check_attention_decode(q.unsqueeze(1), *decode)
+    kv_heads = k_cache.shape[2]
+    if k is not None and k.shape[1] != kv_heads:
+        raise ValueError(f"k must have the heads of k_cache, {kv_heads}, got {k.shape[1]}")
+    if counters.dtype != torch.int32:
+        raise TypeError(f"counters must be int32, got {counters.dtype}")
+    check_same_device("counters", counters, "q", q)
+    check_shape("counters", counters, (q.shape[0], kv_heads, COUNTERS))
+    if not counters.is_contiguous():
+        raise ValueError("counters must be contiguous")
+
+
+def qkv_attention_decode(
+    q_BHC: Tensor,
+    k_BGC: Tensor | None,
+    v_BGC: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions_B: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    counters: Tensor,
+    eps: float,
+    scale: float,
+    window: int,
+    ring: bool,
+    softcap: float,
+) -> Tensor:
+    rope = q_weight, k_weight, positions_B, inv_freq, eps
+    q_BHC, new_k_BGC, new_v_BGC = qkv_norm_rope(q_BHC, k_BGC, v_BGC, *rope)
+    if k_BGC is not None:
+        rows, outer, inner = _newest(k_cache, seq_lens, block_table, ring)
+        k_cache[outer, inner] = new_k_BGC[rows]
+        v_cache[outer, inner] = new_v_BGC[rows]
+    options = block_table, scale, window, ring, softcap, False
+    out, _ = attention_decode(q_BHC.unsqueeze(1), k_cache, v_cache, seq_lens, *options)
+    return out.squeeze(1)
+
+
+def _newest(
+    cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, ring: bool
+) -> list[Tensor]:
+    """The rows whose newest key has a place, and its index in the cache's first two dimensions."""
+    size = cache.shape[1]
+    room = size if block_table is None else size * block_table.shape[1]
+    newest = [length - 1 for length in seq_lens.tolist()]
+    rows = [b for b, p in enumerate(newest) if p >= 0 and (ring or p < room)]
+    outer = rows
+    if block_table is not None:
+        outer = [int(block_table[b, newest[b] // size]) for b in rows]
+    inner = [newest[b] % size for b in rows]
+    return [torch.tensor(x, dtype=torch.int64, device=cache.device) for x in (rows, outer, inner)]

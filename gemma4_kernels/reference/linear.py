@@ -19,6 +19,9 @@ def check_linear_small(
     scale: Tensor | None,
     norm_weight: Tensor | None,
     factor: Tensor | None,
+    x_weight: Tensor | None,
+    other: Tensor | None,
+    other_weight: Tensor | None,
     gated: bool,
 ) -> None:
     check_floating("x", x)
@@ -34,11 +37,19 @@ def check_linear_small(
         raise ValueError("residual and post_weight must come together or not")
     if scale is not None and residual is None:
         raise ValueError("scale must not come without a residual")
+    with_other = {other is None, x_weight is None, other_weight is None}
+    if len(with_other) > 1 or (other is not None and residual is None):
+        raise ValueError(
+            "x_weight, other and other_weight must come together and with a residual, or not"
+        )
     if factor is not None and gated:
         raise ValueError("factor must not come with gated")
-    if residual is not None:
-        check_beside("residual", residual, "x", x, (tokens, width))
-    for name, row in (("post_weight", post_weight), ("norm_weight", norm_weight)):
+    for name, rows in (("residual", residual), ("other", other)):
+        if rows is not None:
+            check_beside(name, rows, "x", x, (tokens, width))
+    weights = {"post_weight": post_weight, "norm_weight": norm_weight}
+    weights |= {"x_weight": x_weight, "other_weight": other_weight}
+    for name, row in weights.items():
         if row is not None:
             check_beside(name, row, "x", x, (width,))
     if scale is not None:
@@ -56,12 +67,18 @@ def linear_small(
     scale: Tensor | None,
     norm_weight: Tensor | None,
     factor: Tensor | None,
+    x_weight: Tensor | None,
+    other: Tensor | None,
+    other_weight: Tensor | None,
     eps: float,
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
     a, new_residual = x, x.new_empty(0)
     if residual is not None:
         assert post_weight is not None  # they come together
+        if other is not None:
+            assert other_weight is not None
+            x, _ = add_rms_norm(other, rms_norm(x, x_weight, eps), other_weight, None, None, eps)
         a, _ = add_rms_norm(x, residual, post_weight, None, scale, eps)
         new_residual = a
     if norm_weight is not None:

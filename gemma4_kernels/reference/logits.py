@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
-from .common import check_floating
+from .common import check_floating, check_integral, check_same_device, check_shape
 
-__all__ = ["softcap", "softcap_argmax"]
+__all__ = ["sample", "softcap", "softcap_argmax"]
+
+SAMPLE_KEYS = 2048  # logits a counter
+_WORD = 0xFFFFFFFF  # 32 bits
 
 
 def check_softcap(logits: Tensor, cap: float) -> None:
@@ -26,3 +29,134 @@ def check_softcap_argmax(logits: Tensor, cap: float) -> None:
 
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
     return softcap(logits, cap).argmax(-1)
+
+
+def check_sample(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    ids: Tensor,
+    done: Tensor,
+    counters: Tensor,
+    eos: Tensor,
+    cap: float,
+    top_p: float,
+    min_p: float,
+) -> None:
+    check_floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [B, V] of a vocabulary, got {list(logits.shape)}")
+    batch, vocab_size = logits.shape
+    check_integral("positions", positions)
+    rows = {"seeds": seeds, "positions": positions, "ids": ids, "done": done}
+    for name, x in (rows | {"eos": eos}).items():
+        check_same_device(name, x, "logits", logits)
+        if name != "positions" and x.dtype != torch.int64:
+            raise TypeError(f"{name} must hold int64, got {x.dtype}")
+        check_shape(name, x, (x.numel() if name == "eos" else batch,))
+        if name != "positions" and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    check_same_device("counters", counters, "logits", logits)
+    if counters.dtype != torch.int32:
+        raise TypeError(f"counters must hold int32, got {counters.dtype}")
+    least = batch * -(-vocab_size // SAMPLE_KEYS)
+    if counters.ndim != 1 or counters.numel() < least or not counters.is_contiguous():
+        raise ValueError(
+            f"counters must be at least {least} side by side, got {list(counters.shape)}"
+        )
+    if not cap >= 0:
+        raise ValueError(f"cap must be at least 0, got {cap}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if not min_p <= 1:
+        raise ValueError(f"min_p must be at most 1, got {min_p}")
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    ids: Tensor,
+    done: Tensor,
+    counters: Tensor,
+    eos: Tensor,
+    cap: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    pad: int,
+) -> None:
+    x = softcap(logits, cap) if cap else logits
+    if temperature == 0:
+        chosen = x.argmax(-1)
+    else:
+        scores, kept = cut(x, temperature, top_k, top_p, min_p)
+        winner = (scores + gumbel(seeds, positions, kept, scores.shape[1])).argmax(-1, True)
+        chosen = (winner if kept is None else kept.gather(-1, winner)).squeeze(-1)
+    ids.copy_(torch.where(done != 0, pad, chosen))
+    done.bitwise_or_(torch.isin(ids, eos))
+
+
+def cut(
+    x_BV: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """What is drawn from: logits over the temperature [B, N], -inf where top_p or min_p cut a token
+    off, and the tokens [B, N], best first; None: all of them, in their order."""
+    vocab_size = x_BV.shape[-1]
+    top_k = min(top_k or vocab_size, vocab_size)
+    scores = x_BV.to(torch.promote_types(x_BV.dtype, torch.float32))
+    ids = None
+    if top_k < vocab_size or top_p < 1:
+        ids = _best(scores, top_k)
+        scores = scores.gather(-1, ids)
+    scores = scores / temperature
+    if top_p < 1 or min_p:
+        probabilities = scores.softmax(-1)
+        if top_p < 1:
+            # Keep the best tokens whose predecessors' mass is below top_p; the first always stays.
+            before = probabilities.cumsum(-1) - probabilities
+            scores = scores.masked_fill(before >= top_p, -torch.inf)
+        if min_p:
+            least = min_p * probabilities.amax(-1, keepdim=True)
+            scores = scores.masked_fill(probabilities < least, -torch.inf)
+    return scores, ids
+
+
+def _best(x_BV: Tensor, k: int) -> Tensor:
+    """The tokens of the k largest [B, k], best first, of equals the lower first; which topk leaves
+    open, so that it is given the values, as integers of their order, and the indices in one."""
+    bits = (x_BV.float() + 0.0).view(torch.int32)
+    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill(x_BV.isnan(), 0x7FFFFFFF)
+    index = torch.arange(x_BV.shape[-1], device=x_BV.device)
+    keys = (bits.to(torch.int64) << 32) | (_WORD - index)
+    return _WORD - (keys.topk(k, -1).values & _WORD)
+
+
+def gumbel(seeds_B: Tensor, positions_B: Tensor, ids_BN: Tensor | None, vocab_size: int) -> Tensor:
+    """-log(e), e exponential, of tokens [B, N], or of all: a function of seed, position and token,
+    the same on every device."""
+    if ids_BN is None:
+        fours = torch.arange(-(-vocab_size // 4), device=seeds_B.device)
+        words = philox(seeds_B[:, None], fours, positions_B[:, None]).flatten(1)[:, :vocab_size]
+    else:
+        words = philox(seeds_B[:, None], ids_BN >> 2, positions_B[:, None])
+        words = words.gather(-1, (ids_BN & 3)[..., None]).squeeze(-1)
+    # The uniform number is finest near 0, where the largest results come from.
+    uniform = (words.to(torch.float32) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def philox(seed: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"), all in int64,
+    which wraps: four words [..., 4] for a counter of a word `low` and two of `high`."""
+    high = high.to(torch.int64)
+    zero = torch.zeros_like(seed + low + high)
+    a, b, c, d = zero + (low & _WORD), zero + (high & _WORD), zero + ((high >> 32) & _WORD), zero
+    key, other_key = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b = ((y >> 32) & _WORD) ^ b ^ key, y & _WORD
+        c, d = ((x >> 32) & _WORD) ^ d ^ other_key, x & _WORD
+        key, other_key = (key + 0x9E3779B9) & _WORD, (other_key + 0xBB67AE85) & _WORD
+    return torch.stack([a, b, c, d], -1)

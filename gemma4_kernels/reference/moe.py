@@ -15,9 +15,16 @@ from .common import (
     finite,
 )
 from .mlp import geglu
-from .norm import check_rms_norm, rms_norm
+from .norm import add_rms_norm, check_rms_norm, rms_norm
 
-__all__ = ["moe_experts", "moe_experts_backward", "moe_norm", "moe_route"]
+__all__ = [
+    "moe_experts",
+    "moe_experts_backward",
+    "moe_experts_small",
+    "moe_norm",
+    "moe_open",
+    "moe_route",
+]
 
 
 def check_moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
@@ -71,6 +78,15 @@ def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple
 def check_moe_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor
 ) -> None:
+    _check_experts(x, gate_up, down)
+    check_integral("experts", experts)
+    check_same_device("experts", experts, "x", x)
+    if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
+        raise ValueError(f"experts must be [{x.shape[0]}, K], got {list(experts.shape)}")
+    check_beside("weights", weights, "x", x, experts.shape)
+
+
+def _check_experts(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     check_floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, D], got {list(x.shape)}")
@@ -86,11 +102,6 @@ def check_moe_experts(
     if width != x.shape[1]:
         raise ValueError(f"down must be [E, {x.shape[1]}, F], got [E, {width}, F]")
     check_shape("gate_up", gate_up, (num_experts, 2 * hidden, width))
-    check_integral("experts", experts)
-    check_same_device("experts", experts, "x", x)
-    if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
-        raise ValueError(f"experts must be [{x.shape[0]}, K], got {list(experts.shape)}")
-    check_beside("weights", weights, "x", x, experts.shape)
 
 
 def moe_experts(
@@ -140,3 +151,80 @@ def moe_experts_backward(
         d_gate_up[e] = d_pair.T @ x
         dx.index_add_(0, tokens[run], d_pair @ gate_up)
     return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
+
+
+def check_moe_open(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    norm_weight: Tensor,
+    gate_up: Tensor,
+    expert_weight: Tensor,
+    router_scale: Tensor,
+    router: Tensor,
+) -> None:
+    check_floating("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
+    check_beside("residual", residual, "x", x, x.shape)
+    rows = {"post_weight": post_weight, "norm_weight": norm_weight}
+    rows |= {"expert_weight": expert_weight, "router_scale": router_scale}
+    for name, row in rows.items():
+        check_beside(name, row, "x", x, x.shape[1:])
+    for name, weight in (("gate_up", gate_up), ("router", router)):
+        check_like(name, weight, "x", x)
+        if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+            raise ValueError(f"{name} must be [N, {x.shape[1]}], got {list(weight.shape)}")
+    if gate_up.shape[0] % 2:
+        raise ValueError(f"gate_up must have an even height, got {list(gate_up.shape)}")
+
+
+def moe_open(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    norm_weight: Tensor,
+    gate_up: Tensor,
+    expert_weight: Tensor,
+    router_scale: Tensor,
+    router: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new_residual, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps)
+    hidden = geglu(F.linear(y.to(gate_up.dtype), gate_up))
+    expert_x, router_x = moe_norm(new_residual, expert_weight, router_scale, eps)
+    return hidden, F.linear(router_x.to(router.dtype), router), expert_x, new_residual
+
+
+def check_moe_experts_small(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    logits: Tensor,
+    per_expert_scale: Tensor,
+    k: int,
+    dense_x: Tensor,
+    dense: Tensor,
+) -> None:
+    _check_experts(x, gate_up, down)
+    check_beside("logits", logits, "x", x, (x.shape[0], down.shape[0]))
+    check_moe_route(logits, per_expert_scale, k)
+    check_like("dense", dense, "x", x)
+    if dense.ndim != 2 or dense.shape[0] != x.shape[1]:
+        raise ValueError(f"dense must be [{x.shape[1]}, N], got {list(dense.shape)}")
+    check_like("dense_x", dense_x, "x", x)
+    check_shape("dense_x", dense_x, (x.shape[0], dense.shape[1]))
+
+
+def moe_experts_small(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    logits: Tensor,
+    per_expert_scale: Tensor,
+    k: int,
+    dense_x: Tensor,
+    dense: Tensor,
+) -> tuple[Tensor, Tensor]:
+    weights, experts = moe_route(logits, per_expert_scale, k)
+    return moe_experts(x, gate_up, down, experts, weights), F.linear(dense_x, dense)

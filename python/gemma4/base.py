@@ -38,17 +38,17 @@ class PreTrainedModel(nn.Module):
         ple_device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Model:
-        """A model with the weights of a local folder or a hub repository.
+        """A model with the weights of a local folder, a hub repository or a .gguf file.
 
         dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that
         dtype stay in their files until they are touched. ple_device="cpu" keeps the table of per-
         layer embeddings in host memory (pinned if the model is on a GPU). The multimodal layout is
-        accepted; `model.skipped` lists the tensors that are not the text model's. `model.folder` is
-        where it came from: its tokenizer is saved with the model. The model comes back in eval
-        mode.
+        accepted; `model.skipped` lists the tensors that are not the text model's. Quantised weights
+        are unpacked, and a warning says how much memory they take. `model.folder` is where it came
+        from: its tokenizer is saved with the model. The model comes back in eval mode.
 
-        Raises FileNotFoundError (no such checkpoint or file) or ValueError (a quantised, truncated,
-        incomplete or misshapen one), naming file and tensor.
+        Raises FileNotFoundError (no such checkpoint or file) or ValueError (a truncated, incomplete
+        or misshapen one, or weights in a form that is not known), naming file and tensor.
         """
         return load(cls, path_or_repo_id, dtype, device, ple_device, progress)
 

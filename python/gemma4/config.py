@@ -258,7 +258,15 @@ class Gemma4TextConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Gemma4TextConfig":
-        """From a folder's config.json; ValueError names file, field, what it must be and is."""
+        """From a folder's config.json, or the keys of a .gguf file.
+
+        ValueError names the file, the field, what it must be and what it is.
+        """
+        if Path(path).is_file():
+            # Made of a config itself, and read by few.
+            from .checkpoint import gguf
+
+            return gguf.config_of(gguf.read_shards(Path(path)))
         file = Path(path) / "config.json"
         finish(Path(path))
         if not file.is_file():

@@ -24,8 +24,8 @@ _FOREIGN = (
 def read_fields(data: Json, names: set[str]) -> Json:
     """The fields `names` of a Gemma4TextConfig, from a config.json's content.
 
-    Raises ValueError, naming the key, for a model that is not Gemma 4's, a quantised one, and
-    spellings that this package does not read.
+    Raises ValueError, naming the key, for a model that is not Gemma 4's and for spellings that this
+    package does not read. How its weights are quantised is for the loader to read.
     """
     text = data if data.get("text_config") is None else data["text_config"]
     if not isinstance(text, dict):
@@ -33,13 +33,6 @@ def read_fields(data: Json, names: set[str]) -> Json:
     _check_model_type(data, WHOLE_MODELS if text is not data else WHOLE_MODELS + TEXT_MODELS)
     if text is not data:
         _check_model_type(text, TEXT_MODELS, "text_config.")
-    for part in (data, text):
-        if part.get("quantization_config") is not None:
-            method = part["quantization_config"]
-            method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-            raise ValueError(
-                f"quantised checkpoints are not supported (quant_method {short(method)})"
-            )
     for name in _FOREIGN:
         # Gemma 2 files write false or 0 for no cap.
         if text.get(name) is not None and not (name == "attn_logit_softcapping" and not text[name]):

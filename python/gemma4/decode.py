@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from gemma4_kernels import dependent_launches
 from gemma4_kernels.fusion import why_called
 
 from .cache import Cache
 from .steps import DecodePlan
 
 if TYPE_CHECKING:
+    from .generate.sampling import Sampler
     from .model import Gemma4ForCausalLM
 
 
@@ -22,15 +25,26 @@ class Decoder:
     `model(ids[:, None], cache=cache).logits[:, -1]`. The memory of `steps` calls is reserved at
     once. On a GPU the first call captures the step as a CUDA graph, and each call overwrites the
     logits of the one before. Between two calls nothing else may write to the cache.
+
+    With a sampler the choice of the next tokens belongs to the step: decoder(sampler.ids) leaves
+    them in sampler.ids, and the logits that it returns may lack their cap.
     """
 
-    def __init__(self, model: "Gemma4ForCausalLM", cache: Cache, steps: int):
+    def __init__(
+        self,
+        model: "Gemma4ForCausalLM",
+        cache: Cache,
+        steps: int,
+        sampler: "Sampler | None" = None,
+    ):
         cache.check(model.config, cache.batch_size, model.compute_dtype, model.device)
         cache.reserve(max(cache.lengths) + steps)
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.sampler = model, cache, sampler
         self.plan = DecodePlan(cache)
-        self.ids = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        own = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        self.ids = own if sampler is None else sampler.ids
         self.first = True
+        self.cap = 0.0  # of the logits, which the sampler applies
         # The step's graph, and the logits that it writes.
         self.captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
@@ -49,31 +63,44 @@ class Decoder:
             self._capture(ids_B)
         self.first = False
         if self.captured is None:
-            logits = self.forward(ids_B)
+            logits = self._step(ids_B)
         else:
-            self.ids.copy_(ids_B)
+            if ids_B is not self.ids:
+                self.ids.copy_(ids_B)
             graph, logits = self.captured
             graph.replay()
         self.cache.count_one()
         return logits
 
     def forward(self, ids_B: Tensor) -> Tensor:
-        """The step itself: what a graph captures, and what may be compiled."""
-        return self.model(ids_B[:, None], cache=self.plan).logits[:, -1]
+        """The step up to its logits, without their cap for a sampler: what may be compiled."""
+        if self.sampler is None:
+            return self.model(ids_B[:, None], cache=self.plan).logits[:, -1]
+        logits, self.cap = self.model.next_logits(ids_B, self.plan)
+        return logits
+
+    def _step(self, ids_B: Tensor) -> Tensor:
+        """What a graph captures."""
+        logits = self.forward(ids_B)
+        if self.sampler is not None:
+            self.sampler.choose(logits, self.plan.positions, self.cap)
+        return logits
 
     def _capture(self, ids_B: Tensor) -> None:
         """Runs the step once, for libraries set themselves up in the first run, and captures it.
 
-        Writes what the replay writes again. Hooks would be captured with it and never run again,
-        and eager twins that read values on the host cannot be captured: a warning names the first
-        of them, and the steps run as they are.
+        Writes what the replay writes again, and so leaves out the sampler, which has chosen the
+        tokens before these and needs no setting up. Hooks would be captured with it and never run
+        again, and eager twins that read values on the host cannot be captured: a warning names the
+        first of them, and the steps run as they are.
         """
         watched = _watched(self.model)
         if watched is not None:
             warnings.warn(f"decoding runs without a CUDA graph: {watched}", stacklevel=4)
             return
         device, before = self.cache.device, torch.cuda.get_sync_debug_mode()
-        self.ids.copy_(ids_B)
+        if ids_B is not self.ids:
+            self.ids.copy_(ids_B)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         torch.cuda.set_sync_debug_mode("error")
@@ -88,8 +115,10 @@ class Decoder:
             torch.cuda.current_stream(device).wait_stream(side)
         self.plan.rewind()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.forward(self.ids)
+        # Such a weight is made anew for each call, by the kernel before the one that reads it.
+        made = any(map(is_parametrized, self.model.modules()))
+        with torch.cuda.graph(graph), dependent_launches(not made):
+            logits = self._step(self.ids)
         self.captured = graph, logits
 
 

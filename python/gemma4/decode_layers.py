@@ -6,8 +6,9 @@ the residual where it ends, but where the next product reads the sum. Numbers ar
 `DecoderLayer.packed`, up to the order of the kernels' sums.
 
 Launches of an E model's layer, merge aside: q, k, v | their norms, rotation and cache | attention |
-o | gate, up | down | PLE gate | PLE projection. What is left apart reads what only all blocks of
-the kernel before it make: a head's norm needs its whole row.
+o | gate, up | down | PLE gate | PLE projection. With experts, after o: gate, up and router | the
+experts' gate, up and dense down | the experts' down. What is left apart reads what only all blocks
+of the kernel before it make: a head's norm needs its whole row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.ops.linear import linear_small_pays
+from gemma4_kernels.ops.moe import moe_small_pays
 
 from .layers import DecoderLayer, call_layer
 from .modules import RMSNorm
@@ -25,11 +27,27 @@ from .steps import DecodePlan
 
 
 @dataclass(frozen=True)
+class Two:
+    """The branches of a layer with experts, which close as one: x_norm(x) + other_norm(other)."""
+
+    x: Tensor
+    x_norm: RMSNorm
+    other: Tensor
+    other_norm: RMSNorm
+
+    def closed(self) -> Tensor:
+        sum_TD, _ = ops.add_rms_norm(
+            self.other, self.x_norm(self.x), self.other_norm.weight, eps=self.other_norm.eps
+        )
+        return sum_TD
+
+
+@dataclass(frozen=True)
 class Residual:
     """x [T, D] and the branch that is to be added to it: x = (x + norm(branch)) scale."""
 
     x: Tensor
-    branch: Tensor | None = None
+    branch: Tensor | Two | None = None
     norm: RMSNorm | None = None
     scale: Tensor | None = None
 
@@ -49,9 +67,14 @@ class Residual:
                 self.x, weight, norm_weight=norm_weight, factor=factor, gated=gated, eps=eps
             )
             return y, self.x
+        two = self.branch if isinstance(self.branch, Two) else None
+        branch = self.branch.x if isinstance(self.branch, Two) else self.branch
         y, x_TD = ops.linear_small(
-            self.branch,
+            branch,
             weight,
+            x_weight=None if two is None else two.x_norm.weight,
+            other=None if two is None else two.other,
+            other_weight=None if two is None else two.other_norm.weight,
             residual=self.x,
             post_weight=self.norm.weight,
             scale=self.scale,
@@ -68,19 +91,16 @@ class Residual:
         if self.branch is None or self.norm is None:
             return self.x, None if norm is None else norm(self.x)
         next_weight = None if norm is None else norm.weight
+        branch = self.branch.closed() if isinstance(self.branch, Two) else self.branch
         return ops.add_rms_norm(
-            self.branch, self.x, self.norm.weight, next_weight, self.scale, self.norm.eps
+            branch, self.x, self.norm.weight, next_weight, self.scale, self.norm.eps
         )
 
 
 def run(
-    layers: Iterable[nn.Module],
-    norm: nn.Module,
-    x_TD: Tensor,
-    ple_TLP: Tensor | None,
-    plan: DecodePlan,
-) -> Tensor:
-    """norm(x) [T, D] behind the layers; those that somebody looks into are called."""
+    layers: Iterable[nn.Module], x_TD: Tensor, ple_TLP: Tensor | None, plan: DecodePlan
+) -> Residual:
+    """x behind the layers; those that somebody looks into are called."""
     residual = Residual(x_TD)
     for index, layer in enumerate(layers):
         ple = None if ple_TLP is None else (ple_TLP, index)
@@ -90,6 +110,30 @@ def run(
         x_TD, _ = residual.closed()
         one = layer.packed if plan.plain(layer, DecoderLayer) else partial(call_layer, layer)
         residual = Residual(one(x_TD, None, ple, plan)[0])
+    return residual
+
+
+def head(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> Tensor:
+    """norm(x) through a plain linear layer, in one launch where that pays."""
+    if id(linear) not in plan.fitting:
+        plan.fitting[id(linear)] = _head_fits(residual, norm, linear, plan)
+    if plan.fitting[id(linear)]:
+        assert isinstance(norm, RMSNorm)  # the head fits
+        return residual.times(norm, linear.weight)[0]
+    logits: Tensor = linear(normed(residual, norm, plan))
+    return logits
+
+
+def _head_fits(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> bool:
+    if not plan.plain(norm, RMSNorm) or linear.bias is not None:
+        return False
+    alike = residual.norm is None or residual.norm.eps == norm.eps
+    same = {residual.x.dtype} == {norm.weight.dtype, linear.weight.dtype}
+    return alike and same and linear_small_pays(residual.x, linear.weight, norm.weight, False)
+
+
+def normed(residual: Residual, norm: nn.Module, plan: DecodePlan) -> Tensor:
+    """norm(x) [T, D]."""
     if plan.plain(norm, RMSNorm):
         _, y_TD = residual.closed(norm)
         assert y_TD is not None  # as a norm was given
@@ -117,7 +161,7 @@ def _fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
         like = x_TD.new_empty(x_TD.shape[0], weight.shape[1])
         if not linear_small_pays(like, weight, None if norm is None else norm.weight, gated):
             return False
-    return True
+    return not layer.has_experts or _experts_fit(layer, plan, x_TD)
 
 
 def _products(
@@ -134,6 +178,50 @@ def _products(
         closing = layer.post_feedforward_layernorm
         yield _joined(plan, layer.per_layer_input_gate), closing, False
         yield _joined(plan, layer.per_layer_projection), None, False
+
+
+def _experts_fit(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
+    mlp, experts = layer.mlp, layer.experts
+    gate_up, down = _joined(plan, mlp.gate_proj, mlp.up_proj), _joined(plan, mlp.down_proj)
+    router = _joined(plan, layer.router.proj)
+    if gate_up is None or down is None or router is None:
+        return False
+    opening = _opening(layer, x_TD, x_TD, gate_up, router)
+    return moe_small_pays(
+        opening, (experts.gate_up_proj, experts.down_proj), layer.router.top_k, down
+    )
+
+
+def _opening(
+    layer: DecoderLayer, branch_TD: Tensor, x_TD: Tensor, gate_up: Tensor, router: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ops.moe_open` is given."""
+    norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
+    expert_norm = layer.pre_feedforward_layernorm_2
+    before, after = (norm.weight for norm in norms)
+    scale = layer.router.scale
+    return branch_TD, x_TD, before, after, gate_up, expert_norm.weight, scale, router
+
+
+def _with_experts(
+    layer: DecoderLayer,
+    branch_TD: Tensor,
+    x_TD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    router: Tensor,
+) -> tuple[Tensor, Two]:
+    """x after attention, whose output comes as the branch, and what is to be added to it."""
+    opening = _opening(layer, branch_TD, x_TD, gate_up, router)
+    eps = layer.post_attention_layernorm.eps
+    dense_x, logits_TE, expert_x, x_TD = ops.moe_open(*opening, eps)
+    experts, scale, k = layer.experts, layer.router.per_expert_scale, layer.router.top_k
+    weights = experts.gate_up_proj, experts.down_proj
+    routed_TD, dense_TD = ops.moe_experts_small(
+        expert_x, *weights, logits_TE, scale, k, dense_x, down
+    )
+    norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
+    return x_TD, Two(dense_TD, norms[0], routed_TD, norms[1])
 
 
 def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
@@ -158,14 +246,17 @@ def step(
 
     residual = Residual(x_TD, out, layer.post_attention_layernorm)
     gate_up = weight(mlp.gate_proj, mlp.up_proj)
-    hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
-    out, _ = ops.linear_small(hidden, weight(mlp.down_proj))
+    down = weight(mlp.down_proj)
+    branch: Tensor | Two
     if layer.has_experts:
-        out = layer.with_experts(x_TD, out, plan)
+        x_TD, branch = _with_experts(layer, out, x_TD, gate_up, down, weight(layer.router.proj))
+    else:
+        hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
+        branch, _ = ops.linear_small(hidden, down)
 
     if ple is None:
-        return Residual(x_TD, out, layer.post_feedforward_layernorm, layer.layer_scalar)
-    residual = Residual(x_TD, out, layer.post_feedforward_layernorm)
+        return Residual(x_TD, branch, layer.post_feedforward_layernorm, layer.layer_scalar)
+    residual = Residual(x_TD, branch, layer.post_feedforward_layernorm)
     ple_TLP, index = ple
     gated, x_TD = residual.times(None, weight(layer.per_layer_input_gate), factor=ple_TLP[:, index])
     out, _ = ops.linear_small(gated, weight(layer.per_layer_projection))

@@ -22,6 +22,7 @@ from .base import PreTrainedModel
 from .cache import Cache
 from .checkpoint import tied
 from .config import Gemma4TextConfig
+from .embedding import first_inputs
 from .generate import GenerationConfig, generate
 from .inputs import checked_shape, restarting
 from .layers import DecoderLayer, call_layer
@@ -142,6 +143,20 @@ class Gemma4ForCausalLM(PreTrainedModel):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def next_logits(self, ids_B: Tensor, plan: DecodePlan) -> tuple[Tensor, float]:
+        """The logits [B, V] behind one more token of each row, and the cap that they still lack, or
+        0."""
+        stack, head, cap = self.model, self.lm_head, self.config.final_logit_softcapping
+        plain = plan.plain(self, Gemma4ForCausalLM) and plan.plain(stack, Gemma4TextModel)
+        if not (plain and plan.plain(head, nn.Linear)):
+            return self(ids_B[:, None], cache=plan).logits[:, -1], 0.0
+        plan.keys = {}
+        x_TD, ple_TLP = first_inputs(stack, plan, ids_B[:, None])
+        residual = decode_layers.run(stack.layers, x_TD, ple_TLP, plan)
+        logits = decode_layers.head(residual, stack.norm, head, plan)
+        plan.finish()
+        return logits, cap or 0.0
 
     def logits(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """[T, D] normed hidden states to soft-capped logits [T, V]."""
@@ -307,19 +322,10 @@ class Gemma4TextModel(PreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Normed states [T, D] of the tokens, or of the last columns alone, and hidden states."""
         layout, layers = plan.layout, list(self.layers)
-        if input_ids is not None:
-            ids_T = layout.pack(input_ids).to(layout.positions.device)
-            x_TD = plan.call(self.embed_tokens, ScaledEmbedding, ids_T)
-        else:
-            assert inputs_embeds is not None
-            ids_T, x_TD = None, layout.pack(inputs_embeds)
-        ple_TLP = None
-        if self.ple_width:
-            token_part = None if per_layer_inputs is None else layout.pack(per_layer_inputs)
-            ple_TLP = self._ple(ids_T, x_TD, token_part, plan)
-        self._set_rotation(plan, x_TD)
+        x_TD, ple_TLP = first_inputs(self, plan, input_ids, inputs_embeds, per_layer_inputs)
         if isinstance(plan, DecodePlan) and not output_hidden_states:
-            return decode_layers.run(self.layers, self.norm, x_TD, ple_TLP, plan), None
+            residual = decode_layers.run(self.layers, x_TD, ple_TLP, plan)
+            return decode_layers.normed(residual, self.norm, plan), None
         # The last layer that makes keys: after it, nothing reads the states of dropped columns.
         last_owner = len(layers) - self.config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
@@ -356,38 +362,3 @@ class Gemma4TextModel(PreTrainedModel):
         if states is None:
             return y_TD, None
         return y_TD, (*states, plan.layout.unpack(y_TD))
-
-    def _ple(
-        self, ids_T: Tensor | None, x_TD: Tensor, token_part: Tensor | None, plan: PackedPlan
-    ) -> Tensor:
-        """Per-layer inputs [T, L, P]: the context's projection joined with the token's rows."""
-        projected = plan.call(self.per_layer_model_projection, nn.Linear, x_TD)
-        projected = projected * self.config.hidden_size**-0.5
-        table, norm = self.embed_tokens_per_layer, self.per_layer_projection_norm
-        if token_part is None:
-            assert ids_T is not None
-            if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
-                return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
-            # The table may have stayed in host memory, or come only when it is called.
-            where = next(table.parameters()).device
-            ids_T = ids_T if where.type == "meta" else ids_T.to(where)
-            token_part = plan.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
-        parts = (-1, self.config.num_hidden_layers, self.ple_width)
-        context = plan.call(norm, RMSNorm, projected.view(parts))
-        return (context + token_part.view(parts)) * 2.0**-0.5
-
-    def _set_rotation(self, plan: PackedPlan, x_TD: Tensor) -> None:
-        """What layers rotate by: positions and frequencies, or what a hooked module makes of it."""
-        rotary = self.rotary_emb
-        if plan.plain(rotary, RotaryEmbedding):
-            # Hooks that place weights do not move what is no weight.
-            tables = {kind: table.to(x_TD.device) for kind, table in rotary.tables.items()}
-            plan.inv_freq, plan.rotation = tables, None
-            return
-        layout = plan.layout
-        x, positions = layout.unpack(x_TD), layout.unpack(layout.positions)
-        plan.rotation = {
-            kind: (layout.pack(cos), layout.pack(sin))
-            for kind in dict.fromkeys(self.config.layer_types)
-            for cos, sin in [rotary(x, positions, kind)]
-        }

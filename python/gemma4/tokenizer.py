@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, overload
 import tokenizers
 import torch
 
-from .checkpoint import resolve
+from .checkpoint import gguf, resolve
 from .files import Json, check_no_pointer, naming, read_json, replacing, short, write_json
 from .template import render
 
@@ -68,12 +68,14 @@ class Gemma4Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path) -> "Gemma4Tokenizer":
-        """From a folder or hub id.
+        """From a folder, hub id or .gguf file.
 
         Raises FileNotFoundError without tokenizer.json, and ValueError, naming file and entry, for
         one that is damaged or has more tokens than the model that lies beside it.
         """
         folder = resolve(path_or_repo_id, "tokenizer.json")
+        if folder.is_file():
+            return cls._from_gguf(folder)
         file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         backend = _read_backend(file)
         config = read_json(config_file) if config_file.is_file() else {}
@@ -91,23 +93,34 @@ class Gemma4Tokenizer:
             )
         return made
 
+    @classmethod
+    def _from_gguf(cls, path: Path) -> "Gemma4Tokenizer":
+        file = gguf.read_shards(path)
+        config = gguf.tokenizer_config_of(file)
+        templates, _ = _read_templates(path.parent / path.stem, config, path)
+        return cls(gguf.backend_of(file), config, templates, str(path), str(path))
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template to a folder."""
-        config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        others = [{"name": k, "template": v} for k, v in self.templates.items()]
         with replacing(Path(path)) as (staging, removed):
-            with naming(staging / "tokenizer.json"):
-                self.backend.save(str(staging / "tokenizer.json"))
-            if self.templates.keys() == {"default"}:
-                with naming(staging / "chat_template.jinja"):
-                    (staging / "chat_template.jinja").write_text(
-                        self.templates["default"], encoding="utf-8", newline=""
-                    )
-            else:
+            self.write(staging)
+            if not (staging / "chat_template.jinja").exists():
                 removed.add("chat_template.jinja")
-                if others:
-                    config["chat_template"] = others
-            write_json(staging / "tokenizer_config.json", config)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files into a folder that is there."""
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        with naming(folder / "tokenizer.json"):
+            self.backend.save(str(folder / "tokenizer.json"))
+        if self.templates.keys() == {"default"}:
+            with naming(folder / "chat_template.jinja"):
+                (folder / "chat_template.jinja").write_text(
+                    self.templates["default"], encoding="utf-8", newline=""
+                )
+        elif self.templates:
+            named = [{"name": k, "template": v} for k, v in self.templates.items()]
+            config["chat_template"] = named
+        write_json(folder / "tokenizer_config.json", config)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()

@@ -36,6 +36,7 @@ SMALL = {
     "prefill": lambda: op_cases.attention_prefill("E2B", "sliding_attention", 20),
     "prefill backward": lambda: op_cases.attention_prefill_backward("E2B", "full_attention", 20),
     "decode": lambda: op_cases.attention_decode("E2B", "full_attention", 2, 40),
+    "one new token": lambda: op_cases.qkv_attention_decode("E2B", "full_attention", 2, 40),
     "decode, a ring not full": lambda: op_cases.attention_decode("E2B", "sliding_attention", 2, 40),
 }
 

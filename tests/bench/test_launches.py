@@ -12,7 +12,7 @@ from gemma4.presets import RELEASED
 
 pytestmark = [pytest.mark.slow, needs_compiler]
 # The merge of a long context's splits is one of a layer's.
-MOST = {"E2B": 9, "E4B": 9, "12B": 7, "26B-A4B": 15, "31B": 7}
+MOST = {"E2B": 9, "E4B": 9, "12B": 7, "26B-A4B": 8, "31B": 7}
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,22 @@ After a change that means to, `python bench/static_report.py` writes the report 
 """
 
 import copy
+import dataclasses
 import json
+import math
 import re
 
 import compiled
 import limits
 import pytest
 import static_report
+import token_cost
 import torch
 from support import emulated, small_calls
 from support.backends import CARDS
 from support.marks import emulated_backend, needs_compiler
+
+from gemma4.config import FULL, SLIDING
 
 COMMITTED = json.loads(static_report.RESULT.read_text())
 
@@ -142,3 +147,47 @@ def test_floors_of_known_shapes():
     flop = limits.attention_flop("26B-A4B", "sliding_attention", 8192, 8192)
     assert flop == 4 * 16 * 256 * (8192 * 1024 - 1024 * 1023 // 2)
     assert limits.moe_bytes("26B-A4B", 1) == pytest.approx(95.2e6, rel=1e-3)
+
+
+def test_a_token_worked_out_by_hand():
+    """E4B's 9.288 GB of weights and 66 MB of keys at 88 % of 3 TB/s, 301 launches of 0.8 µs."""
+    step = token_cost.Step("E4B", 1024, 301, {SLIDING: 0, FULL: 0})
+    hopper = token_cost.CARDS[0]
+    assert 1 / step.seconds(hopper, 0.8e-6) == pytest.approx(264.3, abs=0.1)
+    assert 1 / step.floor(hopper) == pytest.approx(320.7, abs=0.1)
+    # Turns count where they take longer than the keys: here in all 42 layers.
+    slow = dataclasses.replace(step, turns={SLIDING: 10, FULL: 10})
+    keys = step.all_key_bytes / 2.64e12
+    assert slow.seconds(hopper, 0) - step.seconds(hopper, 0) == pytest.approx(42 * 13e-6 - keys)
+
+
+def test_tokens_follow_from_what_was_counted():
+    cards = {card.name: card for card in token_cost.CARDS}
+    for row in COMMITTED["tokens"]:
+        walked = dict(zip((SLIDING, FULL), row["turns"], strict=True))
+        step = token_cost.Step(row["model"], row["keys"], row["launches"], walked)
+        assert token_cost.row(step, cards[row["card"]]) == row
+    fitting = {(r["model"], r["card"]) for r in COMMITTED["tokens"] if r["tok_s"]}
+    assert ("31B", "H100 SXM") in fitting and ("E4B", "RTX 4090") in fitting
+    assert not {("26B-A4B", "RTX 5090"), ("31B", "RTX 4090")} & fitting
+
+
+@pytest.mark.parametrize("kind", [SLIDING, FULL])
+def test_turns_are_the_longest_blocks(kind):
+    """Of a block's share of the products that the emulator counts when all keys are there."""
+    card, keys = token_cost.CARDS[0], 512
+    b, c = emulated_backend(), limits.MODELS["E2B"]
+
+    def products(keys: int) -> tuple[int, int]:
+        inputs = small_calls.decode(b, keys, c.num_attention_heads, c.head_size(kind))
+        counts = static_report.run("attention_decode", inputs)
+        return counts.mma, counts.launched[0].blocks
+
+    tile = emulated.control().attention_tile(c.head_size(kind), 8, card.smem_kb * 1024)["keys"]
+    of_one, _ = products(tile)
+    settings = emulated.control().settings
+    before, settings.sm_count = settings.sm_count, card.multiprocessors
+    mma, blocks = products(keys)
+    found = token_cost.turns("E2B", kind, keys, card)
+    settings.sm_count = before
+    assert found == math.ceil(mma / of_one / blocks) + (blocks > 1)

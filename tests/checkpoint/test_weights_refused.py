@@ -64,7 +64,10 @@ def test_what_lies_there_instead_is_named(
         tiny(DENSE).config.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"holds no .*{sentence}"):
         load(tmp_path)
-    if not file.endswith(".json"):
+    if file.endswith(".gguf"):
+        with pytest.raises(ValueError, match=r"gguf is no GGUF file"):
+            load(tmp_path / file)
+    elif not file.endswith(".json"):
         with pytest.raises(FileNotFoundError, match=r"is a file.*not a checkpoint's folder"):
             load(tmp_path / file)
 

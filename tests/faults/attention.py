@@ -48,7 +48,7 @@ FAULTS = {
                 "queries.query(first_row + row);\n    return static",
             ),
             (
-                "attention/attention.cuh",
+                "attention/key_tiles.cuh",
                 "smem.offset[iteration % smem.kOffsets][threadIdx.x] =",
                 "smem.offset[0][threadIdx.x] =",
             ),
@@ -163,7 +163,7 @@ FAULTS = {
         ],
         "test_paged[emulated-exact pages-in order-out-dtype1]": [
             (
-                "attention/attention.cuh",
+                "attention/key_tiles.cuh",
                 "key_offset(p, s, b, g, min(key, range.end - 1))",
                 "key_offset(p, s, b, g, key)",
             ),
@@ -207,14 +207,70 @@ FAULTS = {
             ),
         ],
         "test_attention_decode[emulated-many tiles-bfloat16]": [
-            ("attention/attention_merge.cuh", "expf(lse - highest)", "expf(lse)"),
-            ("attention/attention_merge.cuh", "    if (lse == -INFINITY) continue;\n", ""),
+            ("attention/merge.cuh", "expf(parts[i].lse - base)", "expf(parts[i].lse)"),
+            ("attention/merge.cuh", "    if (parts[i].lse != -INFINITY) {", "    {"),
             (
                 "attention/attention_merge.cuh",
-                "split = 0; split < p.splits; split++) {",
-                "split = 1; split < p.splits; split++) {",
+                "merge_parts(p, i * kFan, count,",
+                "merge_parts(p, i * kFan, count - 1,",
             ),
-            ("attention/attention_merge.cuh", "highest + logf(total)", "highest"),
+            ("attention/merge.cuh", "base + logf(total)", "base"),
+        ],
+    },
+    "qkv_attention_decode": {
+        "test_qkv_attention_decode[emulated-splits-bfloat16]": [
+            ("attention/qkv_attention_decode.cuh", "      if (is_last) counters[knot] = 0;\n", ""),
+            ("attention/qkv_attention_decode.cuh", "== count - 1u;", "== count - 0u;"),
+            ("attention/qkv_attention_decode.cuh", "== count - 1u;", "== count - 2u;"),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "has_newest = range.end == s.keys &&",
+                "has_newest = split == 0 &&",
+            ),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "static_cast<float>(index_at(p.positions, b))",
+                "static_cast<float>(a.seq_lens[b] - 1)",
+            ),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "static_cast<const W*>(p.k_weight)",
+                "static_cast<const W*>(p.q_weight)",
+            ),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "key_offset(a, s, b, g, s.keys - 1)",
+                "key_offset(a, s, b, g, range.begin)",
+            ),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "if (has_newest) start_mainloop(keys);",
+                "if (has_newest) keys.load_offsets(0), keys.copy_k(0), ptx::cp_async_commit();",
+            ),
+        ],
+        "test_merges_of_merges[knots]": [
+            (
+                "attention/qkv_attention_decode.cuh",
+                "    __syncthreads();  // what all threads stored goes before the arrival\n",
+                "",
+            ),
+            ("attention/qkv_attention_decode.cuh", "is_all = parts <= kFan;", "is_all = true;"),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "a.splits.divisor + knot, b, head",
+                "knot, b, head",
+            ),
+            ("attention/qkv_attention_decode.cuh", "counters += kFan) {", "counters += 0) {"),
+        ],
+        "test_a_length_that_the_memory_does_not_have_writes_nothing[21-emulated]": [
+            ("attention/qkv_attention_decode.cuh", " && a.seq_lens[b] == s.keys;", ";"),
+        ],
+        "test_qkv_attention_decode[emulated-V from K-bfloat16]": [
+            (
+                "attention/qkv_attention_decode.cuh",
+                "if (is_v || (is_k && !p.v)) head.normed",
+                "if (is_v) head.normed",
+            ),
         ],
     },
 }

@@ -8,7 +8,7 @@ FAULTS = {
             (KERNEL, "token(8 + lane / 4, from)", "token(lane / 4, from)"),
             (KERNEL, "block_sum(columns.sum_of_squares(r)", "block_sum(columns.sum_of_squares(x)"),
             (KERNEL, "  __syncthreads();\n}", "}"),
-            (KERNEL, "i < p.tokens && from", "from"),
+            (KERNEL, "exists = t < p.tokens && from", "exists = from"),
             (KERNEL, "\n  ptx::wait_for_previous_kernel();\n", "\n"),
             (
                 KERNEL,
@@ -17,12 +17,25 @@ FAULTS = {
             ),
         ],
         "test_linear_small[emulated-one token-bfloat16]": [
-            (KERNEL, "{\n    ptx::wait_for_previous_kernel();\n", "{\n"),
-            (KERNEL, "load_fresh_if(exists", "load_if(exists"),
+            (KERNEL, "{\n      ptx::wait_for_previous_kernel();\n", "{\n"),
+            (KERNEL, "load_fresh_if(t", "load_if(t"),
+        ],
+        "test_linear_small[emulated-two branches-bfloat16]": [
+            (KERNEL, "(adds ? to[j] : 0.0f) + from", "from"),
+            (KERNEL, "(adds ? to[j] : 0.0f) + from", "to[j] + from"),
+            (KERNEL, "close(other, p.other_weight", "close(other, p.x_weight"),
+            (
+                KERNEL,
+                "block_sum(columns.sum_of_squares(branch)",
+                "block_sum(columns.sum_of_squares(x)",
+            ),
+        ],
+        "test_strided[emulated]": [
+            (KERNEL, "token * p.other_stride", "token * p.x_stride"),
         ],
         "test_linear_small[emulated-no whole line-bfloat16]": [
-            (KERNEL, "i < p.tokens && from < p.width", "i < p.tokens"),
-            (KERNEL, "ahead < tiles && from < p.width", "ahead < tiles"),
+            (KERNEL, "exists = t < p.tokens && from < p.width", "exists = t < p.tokens"),
+            (KERNEL, "ahead < w.tiles && from < w.width", "ahead < w.tiles"),
         ],
         "test_linear_small[emulated-several batches-bfloat16]": [
             (KERNEL, "    if (first < lines) return;\n", ""),
@@ -31,7 +44,7 @@ FAULTS = {
             (KERNEL, "    first = 0;\n", ""),
         ],
         "test_linear_small[emulated-more tiles than blocks-bfloat16]": [
-            (KERNEL, "int64_t{kRows} * gridDim.x * p.width", "int64_t{kRows} * p.width"),
+            (KERNEL, "int64_t{w.tile_rows} * w.step * w.width", "int64_t{w.tile_rows} * w.width"),
             (KERNEL, "smem.partial[turn % 2]", "smem.partial[0]"),
             (KERNEL, "    __syncthreads();\n    if (warp", "    if (warp"),
             (LAUNCHER, "p.rows % 16 == 0 && ", ""),
@@ -43,13 +56,13 @@ FAULTS = {
             (KERNEL, "gated<T>(gate.z, up.z)", "gated<T>(gate.z, up.x)"),
         ],
         "test_linear_small[emulated-factor-bfloat16]": [
-            (KERNEL, "token * p.factor_stride + row", "token * p.rows + row + 1"),
+            (KERNEL, "t * p.factor_stride + r]", "t * p.rows + r + 1]"),
         ],
         "test_fp16_saturates[emulated]": [
-            (KERNEL, "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
+            ("common/math.cuh", "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
         ],
         "test_traffic.py::test_linear_small_work[31B q, k, v]": [
-            (LAUNCHER, "round_up(p.width, 64) + 32", "round_up(p.width, 64)"),
+            (KERNEL, "round_up(width, 64) + 32", "round_up(width, 64)"),
         ],
         "test_traffic.py::test_linear_small_work[12B down]": [
             (KERNEL, "half * 32 + lane % 4 * 8", "half * 8 + lane % 4 * 16"),

@@ -57,4 +57,62 @@ FAULTS = {
             ("linear/softcap_argmax.cuh", "warp < blockDim.x / 32; warp++", "warp < 2; warp++"),
         ],
     },
+    "sample": {
+        "test_sample[emulated-best of parts-float32]": [
+            ("linear/sample.cuh", "      if (smem.last) counters[group] = 0;\n", ""),
+            ("linear/sample.cuh", "== others - 1u", "== fan - 1u"),
+            ("linear/sample.cuh", "    if (!smem.last) return;\n", ""),
+        ],
+        "test_sample[emulated-top_k of parts-float32]": [
+            ("linear/sample.cuh", "if (all >= k) bound", "if (all > k) bound"),
+            ("linear/sample.cuh", "if (w < warp) to +=", "if (w <= warp) to +="),
+        ],
+        "test_sample[emulated-top_k in three rounds-float32]": [
+            ("linear/sample.cuh", "    kept += nodes * p.slots;\n", ""),
+            ("linear/sample.cuh", "    counters += nodes;\n", ""),
+            ("linear/sample.cuh", "kept + group * fan * p.slots", "kept"),
+        ],
+        "test_sample[emulated-all-float32]": [
+            ("linear/sample.cuh", "(column + j) / 4, position)", "(column + j) / 4, 0)"),
+            ("linear/sample.cuh", "column % 4 : j % 4", "0 : j % 4"),
+        ],
+        "test_sample[emulated-top_k-float32]": [
+            ("linear/sample.cuh", "token / 4, position), token % 4", "token / 4, 0), token % 4"),
+            ("linear/sample.cuh", "philox(p.seeds[row], token", "philox(p.seeds[0], token"),
+            (
+                "linear/sample.cuh",
+                "  __syncthreads();\n  if (unsorted)",
+                "  if (unsorted)",
+            ),
+        ],
+        "test_sample[emulated-top_p-float32]": [
+            ("linear/sample.cuh", "p.top_p < 1.0f && before", "p.top_p < 0.0f && before"),
+        ],
+        "test_sample[emulated-top_p of one-float32]": [
+            (
+                "linear/sample.cuh",
+                "j < min(i, p.k); j++) before",
+                "j < min(i, p.k) - 1; j++) before",
+            ),
+            ("linear/sample.cuh", "j < min(i, p.k)", "j <= min(i, p.k)"),
+        ],
+        "test_sample[emulated-min_p-float32]": [
+            ("linear/sample.cuh", "mass < p.min_p", "mass < p.min_p * all"),
+        ],
+        "test_sample[emulated-all, capped-float32]": [
+            ("linear/sample.cuh", "if (p.cap > 0.0f) value", "if (p.cap < 0.0f) value"),
+        ],
+        "test_equals_go_to_the_lower_index[emulated-float32]": [
+            (
+                "common/order.cuh",
+                "<< 32 | ~static_cast<unsigned>(index)",
+                "<< 32 | static_cast<unsigned>(index)",
+            ),
+            ("linear/sample.cuh", "int bit = 63; bit >= 0", "int bit = 63; bit >= 32"),
+        ],
+        "test_ends_of_rows[emulated-{}]": [
+            ("linear/sample.cuh", "p.done[row] ? p.pad : index_of(winner)", "index_of(winner)"),
+            ("linear/sample.cuh", "i < p.eos_count", "i < p.eos_count - 1"),
+        ],
+    },
 }

@@ -1,10 +1,11 @@
+OPEN, SMALL = "moe/moe_open.cuh", "moe/moe_experts_small.cuh"
 FAULTS = {
     "moe_route": {
         "test_moe_route[emulated-one token-float32]": [
             ("moe/moe_route.cuh", "      if (candidate[i] == best) candidate[i] = 0;", "      {}"),
             ("moe/moe_route.cuh", "weight / sum", "weight"),
-            ("moe/moe_route.cuh", "float_at(p.scale, expert)", "float_at(p.scale, lane)"),
-            ("moe/moe_route.cuh", "e < p.num_experts ?", "e <= p.num_experts ?"),
+            ("moe/moe_route.cuh", "float_at(scale, expert)", "float_at(scale, lane)"),
+            ("moe/moe_route.cuh", "e < num_experts ?", "e <= num_experts ?"),
         ],
         "test_strided_and_of_any_value[emulated]": [
             ("moe/moe_route.cuh", "token * p.stride", "token * p.num_experts"),
@@ -54,7 +55,7 @@ FAULTS = {
                 "first += kStreamWarps * Columns::kColumns",
                 "first += Columns::kColumns",
             ),
-            ("moe/moe_stream.cuh", "p.order[tile.begin + i] / p.k", "p.order[tile.begin + i]"),
+            ("moe/moe_stream.cuh", "order[i] / p.k", "order[i]"),
             ("moe/moe_stream.cuh", "for (int t = warp;;", "for (int t = warp + 1;;"),
             (
                 "moe/moe_stream.cuh",
@@ -132,8 +133,8 @@ FAULTS = {
             ("moe/moe_tiles.cuh", "row < kOutColumns ? 0 : p.hidden_width", "0"),
             (
                 "moe/moe_tiles.cuh",
-                "gelu_tanh(low) * sum[i][n + 8]",
-                "gelu_tanh(low) * sum[i][n + 7]",
+                "gated<T>(low, sum[i][n + 8]",
+                "gated<T>(low, sum[i][n + 7]",
             ),
             (
                 "moe/moe_tiles.cuh",
@@ -186,6 +187,41 @@ FAULTS = {
                 "wgmma_step<kRows>(0, column)",
             ),
             ("moe/moe_tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
+        ],
+    },
+    "moe_open": {
+        "test_moe_open[emulated-9 tokens-bfloat16]": [
+            (OPEN, "scale, p.norm_weight, column", "scale, p.expert_weight, column"),
+            (OPEN, "scale, p.expert_weight, column", "scale, p.norm_weight, column"),
+            (OPEN, "y.set(j, y[j] * p.factor)", "y.set(j, y[j])"),
+            (OPEN, "int64_t{token} * p.width + column", "column"),
+            (OPEN, "rows % 16 != 0 ? 1 : 2", "rows % 16 > 16 ? 1 : 2"),
+        ],
+        "test_moe_open[emulated-more tiles than blocks-bfloat16]": [
+            (OPEN, ": p.dense_blocks)}", ": gridDim.x)}"),
+        ],
+        "test_the_router_reads_what_moe_norm_makes[emulated]": [
+            (
+                OPEN,
+                "y.set(j, y[j] * scale);\n        y.set(j, y[j] * s[j]);",
+                "y.set(j, y[j] * scale * s[j]);",
+            ),
+        ],
+    },
+    "moe_experts_small": {
+        "test_moe_experts_small[emulated-nine tokens-bfloat16]": [
+            (SMALL, "expert == own && a < i", "expert == own && a <= i"),
+            (SMALL, "lower += expert < i", "lower += expert <= i"),
+            (SMALL, "  __syncthreads();\n  static_assert", "  static_assert"),
+            (SMALL, "= i;\n  __syncthreads();", "= i;"),
+            (SMALL, "choice.order + tile.begin", "choice.order"),
+            (SMALL, "= choice.weights[i]", "= choice.weights[0]"),
+            (SMALL, "if (i <= p.num_experts) p.off", "if (i < p.num_experts) p.off"),
+            (SMALL, "(tile * sets + set) * 8", "tile * sets * 8"),
+        ],
+        "test_strided[emulated]": [
+            (SMALL, "t * p.dense_stride", "t * p.dense_width"),
+            (SMALL, "token * p.logits_stride", "token * p.num_experts"),
         ],
     },
 }

@@ -42,7 +42,8 @@ FAULTS = {
             ("linear/gelu_mul.cuh", "row * p.other_stride", "row * p.gate_stride"),
         ],
         "test_ple_gate[emulated-one token-float32]": [
-            ("linear/gelu_mul.cuh", "gelu_tanh(gate[j]) * other[j]", "gate[j] * other[j]"),
+            ("linear/gelu_mul.cuh", "gated<R>(gate[j], other[j])", "gate[j] * other[j]"),
+            ("linear/gelu_mul.cuh", "load_fresh<kWidth>(gate_row", "load_once<kWidth>(gate_row"),
             ("common/elementwise.cuh", "if (column >= width) return;", ""),
         ],
         "test_strided[emulated]": [

@@ -6,22 +6,22 @@ FAULTS = {
         ],
         "test_qkv_norm_rope[emulated-one token-float32]": [
             (
-                "norm/qkv_norm_rope.cuh",
-                "x * cos[i][j] - y * sin[i][j]",
-                "x * cos[i][j] + y * sin[i][j]",
+                "norm/heads.cuh",
+                "x * by.cos[i][j] - y * by.sin[i][j]",
+                "x * by.cos[i][j] + y * by.sin[i][j]",
+            ),
+            ("norm/heads.cuh", "kHalf = kHeadDim / 2;", "kHalf = kHeadDim / 4;"),
+            ("norm/heads.cuh", "lane_sum<Lanes::kLanes>(sum)", "lane_sum(sum)"),
+            ("norm/heads.cuh", "kHeadDim, eps)", "kHeadDim / 2, eps)"),
+            (
+                "norm/heads.cuh",
+                "out_a.set(j, a.vectors[i][j] * scale);",
+                "out_a.set(j, a.vectors[i][j]);",
             ),
             (
-                "norm/qkv_norm_rope.cuh",
-                "kHalf = kHeadDim / 2;",
-                "kHalf = kHeadDim / 4;",
-            ),
-            ("norm/qkv_norm_rope.cuh", "lane_sum<Lanes::kLanes>(sum)", "lane_sum(sum)"),
-            ("norm/qkv_norm_rope.cuh", "kHeadDim, p.eps)", "kHalf, p.eps)"),
-            ("norm/qkv_norm_rope.cuh", "out_a.set(j, a_i[j] * scale);", "out_a.set(j, a_i[j]);"),
-            (
-                "norm/qkv_norm_rope.cuh",
-                "b_i[j] * scale * weight_b[j]",
-                "b_i[j] * scale * weight_a[j]",
+                "norm/heads.cuh",
+                "b.vectors[i][j] * scale * weight_b[j]",
+                "b.vectors[i][j] * scale * weight_a[j]",
             ),
             (
                 "norm/qkv_norm_rope.cuh",
@@ -58,8 +58,8 @@ FAULTS = {
         "test_qkv_norm_rope_cache[emulated-rows-float32]": [
             (
                 "norm/qkv_norm_rope.cuh",
-                "p.slots.data ? index_at(p.slots, token) : token;\n    float sin",
-                "token;\n    float sin",
+                "p.slots.data ? index_at(p.slots, token) : token;\n    const Rotation",
+                "token;\n    const Rotation",
             ),
             ("norm/qkv_norm_rope.cuh", "(slot * p.kv_heads + h) * p.head_dim", "slot * p.head_dim"),
         ],

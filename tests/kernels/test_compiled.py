@@ -44,7 +44,7 @@ INSTRUCTIONS = {
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
     r"ple_embed_kernel<.*, [124]>": (LOAD, STORE),
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
-    r"softcap_argmax_kernel<(.*, 8|float, 4)>": (LOAD,),
+    r"(softcap_argmax|sample)_kernel<(.*, 8|float, 4)>": (LOAD,),
     r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
     r"attention_kernel<.*HopperTile.*>": (
         *(COPY, STORE, r"HGMMA\.64x(32|64)x16\..*", r"HGMMA\.64x128x16\..*"),

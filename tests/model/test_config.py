@@ -147,8 +147,6 @@ NUMBERS = ("rms_norm_eps", "initializer_range", "final_logit_softcapping")
         ("hidden_activation", {"hidden_activation": None}),
         ("use_bidirectional_attention", {"use_bidirectional_attention": True}),
         ("use_bidirectional_attention", {"use_bidirectional_attention": ["all"]}),
-        ("quant", {"quantization_config": {"quant_method": "gptq"}}),
-        ("quant", {"quantization_config": 5}),
         ("attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
         ("per_layer_config", {"per_layer_config": 5}),
         ("per_layer_config", {"per_layer_config": {"4": {"head_dim": 16}}}),

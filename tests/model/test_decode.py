@@ -112,7 +112,7 @@ def test_step_reads_nothing_on_the_host(on_kernels, name):
             decoder(ids)
 
 
-MOST = {"dense": 6, "e_series": 8, "k_eq_v": 6, "moe": 12}
+MOST = {"dense": 6, "e_series": 8, "k_eq_v": 6, "moe": 6}
 
 
 @needs_compiler

@@ -120,8 +120,9 @@ def test_draws_follow_the_distribution() -> None:
     options = GenerationConfig(do_sample=True, top_k=4, min_p=0.1)
     logits = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log().expand(1, 5)
     sampler, counts = Sampler(options, [], 0, 1, torch.device("cpu")), torch.zeros(5)
-    for _ in range(4000):
-        counts[sampler(torch.zeros(1, 0), logits)[0]] += 1
+    for position in range(4000):
+        sampler(torch.zeros(1, 0), logits, torch.tensor([position]))
+        counts[sampler.ids] += 1
     expected = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.0]) / 0.95
     deviation = (expected * (1 - expected) / 4000).sqrt()
     assert ((counts / 4000 - expected).abs() <= 5 * deviation).all()
@@ -221,16 +222,17 @@ def test_a_step_of_all_processors_reads_nothing_on_the_host() -> None:
     ids, logits = tiny.ids(2, 7), torch.randn(2, 97)
     process = processors(options, ids, torch.ones_like(ids).bool(), 97, favour_even)
     sampler = Sampler(options, process, 0, 2, torch.device("cpu"))
-    sampler(ids, logits)
+    positions = torch.tensor([7, 7])
+    sampler(ids, logits, positions)
     with OnOneDevice():
-        sampler(ids, logits)
+        sampler(ids, logits, positions)
 
 
 class OnOneDevice(NoHostReads):
     """Lets pass what copies a tensor to where it is, in another dtype or to be written to."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        copies = func.overloadpacket.__name__ == "_to_copy"
+        copies = func.overloadpacket.__name__ in ("_to_copy", "copy_")
         if copies and (kwargs or {}).get("device", args[0].device) == args[0].device:
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -7,6 +7,7 @@ import torch
 from support.tiny import ALL, DENSE, E_SERIES, K_EQ_V, ids, tiny
 from torch import Tensor
 
+import gemma4.generate.loop
 from gemma4 import Cache, Gemma4ForCausalLM
 
 each = pytest.mark.parametrize("options", ALL.values(), ids=ALL)
@@ -250,3 +251,106 @@ def test_a_row_that_starts_anew_has_its_rollback_again() -> None:
         cache.trim(12)
         found = model(talk[:, 8:11], cache=cache).logits
         close(found, model(talk[:, :11], use_cache=False).logits[:, 8:], atol=1e-5, rtol=0)
+
+
+# Ids that the host reads late, as those of a GPU
+
+
+@pytest.fixture(params=[1, 2])
+def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """generate with so many steps under way, beside how often its model ran."""
+
+    def run(model: Gemma4ForCausalLM, *args: object, lag: int = request.param, **options: object):
+        tokens, streamed = Tokens(model), Streamed()
+        monkeypatch.setattr(gemma4.generate.loop, "_lag", lambda device: lag)
+        found = model.generate(*args, streamer=streamed, **options)
+        return found, streamed, tokens.taken()
+
+    return run
+
+
+class Streamed:
+    def __init__(self) -> None:
+        self.ids: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, ids: Tensor) -> None:
+        self.ids.append(ids.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@each
+def test_late_ids_change_nothing(options: dict, late: Callable) -> None:
+    """Rows that end at an eos id, or by length: ids, stream, cache and what it is good for."""
+    talk = ids(2, 12)
+    free = tiny(options).generate(talk, max_new_tokens=12, **GREEDY).sequences
+    for eos, new in (([], 7), (free[:, 12 + 5].tolist(), 12), (free[:, 12].tolist(), 12)):
+        arguments = dict(max_new_tokens=new, **GREEDY) | dict(eos_token_id=eos)
+        (expected, stream, count), (found, late_stream, late_count) = (
+            late(tiny(options), talk, lag=0, **arguments), late(tiny(options), talk, **arguments)
+        )  # fmt: skip
+        assert torch.equal(found.sequences, expected.sequences)
+        assert late_stream.ids == stream.ids and late_stream.ended == stream.ended == 1
+        cache, other = found.past_key_values, expected.past_key_values
+        assert (cache.lengths, cache.columns, cache.ids) == (
+            other.lengths, other.columns, other.ids
+        )  # fmt: skip
+        assert late_count >= count and (late_count == count) == (not eos)
+        more = torch.cat([found.sequences, ids(2, 3, seed=1)], 1)
+        greedy = dict(GREEDY, max_new_tokens=4)
+        again = tiny(options).generate(more, cache=cache, **greedy)
+        assert torch.equal(again.sequences, tiny(options).generate(more, **greedy).sequences)
+        assert cache.reused == other.lengths
+
+
+def test_late_ids_of_a_sampled_answer(late: Callable) -> None:
+    options = dict(GREEDY, do_sample=True, top_k=9, seed=3, max_new_tokens=20)
+    model, talk = tiny(DENSE), ids(2, 9)
+    options["eos_token_id"] = model.generate(talk, **options).sequences[:, 15].tolist()
+    (expected, *_), (found, *_) = late(model, talk, lag=0, **options), late(model, talk, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_functions_of_the_caller_are_never_late(late: Callable) -> None:
+    seen: list[int] = []
+
+    def fifth(ids: Tensor, scores: object) -> bool:
+        seen.append(ids.shape[1])
+        return ids.shape[1] == 9 + 5
+
+    found, stream, count = late(
+        tiny(DENSE), ids(1, 9), max_new_tokens=20, stopping_criteria=fifth, **GREEDY
+    )
+    assert found.sequences.shape[1] == 14 and seen == [10, 11, 12, 13, 14]
+    assert len(stream.ids) == 6 and count == 9 + 4
+
+
+def test_an_interrupted_stream_of_late_ids_leaves_a_usable_cache(late: Callable) -> None:
+    model, talk = tiny(E_SERIES), ids(1, 27)
+    cache = Cache(model.config, 1, model.dtype, model.device)
+
+    class Failing(Streamed):
+        def put(self, ids: Tensor) -> None:
+            super().put(ids)
+            if len(self.ids) == 4:
+                raise KeyboardInterrupt
+
+    _, whole, _ = late(model, talk, lag=0, max_new_tokens=20, **GREEDY)
+    late(model, talk, max_new_tokens=1, **GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(talk, max_new_tokens=20, cache=cache, streamer=Failing(), **GREEDY)
+    (held,) = cache.ids
+    assert cache.lengths == [len(held)] and 27 + 3 <= len(held) <= 27 + 5
+    assert held == talk[0].tolist() + [step[0] for step in whole.ids[1:]][: len(held) - 27]
+
+
+def test_a_cache_without_rollback_is_not_run_past_what_it_can_take_back(late: Callable) -> None:
+    talk, model = ids(1, 20), tiny(DENSE)
+    eos = int(model.generate(talk, max_new_tokens=9, **GREEDY).sequences[0, 25])
+    options = dict(GREEDY, max_new_tokens=9, eos_token_id=eos)
+    cache = Cache(model.config, 1, model.dtype, model.device, rollback=0)
+    found, *_ = late(model, talk, cache=cache, **options)
+    assert torch.equal(found.sequences, late(model, talk, lag=0, **options)[0].sequences)
+    assert cache.lengths == [found.sequences.shape[1] - 1]

@@ -69,14 +69,28 @@ TAKEN = {
         "window": (1 << 40,),
         "block_table": ("+1 at 1",),
     },
+    "qkv_attention_decode": {
+        "q": ("0 at 1",),
+        "scale": (-1.0,),
+        "window": (1 << 40,),
+        "block_table": ("+1 at 1",),
+    },
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
+    "sample": {
+        "logits": ("+1 at 1",),
+        "counters": ("+1 at 0",),
+        "eos": ("+1 at 0", "0 at 0"),
+        "top_k": (1 << 40,),
+        "pad": (-1, -2, 1 << 40),
+    },
     "ple_gate": {"ple": ("+1 at 1",)},
 }
 # Sizes that lengths must agree with, which the eager twin alone reads; CONTRACT breaks the lengths.
 READ = {
     "attention_prefill": {"q": ("+1 at 0", "0 at 0"), "block_table": ("0 at 1",)},
     "attention_decode": {"block_table": ("0 at 1",)},
+    "qkv_attention_decode": {"block_table": ("0 at 1",)},
 }
 
 

@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from support import emulated
 from support.attention import check
 
 OPTIONS = {
@@ -81,10 +82,10 @@ def test_packed_tiles(on_card, card, head_dim, paged, options):
 @pytest.mark.parametrize("new_tokens", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_decode_over_splits(on_card, head_dim, new_tokens):
-    """Lengths at, before and past the bounds of the splits of 256 keys; a batch of one gives the
-    bits of the batch."""
+    """Lengths at, before and past the bounds of splits, of 64 keys and of more; a batch of one
+    gives the bits of the batch."""
     backend = on_card("99 KB")
-    lengths = (600, 256, 257, 512, 7)
+    lengths = (600, 64, 65, 384, 7)
     dtype, heads = torch.bfloat16, 4
     q = backend.randn(len(lengths), new_tokens, heads, head_dim, dtype=dtype, std=head_dim**-0.25)
     k = backend.nan(len(lengths), 600, 1, head_dim, dtype=dtype)
@@ -128,10 +129,12 @@ def test_a_single_visible_key(on_card):
     assert torch.allclose(lse.double(), scores, rtol=1e-5, atol=1e-3)
 
 
-def test_many_keys(on_card):
+def test_many_keys(on_card, monkeypatch):
     """Half of the weight on the first key, the rest spread thin over the others, which are no
-    multiple of any tile or split: a sum that bf16 or a lost rescaling would not hold."""
+    multiple of any tile or split: a sum that bf16 or a lost rescaling would not hold. The card is
+    large enough for all splits that there are."""
     backend = on_card("99 KB")
+    monkeypatch.setattr(emulated.control().settings, "sm_count", 132)
     keys = 33000
     q = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
     q[..., 0] = 1.0

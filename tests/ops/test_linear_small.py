@@ -7,6 +7,7 @@ from support.marks import all_dtypes
 
 CLOSE = {"residual", "post_weight", "scale"}  # a branch
 OPEN = CLOSE | {"norm_weight"}  # and the next one
+TWO = OPEN | {"other"}  # branches close
 CASES = {  # tokens, width, rows of y, what comes with it
     "no tokens": (0, 64, 16, OPEN),
     "no rows": (2, 64, 0, OPEN),
@@ -22,6 +23,8 @@ CASES = {  # tokens, width, rows of y, what comes with it
     "first layer": (3, 384, 32, {"norm_weight"}),
     "closes alone": (3, 384, 32, CLOSE),
     "no scale": (3, 384, 32, OPEN - {"scale"}),
+    "two branches": (3, 392, 32, TWO),
+    "two branches, closed alone": (9, 136, 8, TWO - {"norm_weight"}),
     "gated": (5, 200, 24, OPEN | {"gated"}),
     "gated, plain": (1, 128, 8, {"gated"}),
     "factor": (4, 320, 256, CLOSE | {"factor"}),
@@ -31,7 +34,7 @@ CASES = {  # tokens, width, rows of y, what comes with it
     "E2B width": (2, 1536, 16, OPEN),
     "26B width": (14, 2816, 8, OPEN),
     "31B width": (7, 5376, 8, OPEN),
-    "widest": (1, 6144, 8, OPEN),
+    "widest": (1, 6144, 8, TWO),
 }
 OTHER_WIDTHS = {  # no kernel: the twin
     "17 tokens": (17, 64, 16, OPEN),
@@ -53,6 +56,7 @@ def inputs(backend, case, dtype):
 def check(backend, arguments, dtype, eps=1e-6):
     y, residual = backend.ops.linear_small(**arguments, eps=eps)
     names = ("residual", "post_weight", "scale", "norm_weight", "factor")
+    names += ("x_weight", "other", "other_weight")
     all_of_them = dict.fromkeys(names) | arguments | {"eps": eps}
     wide = dtype
     if "residual" in arguments:
@@ -101,6 +105,9 @@ def test_strided(backend):
     check(backend, arguments, BF16)
     arguments["x"] = backend.randn(4, 321, dtype=BF16)[:, 1:]
     check(backend, arguments, BF16)
+    arguments = inputs(backend, "two branches", BF16)
+    arguments["other"] = backend.randn(3, 2 * 392, dtype=BF16)[:, :392]
+    check(backend, arguments, BF16)
 
 
 def test_eps_applies_to_both_norms(backend):
@@ -112,12 +119,15 @@ def test_eps_applies_to_both_norms(backend):
 
 
 @kernels_alone
-@pytest.mark.parametrize("case", ["16 tokens", "9 tokens", "gated, more tiles than blocks"])
+@pytest.mark.parametrize(
+    "case", ["16 tokens", "9 tokens", "two branches", "gated, more tiles than blocks"]
+)
 def test_a_tokens_bits_do_not_depend_on_the_others(backend, case):
     arguments = inputs(backend, case, BF16)
     together, residuals = backend.ops.linear_small(**arguments)
-    for token in (0, 3, arguments["x"].shape[0] - 1):
-        rows = {n: t[token : token + 1] for n, t in arguments.items() if n in ("x", "residual")}
+    for token in (0, 2, arguments["x"].shape[0] - 1):
+        names = {"x", "residual", "other"} & arguments.keys()
+        rows = {name: arguments[name][token : token + 1] for name in names}
         alone, residual = backend.ops.linear_small(**arguments | rows)
         assert torch.equal(alone[0], together[token])
         assert residual is None or torch.equal(residual[0], residuals[token])
@@ -175,6 +185,22 @@ BAD = {
         {"post_weight": lambda w: None, "residual": lambda r: None},
         ValueError,
         "scale must not come without a residual",
+    ),
+    "other without a residual": (
+        {
+            "residual": lambda r: None,
+            "post_weight": lambda w: None,
+            "scale": lambda s: None,
+            "other": lambda _: torch.ones(9, 136, dtype=BF16),
+        },
+        ValueError,
+        "x_weight, other and other_weight must come together and with a residual, or not",
+    ),
+    "other shape": (
+        {name: lambda _: torch.ones(136, dtype=BF16) for name in ("x_weight", "other_weight")}
+        | {"other": lambda _: torch.ones(8, 136, dtype=BF16)},
+        ValueError,
+        r"other must have shape \[9, 136\], got \[8, 136\]",
     ),
     "residual shape": (
         {"residual": lambda r: r[:2]},

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.ops.logits import sample_counters
+from gemma4_kernels.reference.attention import COUNTERS
 
 from .backends import FP32, Backend, in_dtypes
 
@@ -24,8 +26,11 @@ BRANCHES = {
     "moe_norm": ("x",),
     "qkv_norm_rope": ("q", "k", "v"),
     "qkv_norm_rope_cache": ("q", "k", "v", "k_cache", "v_cache"),
+    "qkv_attention_decode": ("q", "k", "v", "k_cache", "v_cache"),
     "moe_route": ("logits",),
     "moe_experts": ("x",),
+    "moe_open": ("x", "gate_up", "router"),
+    "moe_experts_small": ("x", "dense_x", "dense"),
     "ple_embed": ("projected",),
     "ple_gate": ("gate",),
 }
@@ -145,9 +150,10 @@ def linear_small(
     dtype: torch.dtype = FP32,
 ) -> Arguments:
     """To so many rows of y, with the arguments that `parts` names; "gated" is one, and a residual
-    brings its post_weight."""
+    brings its post_weight, another branch both weights."""
     gated = "gated" in parts
     given = {"x", "weight", *parts} | ({"post_weight"} if "residual" in parts else set())
+    given |= {"x_weight", "other_weight"} if "other" in parts else set()
     made = {
         "x": b.randn(tokens, width, dtype=dtype, std=2.0),
         "weight": b.randn(rows * (1 + gated), width, dtype=dtype, std=max(width, 1) ** -0.5),
@@ -156,6 +162,9 @@ def linear_small(
         "scale": b.randn(1, dtype=dtype, mean=0.3, std=0.1),
         "norm_weight": b.weight(width, dtype=dtype),
         "factor": b.randn(tokens, rows, dtype=dtype),
+        "x_weight": b.weight(width, dtype=dtype),
+        "other": b.randn(tokens, width, dtype=dtype),
+        "other_weight": b.weight(width, dtype=dtype),
     }
     return {n: x for n, x in made.items() if n in given} | {"gated": gated}
 
@@ -215,6 +224,35 @@ def attention_decode(
     } | options
 
 
+def qkv_attention_decode(
+    b: Backend,
+    seq_lens: Sequence[int],
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    borrowed: bool = False,
+    with_v: bool = True,
+    packed: bool = True,
+    dtype: torch.dtype = FP32,
+    **options: Any,
+) -> Arguments:
+    """One new token of each row of a cache, which is full of keys; borrowed: it holds the new one.
+
+    Normed q and k make scores of about 10, of which the scale leaves 1.
+    """
+    positions = torch.tensor(seq_lens, dtype=torch.int64) - 1
+    sizes = len(seq_lens), heads, None if borrowed else kv_heads, head_dim
+    kinds = dict(with_v=with_v, packed=packed, positions=positions)
+    rope = qkv_norm_rope(b, *sizes, dtype=dtype, **kinds)
+    cache = attention_decode(b, seq_lens, slots, heads, kv_heads, head_dim, dtype=dtype)
+    del cache["q"]
+    counters = b.to(torch.zeros(len(seq_lens), kv_heads, COUNTERS, dtype=torch.int32))
+    scale = dict(scale=head_dim**-0.5, counters=counters)
+    return rope | cache | scale | options
+
+
 def moe_route(
     b: Backend, tokens: int, experts: int, k: int, *, dtype: torch.dtype = FP32
 ) -> Arguments:
@@ -245,6 +283,47 @@ def moe_experts(
     }
 
 
+def moe_open(
+    b: Backend,
+    tokens: int,
+    width: int,
+    rows: int,
+    experts: int,
+    *,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """To so many rows of hidden."""
+    std = max(width, 1) ** -0.5
+    return {
+        "x": b.randn(tokens, width, dtype=dtype, std=2.0),
+        "residual": b.randn(tokens, width, dtype=dtype, std=3.0),
+        **{name: b.weight(width, dtype=dtype) for name in ("post_weight", "norm_weight")},
+        "gate_up": b.randn(2 * rows, width, dtype=dtype, std=std),
+        **{name: b.weight(width, dtype=dtype) for name in ("expert_weight", "router_scale")},
+        "router": b.randn(experts, width, dtype=dtype),
+    }
+
+
+def moe_experts_small(
+    b: Backend,
+    tokens: int,
+    experts: int,
+    k: int,
+    width: int,
+    hidden: int,
+    dense: int,
+    *,
+    dtype: torch.dtype = FP32,
+) -> Arguments:
+    """The dense branch of this width."""
+    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype)
+    return {name: arguments[name] for name in ("x", "gate_up", "down")} | {
+        **moe_route(b, tokens, experts, k, dtype=dtype),
+        "dense_x": b.randn(tokens, dense, dtype=dtype),
+        "dense": b.randn(width, dense, dtype=dtype, std=max(dense, 1) ** -0.5),
+    }
+
+
 def ple_embed(
     b: Backend, tokens: int, rows: int, layers: int, width: int, *, dtype: torch.dtype = FP32
 ) -> Arguments:
@@ -272,3 +351,26 @@ def softcap(
 
 
 softcap_argmax = softcap
+
+
+def sample(
+    b: Backend,
+    rows: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = FP32,
+    std: float = 3.0,
+    **options: Any,
+) -> Arguments:
+    """Rows of seeds and positions far apart, none of which has ended or can."""
+    logits = b.randn(rows, vocab_size, dtype=dtype, std=std)
+    seeds = torch.tensor([-1, 0, 1 << 40, 7]).repeat(-(-rows // 4))[:rows]
+    return {
+        "logits": logits,
+        "seeds": b.to(seeds),
+        "positions": b.to(torch.arange(rows) * 1000),
+        "ids": b.to(torch.full((rows,), -7)),
+        "done": b.to(torch.zeros(rows, dtype=torch.int64)),
+        "counters": sample_counters(logits),
+        "eos": b.to(torch.tensor([vocab_size, vocab_size + 1])),
+    } | options

@@ -37,8 +37,8 @@ FLAGS = (
 # What a model is made of, by the names of the ops' arguments: a dependent launch may read it before
 # it has waited for the kernel before it, which may have written anything else.
 PARAMETERS = {"weight", "post_weight", "norm_weight", "next_weight", "q_weight", "k_weight"}
-PARAMETERS |= {"x_weight", "other_weight", "scale", "per_expert_scale", "gate_up", "down"}
-PARAMETERS |= {"table", "inv_freq"}
+PARAMETERS |= {"x_weight", "other_weight", "expert_weight", "scale", "router", "router_scale"}
+PARAMETERS |= {"per_expert_scale", "gate_up", "down", "dense", "table", "inv_freq"}
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -172,8 +172,8 @@ def ops_with_kernels() -> list[str]:
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple):
-        return all(map(_same_bits, a, b))
+    if a is None or isinstance(a, tuple):
+        return a is b or all(map(_same_bits, a, b))
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
@@ -190,14 +190,21 @@ class EmulatedKernels(opset.Kernels):
     """Runs each call under every schedule and demands the same bits of all."""
 
     def call(self, op: opset.Op, args: tuple[Any, ...]) -> Any:
-        settings, results = control().settings, []
+        settings, results, alone = control().settings, [], len(SCHEDULES) == 1
+        # What a call writes it may read too: each schedule is to find the same.
+        schema = op.registered.default._schema.arguments
         self.set_dependent_launches(True)
+        written = [x for x, a in zip(args, schema, strict=True) if a.alias_info is not None]
+        before = [] if alone else [x.clone() for x in written]
         for settings.seed, policy in SCHEDULES:
+            for x, old in zip(written, before, strict=False):
+                x.copy_(old)
             settings.policy = getattr(control().Policy, policy)
-            results.append(super().call(op, args))
+            result = super().call(op, args)
+            results.append((result, *(x.clone() for x in written if not alone)))
         for other in results[1:]:
             assert _same_bits(results[0], other), f"{op.name}: the schedules disagree"
-        return results[0]
+        return results[0][0]
 
 
 @functools.cache

@@ -99,8 +99,12 @@ def geglu(gate_up, dtype=None):
 
 @_formula
 def linear_small(
-    x, weight, residual, post_weight, scale, norm_weight, factor, eps, gated, dtype=None, wide=None
-):
+    x, weight, residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight,
+    eps, gated, dtype=None, wide=None,
+):  # fmt: skip
+    if other is not None:
+        x = rms_norm(x, x_weight, eps, dtype) + rms_norm(other, other_weight, eps, dtype)
+        x = _round(x, dtype)
     a = new_residual = x
     if residual is not None:
         a, _ = add_rms_norm(x, residual, post_weight, None, scale, eps, dtype, wide)
@@ -164,6 +168,21 @@ def attention(
 
 
 @_formula
+def qkv_attention_decode(
+    q, k, v, q_weight, k_weight, positions, inv_freq, keys, values, eps, dtype=None, **options
+):
+    """Behind the keys and values [S, G, C] that each row has already; also the new k and v."""
+    q, k, v = qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq, eps, dtype)
+    rows = []
+    for b, (old_k, old_v) in enumerate(zip(keys, values, strict=True)):
+        row_k, row_v = old_k.double().cpu(), old_v.double().cpu()
+        if k is not None:
+            row_k, row_v = torch.cat([row_k, k[b : b + 1]]), torch.cat([row_v, v[b : b + 1]])
+        rows.append(attention(q[b : b + 1], row_k, row_v, **options, dtype=dtype)[0])
+    return torch.cat(rows), k, v
+
+
+@_formula
 def attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     """Sequence b owns rows cu[b] .. cu[b + 1] - 1 of q, and of k and v."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -210,6 +229,25 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
 
 
 @_formula
+def moe_open(
+    x, residual, post_weight, norm_weight, gate_up, expert_weight, router_scale, router, eps,
+    dtype=None, wide=None,
+):  # fmt: skip
+    wide = wide or dtype
+    r, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps, dtype, wide)
+    expert_x, router_x = moe_norm(r, expert_weight, router_scale, eps, wide)
+    hidden = geglu(_round(_round(y, dtype) @ gate_up.T, dtype), dtype)
+    return hidden, _round(_round(router_x, dtype) @ router.T, dtype), expert_x, r
+
+
+@_formula
+def moe_experts_small(x, gate_up, down, logits, per_expert_scale, k, dense_x, dense, dtype=None):
+    weights, experts = moe_route(logits, per_expert_scale, k)
+    y = moe_experts(x, gate_up, down, experts, weights, dtype)
+    return y, _round(dense_x @ dense.T, dtype)
+
+
+@_formula
 def ple_embed(ids, table, projected, weight, eps, dtype=None, table_dtype=None, wide=None):
     table_dtype, wide = table_dtype or dtype, wide or dtype
     width = weight.shape[0]
@@ -227,6 +265,54 @@ def ple_embed(ids, table, projected, weight, eps, dtype=None, table_dtype=None, 
 @_formula
 def ple_gate(gate, ple, layer, dtype=None, wide=None):
     return _round(_round(gelu_tanh(gate), dtype) * ple[:, layer], wide or dtype)
+
+
+def philox(seed, low, high):
+    """Philox 4x32-10 of the counter (low, high, high >> 32, 0) under a key of 64 bits."""
+    word = 0xFFFFFFFF
+    c = [low & word, high & word, high >> 32 & word, 0]
+    key = [seed & word, seed >> 32 & word]
+    for _ in range(10):
+        x, y = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [y >> 32 ^ c[1] ^ key[0], y & word, x >> 32 ^ c[3] ^ key[1], x & word]
+        key = [key[0] + 0x9E3779B9 & word, key[1] + 0xBB67AE85 & word]
+    return c
+
+
+def gumbel(seed, position, token):
+    uniform = (philox(seed, token // 4, position)[token % 4] + 0.5) / 2**32
+    return -math.log(-math.log1p(-uniform))
+
+
+@_formula
+def sample(logits, seeds, positions, cap, temperature, top_k=0, top_p=1.0, min_p=0.0, slack=0.0):
+    """Of each row the tokens that may be chosen where logits are right up to `slack`, and all else
+    up to what fp32 costs."""
+    found = []
+    for row, seed, position in zip(logits, seeds.tolist(), positions.tolist(), strict=True):
+        x = softcap(row, cap) if cap else row
+        order = sorted(range(len(x)), key=lambda i: (-x[i].item(), i))
+        if temperature == 0 or top_k == 1:
+            found.append(
+                {i for i in order if x[i] >= x[order[0]] - slack and (slack or i == order[0])}
+            )
+            continue
+        kept = order[: top_k or len(x)]
+        error = 2 * slack / temperature
+        p = torch.softmax(x[kept] / temperature, 0)
+        before = (p.cumsum(0) - p).tolist()
+        possible = {i for i in order if x[i] >= x[kept[-1]] - slack} if slack else set(kept)
+        sure = {i for i in kept if not slack or len(kept) == len(x) or x[i] > x[kept[-1]] + slack}
+        for i, mass, better in zip(kept, (p / p[0]).tolist(), before, strict=True):
+            if better >= top_p - 1e-5 - error or mass < min_p * (1 + 1e-5 + error):
+                sure.discard(i)
+            if better >= top_p + 1e-5 + error or mass < min_p * (1 - 1e-5 - error):
+                possible.discard(i)
+        sure.add(order[0])
+        score = {i: x[i].item() / temperature + gumbel(seed, position, i) for i in possible | sure}
+        least = max(score[i] for i in sure) - 3e-5 - error
+        found.append({i for i in possible | sure if score[i] >= least})
+    return found
 
 
 @_formula

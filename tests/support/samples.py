@@ -47,7 +47,10 @@ def samples(op: str, dtype: torch.dtype = FP32, grad: bool = False) -> Cases:
     }
 
 
-NOT_DIFFERENTIABLE = ("qkv_norm_rope_cache", "attention_decode", "softcap_argmax")
+NOT_DIFFERENTIABLE = (
+    *("qkv_norm_rope_cache", "attention_decode", "qkv_attention_decode", "softcap_argmax"),
+    "sample",
+)
 
 
 def detached(arguments: Arguments) -> Arguments:
@@ -148,6 +151,26 @@ def attention_decode(b: Leaves) -> Cases:
     }
 
 
+def qkv_attention_decode(b: Leaves) -> Cases:
+    def make(lengths=(3, 7), **options) -> Arguments:
+        with torch.no_grad():
+            made = cases.qkv_attention_decode(b, lengths, 9, 4, 2, 64, **options)
+        return {n: x.detach() if "cache" in n else x for n, x in made.items()}
+
+    with torch.no_grad():
+        pages = {name: b.randn(5, 4, 2, 64) for name in ("k_cache", "v_cache")}
+    pages["block_table"] = torch.tensor([[3, 1, 0], [2, 4, 0]], dtype=torch.int32)
+    return {
+        "usual": make(),
+        "no v": make((1, 9), with_v=False, packed=False),
+        "borrowed": make(borrowed=True, softcap=3.0),
+        "ring": make((3, 70), window=4, ring=True),
+        "pages": make((5, 7), window=3) | pages,
+        "left out": make((0, 2)),
+        "no rows": make((), packed=False),
+    }
+
+
 OPEN = ("residual", "post_weight", "scale", "norm_weight")
 
 
@@ -157,6 +180,7 @@ def linear_small(b: Leaves) -> Cases:
         "usual": cases.linear_small(b, 3, 8, 6, *OPEN, "factor"),
         "alone": cases.linear_small(b, 3, 8, 6),
         "gated": cases.linear_small(b, 3, 8, 6, "norm_weight", "gated"),
+        "two branches": cases.linear_small(b, 3, 8, 6, *OPEN, "other"),
         "odd": cases.linear_small(b, 2, 7, 5, *OPEN),
         "transposed": cases.linear_small(b, 3, 8, 6, *OPEN) | turned,
         "empty": cases.linear_small(b, 0, 8, 6, *OPEN),
@@ -191,6 +215,26 @@ def moe_experts(b: Leaves) -> Cases:
     }
 
 
+def moe_open(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "gate_up": b.turned(6, 8), "router": b.turned(4, 8)}
+    return {
+        "usual": cases.moe_open(b, 3, 8, 3, 4),
+        "odd": cases.moe_open(b, 2, 7, 3, 5),
+        "transposed": cases.moe_open(b, 3, 8, 3, 4) | turned,
+        "empty": cases.moe_open(b, 0, 8, 3, 4),
+    }
+
+
+def moe_experts_small(b: Leaves) -> Cases:
+    turned = {"x": b.turned(3, 8), "dense_x": b.turned(3, 5), "dense": b.turned(8, 5)}
+    usual = cases.moe_experts_small(b, 3, 4, 2, 8, 3, 5, dtype=b.drawn)
+    return {
+        "usual": usual,
+        "transposed": usual | turned,
+        "empty": cases.moe_experts_small(b, 0, 4, 2, 8, 3, 5, dtype=b.drawn),
+    }
+
+
 def ple_embed(b: Leaves) -> Cases:
     def make(*ids: int, width: int = 4) -> Arguments:
         arguments = cases.ple_embed(b, len(ids), 5, 3, width)
@@ -204,6 +248,17 @@ def ple_embed(b: Leaves) -> Cases:
         "strided": make(1, 1, 0) | columns,
         "transposed": make(1, 1, 0) | turned,
         "empty": make(),
+    }
+
+
+def sample(b: Leaves) -> Cases:
+    draws = dict(temperature=0.7, top_k=3, top_p=0.9)
+    return {
+        "usual": cases.sample(b, 3, 8, **draws),
+        "best": cases.sample(b, 3, 7, cap=30.0),
+        "all": cases.sample(b, 2, 8, temperature=1.0, min_p=0.1),
+        "transposed": cases.sample(b, 4, 8, **draws) | {"logits": b.turned(4, 8)},
+        "no rows": cases.sample(b, 0, 8),
     }
 
 
@@ -221,7 +276,8 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
-        *(attention_prefill, attention_decode, moe_route, moe_experts, ple_embed, ple_gate),
+        *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
+        *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
     )
 }
 
@@ -248,16 +304,26 @@ def served(op: str) -> Arguments:
     if op == "attention_decode":
         arguments = cases.attention_decode(b, (3, 8), 8, 4, 2, 64, **score)
         return complete(op, arguments | {"block_table": ints([0], [1])})
+    if op == "qkv_attention_decode":
+        options = dict(dtype=BF16, window=4, softcap=30.0, block_table=ints([0], [1]))
+        return complete(op, cases.qkv_attention_decode(b, (3, 8), 8, 4, 2, 64, **options))
     if op == "linear_small":
-        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "factor", dtype=BF16))
+        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
         arguments = cases.moe_experts(b, 3, 4, 2, 64, 16, dtype=BF16)
         return complete(op, arguments | {"experts": ints([0, 3], [1, 2], [2, 0])})
+    if op == "moe_open":
+        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16))
+    if op == "moe_experts_small":
+        return complete(op, cases.moe_experts_small(b, 3, 4, 2, 64, 16, 24, dtype=BF16))
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
+    if op == "sample":
+        options = dict(cap=30.0, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, pad=3)
+        return complete(op, cases.sample(b, 3, 64, dtype=BF16, **options))
     if op == "ple_gate":
         return complete(op, cases.ple_gate(b, 3, 2, 16, 1, dtype=BF16))
     return complete(op, getattr(cases, op)(b, 3, 64, dtype=BF16))
@@ -269,5 +335,8 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
     result = getattr(backend.ops, op)(**copies)
-    written = [copies[n] for n in ("k_cache", "v_cache") if op.endswith("cache")]
-    return [*(result if isinstance(result, tuple) else (result,)), *written]
+    caches = op in ("qkv_norm_rope_cache", "qkv_attention_decode")
+    written = [copies[n] for n in ("k_cache", "v_cache") if caches]
+    written += [copies[n] for n in ("ids", "done", "counters") if op == "sample"]
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    return [*results, *written]

@@ -32,6 +32,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
             for op in ("geglu", "softcap", "softcap_argmax"):
                 yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+        for vocab_size in (4104, 77):
+            for options in ({}, dict(temperature=0.7), dict(temperature=0.7, top_k=5)):
+                yield "sample", cases.sample(b, 2, vocab_size, dtype=dtype, **options)
         for experts in (128, 512):
             yield "moe_route", cases.moe_route(b, 4, experts, 8, dtype=dtype)
     for dtype in half:
@@ -45,12 +48,19 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        yield "moe_open", cases.moe_open(b, 2, 72, 24, 8, dtype=dtype)
+        for tokens in (2, 9):
+            sizes = tokens, 8, 2, 64, 16, 72
+            yield "moe_experts_small", cases.moe_experts_small(b, *sizes, dtype=dtype)
         for head_dim in HEAD_DIMS[:4]:
             for softcap in (0.0, 30.0):
                 for n in (1, 17, 65):
                     arguments = prefill(b, n, 17, 1, head_dim, dtype)
                     yield "attention_prefill", arguments | {"softcap": softcap}
             yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            for softcap in (0.0, 30.0):
+                arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
+                yield "qkv_attention_decode", arguments | {"softcap": softcap}
             arguments = prefill(b, 17, 17, 1, head_dim, dtype)
             yield "attention_prefill_backward", cases.attention_prefill_backward(b, arguments)
 
@@ -118,6 +128,8 @@ CASES: dict[str, tuple[str, tuple, dict[str, Any]]] = {  # op, sizes, options
     "ple_gate, fp32 ple": ("ple_gate", (T, 5, 256, 2), {}),
     "softcap": ("softcap", (T, 4096), {}),
     "softcap_argmax": ("softcap_argmax", (T, 8192), {}),
+    "sample": ("sample", (4, 8192), {}),
+    "sample, top_k": ("sample", (4, 8192), dict(temperature=0.7, top_k=64)),
 }
 
 

@@ -22,7 +22,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def resolve(path_or_repo_id: str | Path, needed: str = "config.json") -> Path:
-    """The folder of a checkpoint: a local one, or a hub repository's, downloaded if need be.
+    """The folder of a checkpoint: a local one, or a hub repository's, downloaded if need be; or
+    llama.cpp's file, which is a checkpoint by itself.
 
     Only the files that the text model needs are fetched; huggingface_hub's cache and offline mode
     apply. Raises FileNotFoundError, naming what was asked for and what is there instead, if there
@@ -38,6 +39,8 @@ def resolve(path_or_repo_id: str | Path, needed: str = "config.json") -> Path:
             raise FileNotFoundError(f"{path} holds no {needed}{_instead(path)}")
         return path
     name = str(path_or_repo_id)
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     if path.is_file():
         raise FileNotFoundError(f"{name} is a file{_kind(path)}, not a checkpoint's folder")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -125,7 +128,7 @@ def _instead(folder: Path) -> str:
 def _kind(file: Path) -> str:
     """What another format's file is, in brackets."""
     if file.suffix == ".gguf":
-        return " (llama.cpp's format, which this package does not read)"
+        return " (llama.cpp's format: give the file itself as the path)"
     if any(file.match(pattern) for pattern in _PICKLED):
         return " (pickled, which can run code and is never read; convert it to safetensors)"
     return ""

@@ -9,9 +9,10 @@ and tensor.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import DTYPES, Gemma4TextConfig
-from . import tensorfile
+from ..files import read_json
+from . import gguf, tensorfile
 from .folder import resolve, weight_files
+from .packed import Packed, gathered, options_of
 from .tensorfile import Entry
 
 if TYPE_CHECKING:
@@ -33,16 +36,13 @@ OTHER_MODALITIES = re.compile(
     r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder"
     r"|multi_modal_projector)\."
 )
-# Names that quantised checkpoints add beside or in place of a weight.
-QUANTISED = re.compile(
-    r"(weight_(packed|scale|scale_2|global_scale|shape|zero_point)|(input|output)(_global)?_scale"
-    r"|qweight|qzeros|scales|g_idx|biases|weight\.(absmax|quant_map|quant_state.*|nested_.*))$"
-)
 SHARED_KV = re.compile(r"layers\.(\d{1,9})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 SINGLE_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,9})\.(gate_proj|up_proj|down_proj)\.weight")
 FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
+# What fills a tensor of the model, or a part of it.
+Source: TypeAlias = Entry | Packed
 # What of an expert tensor a file's tensor fills: (expert, projection), or all of it.
 Part = tuple[int, str]
 WHOLE: Part = (-1, "")
@@ -60,11 +60,13 @@ def load(
     folder = resolve(path_or_repo_id)
     config = Gemma4TextConfig.from_pretrained(folder)
     dtype = _dtype(config.dtype if dtype is None else dtype)
-    entries = read_entries(folder)
-    check_sizes(folder, config, entries)
+    sources, passed_over = read_sources(folder)
+    check_sizes(folder, config, sources)
     with torch.device("meta"), _Unfilled():
         model = cls(config)
-    found, skipped = _matched(model, folder, entries)
+    found, skipped = _matched(model, folder, sources)
+    skipped += passed_over
+    _tell_unpacked(folder, model, found, dtype)
     device = torch.device(device or "cpu")
     state = _read(model, found, dtype, device, ple_device, progress)
     model.load_state_dict(state, strict=False, assign=True)
@@ -100,30 +102,57 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def read_entries(folder: Path) -> list[Entry]:
-    """Every tensor that a checkpoint's files hold, from their tables alone."""
+def read_sources(folder: Path) -> tuple[list[Source], list[str]]:
+    """Every weight that a checkpoint's files hold, from their tables alone; and the names of what
+    quantised files say of activations."""
+    if folder.is_file():
+        return [*gguf.sources_of(gguf.read_shards(folder))], []
     entries = []
     for file, promised in weight_files(folder).items():
         table = tensorfile.read_table(file)
         if absent := set(promised) - {entry.name for entry in table}:
             raise ValueError(f"{file} lacks the tensor {min(absent)} that the index promises in it")
         entries += table
-    for entry in entries:
-        if QUANTISED.search(entry.name):
-            raise ValueError(
-                f"{folder} is a quantised checkpoint, which is not supported: it holds {entry.name}"
-            )
-        if entry.dtype not in tensorfile.DTYPES and not OTHER_MODALITIES.match(entry.name):
-            raise ValueError(
-                f"{entry.file}: tensor {entry.name} is {entry.dtype}; "
-                "quantised checkpoints are not taken"
-            )
-    return entries
-
-
-def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) -> None:
-    """Refuses a config whose sizes are not the files', before even a module tree is made of it."""
     config_file = folder / "config.json"
+    options = options_of(read_json(config_file), str(config_file))
+    others = [entry for entry in entries if OTHER_MODALITIES.match(entry.name)]
+    text = [entry for entry in entries if not OTHER_MODALITIES.match(entry.name)]
+    sources, passed_over = gathered(text, options)
+    for source in sources:
+        if isinstance(source, Entry) and source.dtype not in tensorfile.DTYPES:
+            raise ValueError(
+                f"{source.file}: tensor {source.name} is {source.dtype}, quantised in a form that "
+                "nothing beside it tells"
+            )
+    return [*sources, *others], [entry.name for entry in passed_over]
+
+
+def _tell_unpacked(
+    folder: Path, model: nn.Module, found: dict[str, dict[Part, Source]], dtype: torch.dtype
+) -> None:
+    """Warns where weights take more memory than their file, which is why they were quantised."""
+    packed = [
+        (source, name)
+        for name, parts in found.items()
+        for source in parts.values()
+        if isinstance(source, Packed)
+    ]
+    if not packed:
+        return
+    tensors = model.state_dict()
+    names = {name for _, name in packed}
+    dense_bytes = sum(tensors[name].numel() for name in names) * dtype.itemsize
+    method = packed[0][0].options.method
+    warnings.warn(
+        f"{folder} is quantised ({method}): {len(names)} of its weights are unpacked to {dtype} "
+        f"and take {dense_bytes / 1e9:.3g} GB, not {sum(s.size for s, _ in packed) / 1e9:.3g}",
+        stacklevel=4,
+    )
+
+
+def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Source]) -> None:
+    """Refuses a config whose sizes are not the files', before even a module tree is made of it."""
+    config_file = folder if folder.is_file() else folder / "config.json"
     layers: set[int] = set()
     for entry in entries:
         if OTHER_MODALITIES.match(entry.name):
@@ -148,14 +177,14 @@ def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Entry]) ->
 
 
 def _matched(
-    model: "PreTrainedModel", folder: Path, entries: list[Entry]
-) -> tuple[dict[str, dict[Part, Entry]], list[str]]:
+    model: "PreTrainedModel", folder: Path, entries: list[Source]
+) -> tuple[dict[str, dict[Part, Source]], list[str]]:
     """What fills each part of each tensor of the model, and the names that fill none."""
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:  # the embedding is the head
         tensors.pop("lm_head.weight", None)
     names = {name.removeprefix("model."): name for name in tensors}
-    found: dict[str, dict[Part, Entry]] = {name: {} for name in tensors}
+    found: dict[str, dict[Part, Source]] = {name: {} for name in tensors}
     skipped = []
     for entry in entries:
         key, part = _place(entry.name, names)
@@ -171,7 +200,8 @@ def _matched(
                 f"{entry.file}: tensor {entry.name} gives {key} a second time, after {rival.name}"
             )
         shape = _view(tensors[key], part).shape
-        if entry.shape != shape:
+        fits = entry.fits(shape) if isinstance(entry, Packed) else entry.shape == shape
+        if not fits:
             raise ValueError(
                 f"{entry.file}: tensor {entry.name} must have shape {list(shape)}, "
                 f"got {list(entry.shape)}"
@@ -236,20 +266,32 @@ def _skippable(name: str, config: Gemma4TextConfig) -> bool:
     return index < config.num_hidden_layers and config.kv_owner(index) != index
 
 
-def _check_tied_head(entries: list[Entry]) -> None:
+def _check_tied_head(entries: list[Source]) -> None:
     """A head in the file of a tied model must repeat the embedding: the config is believed."""
     table = next(entry for entry in entries if entry.name.endswith("embed_tokens.weight"))
     for head in entries:
-        if head.name.endswith("lm_head.weight") and not tensorfile.equal(head, table):
+        if head.name.endswith("lm_head.weight") and not _equal(head, table):
             raise ValueError(
                 f"{head.file}: {head.name} differs from the token embedding, but the config says "
                 "tie_word_embeddings; set it to false to use both"
             )
 
 
+def _equal(one: Source, other: Source) -> bool:
+    """Whether two weights are the same tensors of the same numbers."""
+    if isinstance(one, Packed) or isinstance(other, Packed):
+        return (
+            isinstance(one, Packed)
+            and isinstance(other, Packed)
+            and one.parts.keys() == other.parts.keys()
+            and all(tensorfile.equal(one.parts[role], other.parts[role]) for role in one.parts)
+        )
+    return tensorfile.equal(one, other)
+
+
 def _read(
     model: nn.Module,
-    found: dict[str, dict[Part, Entry]],
+    found: dict[str, dict[Part, Source]],
     dtype: torch.dtype,
     device: torch.device,
     ple_device: torch.device | str | None,
@@ -266,11 +308,16 @@ def _read(
             where = torch.device(ple_device)
             pinned = where.type == "cpu" and device.type == "cuda"
         tensor, whole = None, parts.get(WHOLE)
-        if whole and where.type == "cpu" and not pinned and whole.torch_dtype == dtype:
+        in_place = isinstance(whole, Entry) and where.type == "cpu" and not pinned
+        if isinstance(whole, Entry) and in_place and whole.torch_dtype == dtype:
             tensor = tensorfile.mapped(whole, memory)
         if tensor is None:
             tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
-            for part, entry in parts.items():
-                tensorfile.fill(_view(tensor, part), entry, buffer)
+            for part, source in parts.items():
+                view = _view(tensor, part)
+                if isinstance(source, Packed):
+                    source.fill(view)
+                else:
+                    tensorfile.fill(view, source, buffer)
         state[name] = tensor
     return state

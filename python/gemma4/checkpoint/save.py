@@ -89,6 +89,12 @@ def _copy_tokenizer(source: Path | None, folder: Path, staging: Path) -> None:
     """The tokenizer's files of the folder that a model was loaded from."""
     if source is None or source.resolve() == folder.resolve():
         return
+    if source.is_file():
+        # The tokenizer is made of the file's keys, by a module that is above this one.
+        from ..tokenizer import Gemma4Tokenizer
+
+        Gemma4Tokenizer.from_pretrained(source).write(staging)
+        return
     if not source.is_dir():
         warnings.warn(f"{source} is gone, and with it the tokenizer: it is not saved", stacklevel=4)
         return

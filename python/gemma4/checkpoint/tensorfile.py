@@ -22,6 +22,16 @@ from ..files import MAX_JSON_BYTES, check_no_pointer, naming, parse_json, short
 PIECE_BYTES = 8 * 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What quantised weights are made of besides.
+_PACKED = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,  # behind the one above, which is read as these
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 # Tensors of other modalities, and of quantised checkpoints, may have any of these.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -162,6 +172,23 @@ def fill(target: Tensor, entry: Entry, buffer: Tensor) -> None:
         at += len(piece)
 
 
+def read_rows(entry: Entry, begin: int = 0, end: int | None = None) -> Tensor:
+    """The tensor, or the rows [begin, end) of its first dimension, in memory of their own."""
+    dtype = DTYPES.get(entry.dtype) or _PACKED[entry.dtype]
+    rows = math.prod(entry.shape[:1])
+    end = rows if end is None else end
+    row_bytes = entry.size // max(rows, 1)
+    data = bytearray((end - begin) * row_bytes)
+    with naming(entry.file), entry.file.open("rb") as stream:
+        stream.seek(entry.start + begin * row_bytes)
+        if stream.readinto(data) != len(data):
+            raise ValueError(f"{entry.file} is cut off inside tensor {entry.name}")
+    shape = (end - begin, *entry.shape[1:]) if entry.shape else ()
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
 def equal(one: Entry, other: Entry) -> bool:
     """Whether two tensors of files are the same numbers."""
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -170,8 +197,10 @@ def equal(one: Entry, other: Entry) -> bool:
     return all(torch.equal(x, y) for x, y in both)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors, of any layout and device, as one file; OSError names it."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], packed: bool = False) -> None:
+    """Writes tensors, of any layout and device, as one file; OSError names it. packed: what
+    quantised weights are made of may be among them."""
+    names = _NAMES | ({dtype: name for name, dtype in _PACKED.items()} if packed else {})
     # The widest elements first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -179,13 +208,13 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     for name in order:
         tensor = tensors[name]
         whole = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-        if not whole or tensor.dtype not in _NAMES:
+        if not whole or tensor.dtype not in names:
             what = tensor.dtype if whole else f"a {type(tensor).__name__} on {tensor.device}"
             raise ValueError(
                 f"{name} must be a plain floating-point tensor to be saved, got {what}"
             )
         end = at + tensor.numel() * tensor.element_size()
-        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        shape, dtype = list(tensor.shape), names[tensor.dtype]
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     header = json.dumps(table, separators=(",", ":")).encode()

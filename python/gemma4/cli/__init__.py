@@ -1,4 +1,4 @@
-"""The command `gemma4`: generate, chat, info, check, bench.
+"""The command `gemma4`: generate, chat, info, check, bench, score, quantize.
 
 Answers go to stdout; thoughts, rates and errors go to stderr. Exit codes: 0, 1 for a kernel that
 failed its check, 2 for an error, 130 for ctrl-c, 141 for a pipe that was closed at the other end.

@@ -46,11 +46,11 @@ def _prompt(argument: str | None) -> str:
     return argument
 
 
-def decoded(data: bytes) -> str:
+def decoded(data: bytes, source: str = "stdin") -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is not valid UTF-8 (byte {error.start})") from None
+        raise ValueError(f"{source} is not valid UTF-8 (byte {error.start})") from None
 
 
 def _version() -> str:
@@ -116,7 +116,12 @@ def _model_options() -> Parser:
     options = Parser(add_help=False)
     add = options.add_argument
     default = str(demo.path())
-    add("--model", type=_text, default=default, help="folder or hub id (default: the demo)")
+    add(
+        "--model",
+        type=_text,
+        default=default,
+        help="folder, .gguf file or hub id (default: the demo)",
+    )
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own")
     add("--device", type=_device, help="default: cuda if there is one, else cpu")
@@ -192,6 +197,27 @@ def _parser() -> Parser:
     speed.add_argument("--new-tokens", type=several, default=64)
     speed.add_argument("--repeat", type=_positive, default=3)
     speed.add_argument("--json", type=Path, help="append all of it to this file, as one line")
+    judge = command(
+        "score",
+        "bits per token of a text, and what another model makes of it",
+        "How well a model foretells a text, in bits per token; with --against how often another "
+        "model would choose the same token, and how far their probabilities are apart.",
+        model,
+    )
+    judge.add_argument("file", type=Path, help="a text in UTF-8")
+    judge.add_argument("--against", type=_text, help="the other model: folder, file or hub id")
+    judge.add_argument("--context", type=several, default=2048, help="tokens read in one piece")
+    judge.add_argument("--json", type=Path, help="append the result to this file, as one line")
+    smaller = command(
+        "quantize",
+        "write a checkpoint in 4 or 8 bits",
+        "Writes a dense checkpoint with its linear layers in 4 or 8 bits (compressed-tensors, as "
+        "vLLM and transformers read it), and each layer's error. Weights of quantisation-aware "
+        "training keep its codes.",
+    )
+    smaller.add_argument("source", type=_text, help="folder or hub id")
+    smaller.add_argument("target", type=Path, help="the new folder")
+    smaller.add_argument("--format", choices=("w4a16", "w8a16", "fp8"), default="w4a16")
     about = command(
         "info",
         "what is installed, what runs and why",

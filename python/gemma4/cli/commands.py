@@ -21,13 +21,15 @@ from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo
 from ..checkpoint import resolve
 from ..config import FULL
 from ..presets import RELEASED
+from ..quantize import quantize as quantized
+from ..score import score as scored
 from . import error_line
 from .answer import Answer, Clock
 from .arguments import SAMPLING, decoded
 
 # Weights of fewer bytes than this may stay in a processor's caches, and memory is no limit.
 CACHED_BYTES = 1 << 28
-SUFFIXES = (".json", ".jinja", ".safetensors")
+SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf")
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -198,6 +200,62 @@ def bench(args: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def score(args: argparse.Namespace) -> None:
+    """Bits per token of a text, and how far another model is from this one."""
+    _check_devices(args)
+    text = decoded(args.file.read_bytes(), str(args.file))
+    folders = [_folder(name) for name in (args.model, args.against) if name]
+    tokenizers = [Gemma4Tokenizer.from_pretrained(folder) for folder in folders]
+    ids, *twice = [tokenizer.encode(text, add_bos=False) for tokenizer in tokenizers]
+    if any(other != ids for other in twice):
+        raise ValueError(f"{args.model} and {args.against} cut {args.file} into unlike tokens")
+    model, *others = [_load(args, folder) for folder in folders]
+    against = others[0] if others else None
+    shown = sys.stderr.isatty()
+
+    def progress(done: int) -> None:
+        if shown:
+            print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr)
+
+    bos = tokenizers[0].bos_token_id
+    made = scored(model, ids, against, args.context, bos, progress)
+    if shown:
+        print(file=sys.stderr)
+    bytes_a_token = len(text.encode()) / made.tokens
+    scores = [(args.model, made.bits_per_token), (args.against, made.against_bits_per_token)]
+    for name, bits in scores[: len(folders)]:
+        print(f"{_name(name)}: {bits:.4f} bits a token, {bits / bytes_a_token:.4f} a byte")
+    print(f"{made.tokens} tokens, in pieces of {args.context}")
+    if against:
+        print(f"{made.agreed / made.tokens:.2%} the same first choice")
+        print(f"{made.divergence_bits:.5f} bits a token apart (KL divergence)")
+    if args.json:
+        row = {"model": args.model, "against": args.against, "context": args.context}
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | asdict(made)) + "\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Writes a checkpoint in 4 or 8 bits, and says what it cost."""
+    shown = sys.stderr.isatty()
+
+    def progress(name: str) -> None:
+        if shown:
+            print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
+
+    report = quantized(_folder(args.source), args.target, args.format, progress)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr)
+    for layer in report.squares:
+        print(f"{layer}: {report.relative(layer):.3%} error")
+    if report.on_grid:
+        print(
+            f"{report.on_grid} of {report.tensors} matrices lie on a grid of 4 bits: their codes "
+            "are recovered, not rounded anew"
+        )
+    print(f"{report.before_bytes / 1e9:.3f} GB became {report.after_bytes / 1e9:.3f}")
+
+
 def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
     numbers = statistics.median(values), min(values), max(values)
     print(f"{name:12}{tokens:8}" + "".join(f"{x:12.1f}" for x in numbers) + f"  {unit}")
@@ -218,7 +276,7 @@ def _check_devices(args: argparse.Namespace) -> None:
 
 
 def _folder(model: str) -> Path:
-    if not (sys.stderr.isatty() or Path(model).is_dir()):
+    if not (sys.stderr.isatty() or Path(model).exists()):
         disable_progress_bars()  # a download shows them even into a log
     return resolve(model)
 
@@ -339,7 +397,8 @@ def _facts(folder: Path) -> dict[str, str]:
     if config.hidden_size_per_layer_input:
         table = model.model.embed_tokens_per_layer.weight.numel()
         facts["per-layer embeddings"] = f"{_count(table)} of the parameters"
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    inside = [folder] if folder.is_file() else sorted(folder.iterdir())
+    files = [file for file in inside if file.suffix in SUFFIXES]
     facts["files"] = ", ".join(
         f"{file.name} ({file.stat().st_size / 1e6:.2f} MB)" for file in files
     )

@@ -13,6 +13,7 @@ from ..decode import Decoder
 from ..outputs import GenerateOutput
 from .options import Configured, GenerationConfig, chosen
 from .prompt import ArrayLike, Prompt, read_prompt
+from .reader import Reader
 from .sampling import Processors, Sampler, processors
 from .stopping import Criteria, Decodes, Stopper
 
@@ -63,8 +64,10 @@ def generate(
 
     logits_processor: functions of the ids so far [B, T] (padded on the left) and the scores [B, V]
     that return scores, called before temperature and cuts. stopping_criteria: functions of the same
-    that say which rows end, bool [B]. seed: row r samples from its own generator, seeded seed + r,
-    so that it samples as it would alone; without it torch's global generator is used.
+    that say which rows end, bool [B]. seed: row r draws by seed + r and by how many tokens it
+    holds, so that it samples as it would alone, and on a CPU as on a GPU; without it the seed comes
+    from torch's global generator. On a GPU a streamer is up to two tokens behind, unless a function
+    of the caller looks at each step.
 
     Returns [B, S + new], prompt and new ids ([B, new] for inputs_embeds), or a `GenerateOutput`;
     the num_return_sequences continuations of a prompt are rows side by side. Raises ValueError for
@@ -83,39 +86,102 @@ def generate(
     batch = prompt.repeated(copies)
     process = processors(config, batch.ids, batch.real, vocab_size, logits_processor)
     sampler = Sampler(config, process, seed, batch.batch_size, device)
-    stopper = Stopper(config, tokenizer, stopping_criteria, batch)
+    stopper = Stopper(config, tokenizer, stopping_criteria, batch, sampler.done)
     # Which tokens a cache holds matters where it outlives the call.
     known = input_ids is not None and (given is not None or config.return_dict_in_generate)
     rows = prompt.rows() if known else None
     held = _cache_for(model, prompt, given, rows, min(limit, RESERVED_STEPS))
     answer = _Answer(config, streamer, batch, model.config.max_position_embeddings)
-    with _recorded(held, rows, answer.new):
+    # Functions of the caller see a step before the next one is begun.
+    alone = sampler.is_one_op and not stopper.criteria
+    reader = Reader(min(_lag(device), held.rollback) if alone else 0)
+    with _recorded(held, rows, answer.new, reader):
         logits_BV = _prefill(model, prompt, held, prefill_chunk_size)
     if copies > 1:
         held, logits_BV = held.repeated(copies), logits_BV.repeat_interleave(copies, 0)
         rows = batch.rows() if known else None
-    ids_BT, decoder = batch.ids, None
-    with _recorded(held, rows, answer.new):
-        while True:
-            ids_B, scores_BV = sampler(ids_BT, logits_BV)
-            ids_B = torch.where(stopper.done, config.pad_token_id or 0, ids_B)
-            answer.add(ids_B, scores_BV, logits_BV)
-            if process or stopper.criteria:
-                ids_BT = torch.cat([ids_BT, ids_B[:, None]], 1)
-            stopper(ids_B, ids_BT, answer.scores)
-            if len(answer.new) == limit or bool(stopper.done.all()):
+    steps = _Steps(model, held, sampler, logits_BV, limit, batch.ids, watched=not alone)
+    with _recorded(held, rows, answer.new, reader):
+        for ids in _made(steps, reader, limit):
+            answer.add(ids)
+            if stopper(ids, steps.ids_BT, steps.scores):
                 break
-            if decoder is None or held.room == 0:
-                # A graph holds on to its addresses: a cache that grows needs another decoder, and
-                # the old one's graph is freed before memory for the next is asked for.
-                decoder = None
-                decoder = Decoder(model, held, min(limit - len(answer.new), RESERVED_STEPS))
-            logits_BV = decoder(ids_B)
-    return answer.finished(held)
+        held.trim(steps.made - len(answer.new))
+    return answer.finished(held, steps)
+
+
+def _lag(device: torch.device) -> int:
+    """How many steps a GPU may be ahead of the tokens that the host has read."""
+    return 2 if device.type == "cuda" else 0
+
+
+def _made(steps: "_Steps", reader: Reader, limit: int) -> Iterator[list[int]]:
+    """The ids of each step, of which the next ones may have been begun already."""
+    for _ in range(limit):
+        steps()
+        reader.put(steps.sampler.ids)
+        yield from reader.read()
+    yield from reader.read(to_the_last=True)
+
+
+class _Steps:
+    """Takes every row one token further with each call, to sampler.ids, and waits for nothing.
+
+    ids_BT are all tokens so far, if they are watched: the prompt's otherwise. scores and logits are kept as the
+    sampler's options say.
+    """
+
+    def __init__(
+        self,
+        model: "Gemma4ForCausalLM",
+        cache: Cache,
+        sampler: Sampler,
+        logits_BV: Tensor,
+        limit: int,
+        ids_BT: Tensor,
+        watched: bool,
+    ):
+        self.model, self.cache, self.sampler, self.limit = model, cache, sampler, limit
+        self.ids_BT, self.watched = ids_BT, watched
+        self.first: Tensor | None = logits_BV
+        self.decoder: Decoder | None = None
+        self.made = 0
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def __call__(self) -> None:
+        if self.first is not None:
+            logits_BV, self.first = self.first, None
+            self._choose(logits_BV, torch.tensor(self.cache.lengths, device=self.cache.device))
+        else:
+            decoder = self._next_decoder()
+            logits_BV = decoder(self.sampler.ids)
+            if decoder.sampler is None:
+                self._choose(logits_BV, decoder.plan.positions)
+        self.made += 1
+        if self.watched:
+            self.ids_BT = torch.cat([self.ids_BT, self.sampler.ids[:, None]], 1)
+
+    def _choose(self, logits_BV: Tensor, positions_B: Tensor) -> None:
+        scores_BV = self.sampler(self.ids_BT, logits_BV, positions_B)
+        if scores_BV is not None:
+            self.scores.append(scores_BV)
+        if self.sampler.options.output_logits:
+            self.logits.append(logits_BV.to(torch.float32, copy=True))
+
+    def _next_decoder(self) -> Decoder:
+        if self.decoder is None or self.cache.room == 0:
+            # A graph holds on to its addresses: a cache that grows needs another decoder, and the
+            # old one's graph is freed before memory for the next is asked for.
+            self.decoder = None
+            sampler = self.sampler if self.sampler.is_one_op else None
+            steps = min(self.limit - self.made, RESERVED_STEPS)
+            self.decoder = Decoder(self.model, self.cache, steps, sampler)
+        return self.decoder
 
 
 class _Answer:
-    """The new tokens, and what was asked to be kept of each; a streamer sees them first."""
+    """The new tokens, step by step; a streamer sees them first."""
 
     def __init__(
         self,
@@ -126,36 +192,31 @@ class _Answer:
     ):
         self.config, self.streamer, self.given = config, streamer, batch.given
         self.longest, self.max_positions = max(batch.lengths), max_positions
-        self.new: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
+        self.new: list[list[int]] = []
         if streamer is not None:
             streamer.put(batch.given.cpu())
         if self.longest > max_positions:
             self._warn_beyond_positions()
 
-    def add(self, ids_B: Tensor, scores_BV: Tensor | None, logits_BV: Tensor) -> None:
-        self.new.append(ids_B)
+    def add(self, ids: list[int]) -> None:
+        self.new.append(ids)
         if self.longest + len(self.new) == self.max_positions + 1:
             self._warn_beyond_positions()
-        if scores_BV is not None:
-            self.scores.append(scores_BV)
-        if self.config.output_logits:
-            self.logits.append(logits_BV.to(torch.float32, copy=True))
         if self.streamer is not None:
-            self.streamer.put(ids_B.cpu())
+            self.streamer.put(torch.tensor(ids))
 
-    def finished(self, cache: Cache) -> Tensor | GenerateOutput:
+    def finished(self, cache: Cache, steps: _Steps) -> Tensor | GenerateOutput:
         """What `generate` returns."""
         if self.streamer is not None:
             self.streamer.end()
-        sequences = torch.cat([self.given, torch.stack(self.new, 1)], 1)
+        new = torch.tensor(self.new).T.to(self.given.device)
+        sequences = torch.cat([self.given, new], 1)
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateOutput(
             sequences,
-            tuple(self.scores) if self.config.output_scores else None,
-            tuple(self.logits) if self.config.output_logits else None,
+            tuple(steps.scores) if self.config.output_scores else None,
+            tuple(steps.logits) if self.config.output_logits else None,
             cache,
         )
 
@@ -207,16 +268,20 @@ def _cache_for(
 
 
 @contextmanager
-def _recorded(cache: Cache, rows: list[list[int]] | None, new: list[Tensor]) -> Iterator[None]:
-    """Notes which tokens the cache holds, `rows` and then `new`, however the block ends."""
+def _recorded(
+    cache: Cache, rows: list[list[int]] | None, new: list[list[int]], reader: Reader
+) -> Iterator[None]:
+    """Notes which tokens the cache holds, `rows` and then `new`, however the block ends; if it
+    does early, those too that were still on their way."""
     ended = False
     try:
         yield
         ended = True
     finally:
         if rows is not None:
-            made = torch.stack(new, 1).tolist() if new else [[]] * len(rows)
-            whole = [row + more for row, more in zip(rows, made, strict=True)]
+            made = new if ended else [*new, *reader.read(to_the_last=True)]
+            columns = map(list, zip(*made, strict=True)) if made else [[]] * len(rows)
+            whole = [row + more for row, more in zip(rows, columns, strict=True)]
             cache.record(whole, cut_short=not ended)
 
 

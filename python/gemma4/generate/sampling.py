@@ -1,4 +1,4 @@
-"""From logits to the next tokens: processors, then the distribution's cut, then the draw.
+"""From logits to the next tokens: processors, then the choice.
 
 All of it stays on the device: nothing here makes the host wait.
 """
@@ -8,6 +8,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from gemma4_kernels import ops
+from gemma4_kernels.ops.logits import sample_counters
+from gemma4_kernels.reference.logits import cut
 
 from .options import GenerationConfig
 
@@ -76,9 +80,11 @@ def functions(name: str, given: F | Sequence[F] | None) -> list[F]:
 
 
 class Sampler:
-    """Chooses the next token of each row: `processors`, then temperature, top_k, top_p and min_p,
-    then a draw; or after the processors the best token, where nothing is drawn. That is
-    transformers' order.
+    """Chooses the next token of each row: `processors`, then what `ops.sample` does.
+
+    ids [B] are the newest tokens, pads where a row has ended, and done [B] is not 0 there. The
+    draws of row r are those of seed + r at its position; of a seed from torch's global generator
+    where none is given.
     """
 
     def __init__(
@@ -92,30 +98,59 @@ class Sampler:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise ValueError(f"seed must be a whole number, got {seed!r}")
         self.options, self.processors = options, processors
-        self.generators = [
-            None if seed is None else torch.Generator(device).manual_seed(seed + row)
-            for row in range(batch_size)
-        ]
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ())) if options.samples else 0
+        seeds = [_as_int64(seed + row) for row in range(batch_size)]
+        self.seeds = torch.tensor(seeds, device=device)
+        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.done = torch.zeros_like(self.ids)
+        self.eos = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
+        self.counters: Tensor | None = None
+        self.temperature = options.temperature if options.samples else 0.0
+        self.cuts = (options.top_k or 0, options.top_p or 1.0, options.min_p or 0.0)
 
-    def __call__(self, ids_BT: Tensor, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens [B], and what they were drawn from [B, V] if output_scores."""
-        options, keep = self.options, self.options.output_scores
-        scores_BV = logits_BV
-        if self.processors or keep or options.samples:
+    @property
+    def is_one_op(self) -> bool:
+        """Whether `choose` is all there is to a step: nobody sees what it chooses from."""
+        keeps = self.options.output_scores or self.options.output_logits
+        return not (self.processors or keeps)
+
+    def __call__(self, ids_BT: Tensor, logits_BV: Tensor, positions_B: Tensor) -> Tensor | None:
+        """Chooses after the processors; returns what it chose from [B, V] if output_scores."""
+        keep, scores_BV = self.options.output_scores, logits_BV
+        if self.processors or keep:
             # A copy: a decoder's logits are overwritten by its next step, and processors may write.
             wide = torch.promote_types(logits_BV.dtype, torch.float32)
             scores_BV = logits_BV.to(wide, copy=True)
         for process in self.processors:
             scores_BV = _processed(process, ids_BT, scores_BV)
-        if not options.samples:
-            return scores_BV.argmax(-1), scores_BV if keep else None
-        scores_BN, ids_BN = _cut(scores_BV, options)
-        drawn_B1 = _draw(scores_BN.softmax(-1), self.generators)
+        self.choose(scores_BV, positions_B)
+        if not keep or not self.temperature:
+            return scores_BV if keep else None
+        scores_BN, ids_BN = cut(scores_BV, self.temperature, *self.cuts)
         if ids_BN is None:
-            return drawn_B1.squeeze(-1), scores_BN if keep else None
-        if keep:
-            scores_BV = scores_BV.fill_(-torch.inf).scatter(-1, ids_BN, scores_BN)
-        return ids_BN.gather(-1, drawn_B1).squeeze(-1), scores_BV if keep else None
+            return scores_BN
+        return scores_BV.fill_(-torch.inf).scatter(-1, ids_BN, scores_BN)
+
+    def choose(self, logits_BV: Tensor, positions_B: Tensor, cap: float = 0.0) -> None:
+        """Of logits that are still to be capped, if a cap is given, for tokens at `positions_B`."""
+        if self.counters is None:
+            self.counters = sample_counters(logits_BV)
+        top_k, top_p, min_p = self.cuts
+        ops.sample(
+            *(logits_BV, self.seeds, positions_B, self.ids, self.done, self.counters, self.eos),
+            cap=cap,
+            temperature=self.temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            pad=self.options.pad_token_id or 0,
+        )
+
+
+def _as_int64(seed: int) -> int:
+    """The last 64 bits, with a sign."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _processed(process: Processor, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
@@ -126,33 +161,3 @@ def _processed(process: Processor, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
             f"a logits_processor must return scores {list(scores_BV.shape)}, got {got}"
         )
     return found
-
-
-def _cut(scores_BV: Tensor, options: GenerationConfig) -> tuple[Tensor, Tensor | None]:
-    """Scores over the temperature, -inf where a token is cut off; with ids, best first, where the
-    cut had to sort."""
-    scores = scores_BV / options.temperature
-    vocab_size = scores.shape[-1]
-    top_k, top_p = min(options.top_k or vocab_size, vocab_size), options.top_p or 1.0
-    ids = None
-    if top_k < vocab_size or top_p < 1:
-        scores, ids = scores.topk(top_k, -1)
-    if top_p < 1 or options.min_p:
-        probabilities = scores.softmax(-1)
-        if top_p < 1:
-            # Keep the best tokens whose predecessors' mass is below top_p; the first always stays.
-            before = probabilities.cumsum(-1) - probabilities
-            scores = scores.masked_fill(before >= top_p, -torch.inf)
-        if options.min_p:
-            least = options.min_p * probabilities.amax(-1, keepdim=True)
-            scores = scores.masked_fill(probabilities < least, -torch.inf)
-    return scores, ids
-
-
-def _draw(probabilities_BN: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-    """One index [B, 1] of each row. argmax of p / e with e exponential draws from p; one generator
-    a row keeps rows independent."""
-    noise_BN = torch.empty_like(probabilities_BN)
-    for row, generator in zip(noise_BN, generators, strict=True):
-        row.exponential_(generator=generator)
-    return (probabilities_BN / noise_BN).argmax(-1, keepdim=True)

@@ -61,7 +61,7 @@ class StopStrings:
 
 
 class Stopper:
-    """Which rows of a batch are done, [B] on its device."""
+    """Which rows of a batch have ended: on the host, and not 0 in `done` [B] for the device."""
 
     def __init__(
         self,
@@ -69,18 +69,23 @@ class Stopper:
         tokenizer: Decodes | None,
         given: Criteria,
         batch: Prompt,
+        done: Tensor,
     ):
-        device = batch.ids.device
-        self.eos_E = torch.tensor(options.eos_ids, dtype=torch.int64, device=device)
-        self.done = torch.zeros(batch.batch_size, dtype=torch.bool, device=device)
+        self.eos, self.done = set(options.eos_ids), done
+        self.ended = [False] * batch.batch_size
         self.criteria: list[Criterion] = functions("stopping_criteria", given)
         if options.stops:
             if tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer: give tokenizer=")
             self.criteria.insert(0, StopStrings(tokenizer, options.stops, batch.rows()))
 
-    def __call__(self, ids_B: Tensor, ids_BT: Tensor, scores: list[Tensor]) -> None:
-        """Takes the newest tokens, all tokens so far, and the scores if they are kept."""
-        self.done = self.done | torch.isin(ids_B, self.eos_E)
+    def __call__(self, ids: Sequence[int], ids_BT: Tensor, scores: list[Tensor]) -> bool:
+        """Whether all have, after the newest token of each; criteria, of which there are none
+        where ids come late, are asked with all tokens so far, and the scores if they are kept."""
         for criterion in self.criteria:
-            self.done = self.done | criterion(ids_BT, tuple(scores))
+            self.done |= torch.as_tensor(criterion(ids_BT, tuple(scores)), device=self.done.device)
+        if self.criteria:
+            self.ended = [mark != 0 for mark in self.done.tolist()]
+        pairs = zip(self.ended, ids, strict=True)
+        self.ended = [ended or index in self.eos for ended, index in pairs]
+        return all(self.ended)

@@ -1,0 +1,22 @@
+#include "qkv_attention_decode.cuh"
+
+namespace gemma4 {
+
+void qkv_attention_decode(const QkvAttentionDecodeParams& p, DType dtype, const Device& device) {
+  constexpr const char* name = "qkv_attention_decode";
+  const AttentionParams& a = p.attention;
+  if (a.batch == 0 || a.q_heads == 0) return;
+  with_half_type(name, dtype, [&]<class T>() {
+    with_tile<T>(name, a.head_dim, 16, device, [&]<class Tile>() {
+      if constexpr (Tile::kRows == 16) {  // others are for more rows
+        const Grid grid(a.batch, a.kv_heads, a.splits.divisor);
+        const auto kernel = a.softcap > 0 ? qkv_attention_decode_kernel<T, Tile, true>
+                                          : qkv_attention_decode_kernel<T, Tile, false>;
+        launch(device, name, kernel, grid, Tile::kThreads, sizeof(QkvAttentionDecodeSmem<T, Tile>),
+               p);
+      }
+    });
+  });
+}
+
+}  // namespace gemma4

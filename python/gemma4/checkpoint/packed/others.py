@@ -1,0 +1,173 @@
+"""Weights that are stored turned or flattened: GPTQ, AWQ, bitsandbytes' four bits."""
+
+import json
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...files import short
+from .scaled import FLOATS
+from .weight import Packed, codes, nibbles
+
+
+class Turned(Packed):
+    """w[out, in] = (q - z) scale of the group of `in`: `scales` [groups, N], `qzeros` beside it."""
+
+    step = 0  # rows are the columns of what is stored
+
+    @property
+    def groups(self) -> int:
+        return self.parts["scales"].shape[0]
+
+    def check_sides(self, rows: int, words: int, columns: int) -> None:
+        scales = self.expect("scales", FLOATS)
+        if len(scales.shape) != 2 or scales.shape[1] != rows or not self.groups:
+            self.refuse("scales", f"hold groups of {rows} scales", list(scales.shape))
+        self.expect("qzeros", ("I32",), (self.groups, words))
+        if "g_idx" in self.parts:
+            self.expect("g_idx", ("I32", "I64"), (columns,))
+        elif columns % self.groups:
+            self.refuse("scales", f"divide {columns} columns into groups", self.groups)
+
+    def group(self, columns: int) -> Tensor:
+        """The group of each column."""
+        if "g_idx" not in self.parts:
+            return torch.arange(columns) // (columns // self.groups)
+        group = self.read("g_idx").long()
+        if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < self.groups:
+            self.refuse("g_idx", f"number the {self.groups} groups", "one past them")
+        return group
+
+    def made(self, code: Tensor, zero: Tensor, columns: int) -> Tensor:
+        """Of codes [D, N] and zero points [groups, N]."""
+        group, scale = self.group(columns), self.numbers("scales")
+        return ((code.float() - zero.float()[group]) * scale[group]).T
+
+
+class Gptq(Turned):
+    """`qweight` [D bits / 32, N], codes along D; `qzeros` [groups, N bits / 32]."""
+
+    @property
+    def bits(self) -> int:
+        return 32 * self.parts["qzeros"].shape[-1] // max(self.parts["scales"].shape[-1], 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        words, rows = self.expect("qweight", ("I32",)).shape
+        return rows, words * 32 // self.bits
+
+    def check(self) -> None:
+        for role in ("qweight", "qzeros", "scales"):
+            if len(self.expect(role, ("I32", *FLOATS)).shape) != 2:
+                self.refuse(role, "have two dimensions", list(self.parts[role].shape))
+        if self.bits not in (2, 4, 8):
+            self.refuse("qzeros", "hold codes of 2, 4 or 8 bits", f"{self.bits} bits")
+        rows, columns = self.shape
+        self.check_sides(rows, rows * self.bits // 32, columns)
+
+    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+        code = codes(self.read("qweight").T.contiguous(), self.bits).T
+        zero = codes(self.read("qzeros"), self.bits).int() + self.options.zero_offset
+        return self.made(code, zero, columns)[begin:end]
+
+
+class Awq(Turned):
+    """`qweight` [D, N / 8], eight columns a word in an order of their own."""
+
+    ORDER: ClassVar = (0, 4, 1, 5, 2, 6, 3, 7)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        columns, words = self.expect("qweight", ("I32",)).shape
+        return 8 * words, columns
+
+    def check(self) -> None:
+        if len(self.expect("qweight", ("I32",)).shape) != 2:
+            self.refuse("qweight", "have two dimensions", list(self.parts["qweight"].shape))
+        rows, columns = self.shape
+        self.check_sides(rows, rows // 8, columns)
+
+    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+        code, zero = (
+            codes(self.read(role), 4).unflatten(1, (-1, 8))[..., self.ORDER].flatten(1)
+            for role in ("qweight", "qzeros")
+        )
+        return self.made(code, zero, columns)[begin:end]
+
+
+class Nf4(Packed):
+    """w = map[code] absmax of the block, over the matrix as one row; the high half of a byte first.
+
+    absmax itself may be packed: nested_map[byte] nested_absmax of the block + offset.
+    """
+
+    STATE: ClassVar = "weight.quant_state.bitsandbytes__"
+
+    @property
+    def state(self) -> str:
+        return next(role for role in self.parts if role.startswith(self.STATE))
+
+    @property
+    def said(self) -> dict[str, object]:
+        try:
+            said = json.loads(bytes(self.read(self.state).tolist()))
+            return {name: said[name] for name in said}
+        except (ValueError, TypeError, RecursionError):
+            self.refuse(self.state, "hold a JSON object", "something else")
+            raise
+
+    def number(self, name: str, default: int | None = None) -> int:
+        value = self.said.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(self.state, f"give {name} as a whole number", short(value))
+        return int(str(value))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.said.get("shape")
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(isinstance(size, int) and 0 < size < 2**31 for size in shape)
+        ):
+            self.refuse(self.state, "give the shape of a matrix", short(shape))
+            raise AssertionError
+        return tuple(shape)
+
+    def check(self) -> None:
+        part = self.expect(self.state, ("U8",))
+        if part.size > 4096 or len(part.shape) != 1:
+            self.refuse(self.state, "be a short text", f"{part.size} bytes")
+        count = math.prod(self.shape)
+        self.expect("weight", ("U8",), (-(-count // 2), 1), (-(-count // 2),))
+        self.expect("weight.quant_map", ("F32",), (16,))
+        blocks = -(-count // self.number("blocksize"))
+        if "weight.nested_absmax" not in self.parts:
+            self.expect("weight.absmax", ("F32",), (blocks,))
+            return
+        self.expect("weight.absmax", ("U8",), (blocks,))
+        outer = -(-blocks // self.number("nested_blocksize"))
+        self.expect("weight.nested_absmax", ("F32",), (outer,))
+        self.expect("weight.nested_quant_map", ("F32",), (256,))
+
+    def absmax(self) -> Tensor:
+        if "weight.nested_absmax" not in self.parts:
+            return self.numbers("weight.absmax")
+        outer = self.numbers("weight.nested_absmax")
+        code = self.read("weight.absmax").int()
+        nested = self.numbers("weight.nested_quant_map")[code]
+        each = outer.repeat_interleave(self.number("nested_blocksize"))[: len(code)]
+        offset = self.said.get("nested_offset", 0.0)
+        if not isinstance(offset, int | float) or not math.isfinite(offset):
+            self.refuse(self.state, "give nested_offset as a number", short(offset))
+        return nested * each + float(str(offset))
+
+    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+        first, last, size = begin * columns, end * columns, self.number("blocksize")
+        # A multiple of 128 rows begins with a whole byte, but not always with a whole block.
+        data = self.read("weight", first // 2, -(-last // 2)).flatten()
+        values = self.numbers("weight.quant_map")[nibbles(data, True).int()][: last - first]
+        scale = self.absmax()[first // size : -(-last // size)].repeat_interleave(size)
+        return (values * scale[first % size :][: last - first]).view(end - begin, columns)
