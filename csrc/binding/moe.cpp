@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, T
                   text(shape_of(gate_up)), " and ", text(shape_of(router)));
   const auto row = [&](const char* name, const Tensor& t) {
     call.expect(name, t, {width});
-    return call.in(name, call.keep(aligned(t)));
+    return call.parameter(name, t, aligned(t));
   };
   const auto rows_of = [&](const char* name, const Tensor& t, int64_t& stride) {
     call.expect(name, t, {tokens, width});
