@@ -242,6 +242,7 @@ def test_a_length_that_the_memory_does_not_have_writes_nothing(backend, length):
     before = backend.ops.qkv_attention_decode(**arguments, eps=EPS)
     caches = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
     arguments["seq_lens"][0] = length
+    arguments["k"][0] *= -1  # would be another key
     out = backend.ops.qkv_attention_decode(**arguments, eps=EPS)
     assert torch.equal(out[1], before[1])
     assert torch.equal(out[0], before[0] if length > 0 else torch.zeros_like(out[0]))
