@@ -42,6 +42,8 @@ class Kernel:
     # Of the smallest loop that holds most tensor instructions, and of the one inside it, if any.
     loop: Counter[str] = field(default_factory=Counter)
     inner_loop: Counter[str] = field(default_factory=Counter)
+    # Accesses of global memory before it waits for the kernel before it; None if it never does.
+    before_wait: Counter[str] | None = None
 
     def __str__(self) -> str:
         return f"{self.arch:8}{self.registers:5} registers{self.static_smem:7} B  {self.name}"
@@ -129,6 +131,7 @@ SASS = re.compile(
 )
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 MEMORY = re.compile(r"(LDG|STG|LDL|STL|LDGSTS|LDSM|STS)\b")
+GLOBAL = re.compile(r"(LDG|STG|LDGSTS|ATOMG?|REDG?)\b")
 Instruction = tuple[int, str, str]  # address, name, operands
 
 
@@ -173,6 +176,13 @@ def _tensor_loops(body: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
     return inside[outer], inside[inner] if inner else Counter()
 
 
+def _before_wait(body: list[Instruction]) -> Counter[str] | None:
+    names = [name for _, name, _ in body]
+    if "ACQBULK" not in names:
+        return None
+    return Counter(n for n in names[: names.index("ACQBULK")] if GLOBAL.match(n))
+
+
 def _read_cubin(cubin: Path) -> list[Kernel]:
     command = [cuobjdump(), "-res-usage", "-sass", cubin]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -185,8 +195,8 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
         if not instructions:
             continue  # it is for another architecture, and traps
-        loops = _tensor_loops(body)
-        kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops))
+        loops, early = _tensor_loops(body), _before_wait(body)
+        kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops, early))
     return kernels
 
 

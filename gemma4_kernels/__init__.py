@@ -2,6 +2,7 @@
 
 from . import extension, flash_attn, ops, opset
 from .check import record
+from .dependent import dependent_launches
 from .flash_attn import *
 from .info import build_info
 from .ops import *
@@ -9,7 +10,7 @@ from .ops import *
 __version__ = "0.1.0"
 
 # In steps that type checkers follow, though the names stand elsewhere.
-__all__ = ["build_info"]
+__all__ = ["build_info", "dependent_launches"]
 __all__ += flash_attn.__all__
 __all__ += ops.__all__
 

@@ -231,7 +231,13 @@ class Kernels:
         for name in self.names:
             self._library.define(OPS[name].schema)
             OPS[name].register_fake(namespace, self._library)
+        if self.names:
+            self._library.define("set_dependent_launches(bool allowed) -> bool")
         self.ops = getattr(torch.ops, namespace)
+
+    def set_dependent_launches(self, allowed: bool) -> bool:
+        """For the ops that this thread calls from now on; returns what was so before."""
+        return bool(self.names) and self.ops.set_dependent_launches(allowed)
 
     def serve(self, op: Op[Result], args: Args) -> bool:
         """Whether a kernel serves this call of an op; where there is one that does not, a warning

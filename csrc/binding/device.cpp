@@ -1,5 +1,28 @@
 #include "device.h"
 
+#include <utility>
+
+namespace binding {
+
+namespace {
+
+thread_local bool allowed = false, is_first = false;
+
+bool may_depend() {
+  const bool may = allowed && !is_first;
+  is_first = false;
+  return may;
+}
+
+}  // namespace
+
+bool set_dependent_launches(bool now) {
+  is_first = now && !allowed;
+  return std::exchange(allowed, now);
+}
+
+}  // namespace binding
+
 #ifdef GEMMA4_EMULATION
 
 #include "../emulation/emulation.h"
@@ -8,7 +31,11 @@ namespace binding {
 
 CurrentDevice::CurrentDevice(const torch::stable::Tensor&) {
   const auto& card = emulation::settings();
-  device_ = {nullptr, card.sm_count, card.max_smem_bytes, card.has_wgmma ? 9 : 8};
+  device_ = {.stream = nullptr,
+             .sm_count = card.sm_count,
+             .max_smem_bytes = card.max_smem_bytes,
+             .capability = card.has_wgmma ? 9 : 8,
+             .dependent_launches = may_depend()};
 }
 
 CurrentDevice::~CurrentDevice() { emulation::forget(); }
@@ -55,7 +82,8 @@ const gemma4::Device& limits_of(int index) {
       devices[i] = {.stream = nullptr,
                     .sm_count = attribute(cudaDevAttrMultiProcessorCount, i),
                     .max_smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
-                    .capability = attribute(cudaDevAttrComputeCapabilityMajor, i)};
+                    .capability = attribute(cudaDevAttrComputeCapabilityMajor, i),
+                    .index = i};
     return devices;
   }();
   return all.at(index);
@@ -67,6 +95,7 @@ CurrentDevice::CurrentDevice(const torch::stable::Tensor& on)
     : device_(limits_of(on.get_device_index())), guard_(on.get_device_index()) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(on.get_device_index(), &device_.stream));
+  device_.dependent_launches = may_depend();
 }
 
 CurrentDevice::~CurrentDevice() = default;

@@ -20,10 +20,18 @@ class CurrentDevice {
 
   const gemma4::Device& get() const { return device_; }
 
+  // For an op whose parameters the stream's last kernel made.
+  void launch_fully() { device_.dependent_launches = false; }
+
  private:
   gemma4::Device device_{};
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
+
+// Whether the ops that this thread calls may launch kernels that start while others still run, and
+// what was so before. The first op after that it became so does not: what the stream was given
+// until then, weights among it, is done when its kernels start.
+bool set_dependent_launches(bool allowed);
 
 // Lets kernels touch this memory while the CurrentDevice lives. Under emulation all else is out of
 // bounds; CUDA does not ask.

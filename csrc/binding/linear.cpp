@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
   const auto row = [&](const char* name, const OptionalTensor& t, int64_t size) -> const void* {
     if (!t) return nullptr;
     call.expect(name, *t, {size});
-    return call.in(name, call.keep(aligned(*t)));
+    return call.parameter(name, *t, aligned(*t));
   };
   const auto rows_of = [&](const char* name, const OptionalTensor& t, int64_t size,
                            int64_t& stride) -> const void* {

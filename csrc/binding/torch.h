@@ -126,11 +126,16 @@ class Call {
   const void* weight(const char* name, const Tensor& t, int64_t width, DType want) {
     expect_here(name, t);
     expect_shape(name, t, {width});
-    const Tensor& w = dtype(t.scalar_type()) == want ? t : keep(as_float(t));
-    return in(name, keep(torch::stable::contiguous(w)));
+    return parameter(name, t,
+                     torch::stable::contiguous(dtype(t.scalar_type()) == want ? t : as_float(t)));
   }
   const void* weight(const char* name, const OptionalTensor& t, int64_t width, DType want) {
     return t ? weight(name, *t, width, want) : nullptr;
+  }
+  // One that kernels read before they wait for those before them: `t`, or what was just made of it.
+  const void* parameter(const char* name, const Tensor& t, Tensor read) {
+    if (read.data_ptr() != t.data_ptr()) device_.launch_fully();
+    return in(name, keep(std::move(read)));
   }
   static Tensor as_float(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
 

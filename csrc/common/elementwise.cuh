@@ -1,6 +1,6 @@
 // Kernels that make each vector of a row of what stands there, a vector a thread. Threads stand
 // beside each other along a row, and rows under each other in a block where one row would leave it
-// half empty.
+// half empty. The kernels are dependent.
 #pragma once
 
 #include "launch.h"
@@ -18,7 +18,7 @@ void launch_elementwise(const Device& device, const char* name, void (*kernel)(P
   const unsigned down = kElementwiseThreads / along;
   const Grid grid(ceil_div<int64_t>(vectors_in_row, along),
                   std::min(ceil_div<int64_t>(rows, down), kMostBlocksY));
-  launch(device, name, kernel, grid, dim3(along, down), 0, p);
+  launch(device, name, kernel, {.grid = grid, .block = dim3(along, down), .dependent = true}, p);
 }
 
 // Calls f(row, column) for the thread's vector of each row; a grid may hold fewer rows than there

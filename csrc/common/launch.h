@@ -3,9 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "platform.h"
 #include "types.h"
@@ -88,20 +91,31 @@ inline dim3 checked(const char* name, const Grid& grid) {
               static_cast<unsigned>(grid.z));
 }
 
+// What a kernel is started with. One that is `dependent` may start while the kernel before it still
+// runs, where that is allowed (Device): it asks for its weights, calls
+// ptx::wait_for_previous_kernel in every thread, and only then reads anything else, by loads that
+// are not moved before the wait, or writes.
+struct LaunchConfig {
+  Grid grid;
+  dim3 block;
+  size_t smem_bytes = 0;
+  bool dependent = false;
+};
+
 // Starts `kernel` for the op and the part of it that `name` names.
 #ifdef GEMMA4_EMULATION
 
 template <class Params>
-void launch(const Device&, const char* name, void (*kernel)(Params), const Grid& grid, dim3 block,
-            size_t smem_bytes, const std::type_identity_t<Params>& params) {
+void launch(const Device& device, const char* name, void (*kernel)(Params),
+            const LaunchConfig& config, const std::type_identity_t<Params>& params) {
   struct Context {
     void (*kernel)(Params);
     Params params;
   } context{kernel, params};
   emulation::launch(
-      name, checked(name, grid), block, smem_bytes,
+      name, checked(name, config.grid), config.block, config.smem_bytes,
       [](void* c) { static_cast<Context*>(c)->kernel(static_cast<Context*>(c)->params); }, &context,
-      sizeof context);
+      sizeof context, config.dependent && device.dependent_launches);
 }
 
 inline void clear(const Device&, const char*, void* p, size_t bytes) {
@@ -117,19 +131,38 @@ inline void check(cudaError_t status, const char* name) {
   throw std::runtime_error(std::string(name) + " does not start: " + cudaGetErrorString(status));
 }
 
+// Once for each kernel and device, for it takes longer than a launch: lets the kernel have as much
+// shared memory as a block may have there, and finds out whether its code can wait. Code for older
+// cards, which may have come to this one as PTX, cannot.
+inline bool prepare(const Device& device, const char* name, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> can_wait;
+  const std::lock_guard lock(mutex);
+  const auto found = can_wait.find({kernel, device.index});
+  if (found != can_wait.end()) return found->second;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device.max_smem_bytes),
+        name);
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  return can_wait[{kernel, device.index}] = attributes.ptxVersion >= 90;
+}
+
 template <class Params>
-void launch(const Device& device, const char* name, void (*kernel)(Params), const Grid& grid,
-            dim3 block, size_t smem_bytes, const std::type_identity_t<Params>& params) {
-  if (smem_bytes > 48 * 1024)  // more than every card grants unasked
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(smem_bytes)),
-          name);
-  cudaLaunchConfig_t config{};
-  config.gridDim = checked(name, grid);
-  config.blockDim = block;
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = static_cast<cudaStream_t>(device.stream);
-  check(cudaLaunchKernelEx(&config, kernel, params), name);
+void launch(const Device& device, const char* name, void (*kernel)(Params),
+            const LaunchConfig& config, const std::type_identity_t<Params>& params) {
+  const bool can_wait = prepare(device, name, reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = checked(name, config.grid);
+  how.blockDim = config.block;
+  how.dynamicSmemBytes = config.smem_bytes;
+  how.stream = static_cast<cudaStream_t>(device.stream);
+  how.attrs = &dependent;
+  how.numAttrs = config.dependent && device.dependent_launches && can_wait;
+  check(cudaLaunchKernelEx(&how, kernel, params), name);
 }
 
 inline void clear(const Device& device, const char* name, void* p, size_t bytes) {
@@ -137,5 +170,11 @@ inline void clear(const Device& device, const char* name, void* p, size_t bytes)
 }
 
 #endif
+
+template <class Params>
+void launch(const Device& device, const char* name, void (*kernel)(Params), const Grid& grid,
+            dim3 block, size_t smem_bytes, const std::type_identity_t<Params>& params) {
+  launch(device, name, kernel, LaunchConfig{grid, block, smem_bytes}, params);
+}
 
 }  // namespace gemma4

@@ -57,22 +57,29 @@ struct Columns {
   }
 
   // A row of zeros where none exists.
-  template <bool kOnce = false, class T>
+  template <Read kHow = Read::kConstant, class T>
   DEVICE Row<T, kWidth, kVectors> load(const T* row, bool exists = true FROM_HERE) const {
     Row<T, kWidth, kVectors> held;
     if constexpr (kVectors == 0)
       held.data = exists ? row : nullptr;
     else if (exists)
       each([&](int i, int column) {
-        held.vectors[i] = gemma4::load<kWidth, kOnce>(row + column HERE);
+        held.vectors[i] = gemma4::load<kWidth, kHow>(row + column HERE);
       });
     return held;
   }
 
-  // The same for what is read once and never again.
   template <class T>
   DEVICE Row<T, kWidth, kVectors> load_once(const T* row, bool exists = true FROM_HERE) const {
-    return load<true>(row, exists HERE);
+    return load<Read::kOnce>(row, exists HERE);
+  }
+  template <class T>
+  DEVICE Row<T, kWidth, kVectors> load_first(const T* row, bool exists = true FROM_HERE) const {
+    return load<Read::kFirst>(row, exists HERE);
+  }
+  template <class T>
+  DEVICE Row<T, kWidth, kVectors> load_fresh(const T* row, bool exists = true FROM_HERE) const {
+    return load<Read::kFresh>(row, exists HERE);
   }
 
   // The thread's share of the row's.

@@ -21,8 +21,10 @@ struct DTypes {
 struct Device {
   void* stream;
   int sm_count;
-  int max_smem_bytes;  // of one block
-  int capability;      // the major number: 9 on Hopper
+  int max_smem_bytes;               // of one block
+  int capability;                   // the major number: 9 on Hopper
+  int index = 0;                    // among the devices
+  bool dependent_launches = false;  // whether kernels may start while others run
 };
 
 // int32 or int64, as they come: positions, slots, ids.

@@ -27,30 +27,47 @@ constexpr int kFullWidth = 16 / std::max({sizeof(T)...});
 template <class X, class W>
 constexpr int kLeastBlocks = sizeof(W) > sizeof(X) ? 1 : 0;
 
-// Of memory that no thread writes during the launch.
-template <int kWidth, bool kOnce = false, class T>
+enum class Read {
+  kConstant,  // nobody writes it while the kernel runs: compilers may move the load anywhere
+  kOnce,      // nor is it read again
+  kFirst,     // parameters, before a dependent kernel waits, and never behind the wait
+  kFresh,     // what a kernel that this one waited for may have written: never before the wait
+};
+
+template <int kWidth, Read kHow = Read::kConstant, class T>
 DEVICE Vec<T, kWidth> load(const T* p FROM_HERE) {
   Vec<T, kWidth> v;
   if constexpr (kWidth == 1) {
     v.data[0] = *p;
   } else if constexpr (v.kBytes == 8) {
-    const uint2 bits = kOnce ? ptx::load_8_once(p HERE) : ptx::load_8(p HERE);
+    uint2 bits;
+    if constexpr (kHow == Read::kConstant) bits = ptx::load_8(p HERE);
+    if constexpr (kHow == Read::kOnce) bits = ptx::load_8_once(p HERE);
+    if constexpr (kHow == Read::kFirst) bits = ptx::load_8_first(p HERE);
+    if constexpr (kHow == Read::kFresh) bits = ptx::load_8_coherent(p HERE);
     __builtin_memcpy(&v, &bits, 8);
   } else if constexpr (v.kBytes == 16) {
-    const uint4 bits = kOnce ? ptx::load_16_once(p HERE) : ptx::load_16(p HERE);
+    uint4 bits;
+    if constexpr (kHow == Read::kConstant) bits = ptx::load_16(p HERE);
+    if constexpr (kHow == Read::kOnce) bits = ptx::load_16_once(p HERE);
+    if constexpr (kHow == Read::kFirst) bits = ptx::load_16_first(p HERE);
+    if constexpr (kHow == Read::kFresh) bits = ptx::load_16_coherent(p HERE);
     __builtin_memcpy(&v, &bits, 16);
   } else {
     constexpr int kHalf = kWidth / 2;
-    const Vec<T, kHalf> halves[] = {load<kHalf, kOnce>(p HERE), load<kHalf, kOnce>(p + kHalf HERE)};
+    const Vec<T, kHalf> halves[] = {load<kHalf, kHow>(p HERE), load<kHalf, kHow>(p + kHalf HERE)};
     __builtin_memcpy(&v, halves, 32);
   }
   return v;
 }
 
-// The same for what is read once and never again.
 template <int kWidth, class T>
 DEVICE Vec<T, kWidth> load_once(const T* p FROM_HERE) {
-  return load<kWidth, true>(p HERE);
+  return load<kWidth, Read::kOnce>(p HERE);
+}
+template <int kWidth, class T>
+DEVICE Vec<T, kWidth> load_fresh(const T* p FROM_HERE) {
+  return load<kWidth, Read::kFresh>(p HERE);
 }
 
 template <class T, int kWidth>

@@ -11,8 +11,11 @@ void linear_small(LinearSmallParams p, DType dtype, const Device& device) {
       const size_t a_bytes = kOpens ? sizeof(T) * p.tokens * p.a_stride : 0;
       // As many blocks as are resident at once: each makes a but once.
       launch(device, "linear_small", linear_small_kernel<T, kOpens, kSets, kGated>,
-             std::clamp(tiles, 1, 2 * device.sm_count), kLinearThreads,
-             sizeof(LinearSmallSmem<kSets>) + a_bytes, p);
+             {.grid = std::clamp(tiles, 1, 2 * device.sm_count),
+              .block = kLinearThreads,
+              .smem_bytes = sizeof(LinearSmallSmem<kSets>) + a_bytes,
+              .dependent = true},
+             p);
     };
     const auto run_sets = [&]<bool kOpens>() {
       if (p.gated) return run.template operator()<kOpens, 2, true>();

@@ -53,17 +53,20 @@ struct LinearSmallSmem {
 template <class T, class Norm>
 DEVICE void open_branch(const OpeningParams& p, T* a, BlockSum& smem, const Norm& norm) {
   const ColumnsOf<kNormVectors, T> columns{p.width, threadIdx.x, kLinearThreads};
-  const float layer_scale = p.scale ? to_float(*static_cast<const T*>(p.scale)) : 1.0f;
+  const float layer_scale =
+      p.scale ? to_float(ptx::load_one_first(static_cast<const T*>(p.scale))) : 1.0f;
   int parity = 0;
   // Rows of weights are loaded where they are used: beside x, the residual and the weights on their
   // way registers would not hold them.
   for (const void* row : {p.x_weight, p.other_weight, p.post_weight, p.norm_weight})
     if (row)
       columns.each([&](int, int column) { ptx::prefetch(static_cast<const T*>(row) + column); });
+  ptx::wait_for_previous_kernel();
   for (int token = 0; token < p.tokens; token++) {
-    auto x = columns.load(static_cast<const T*>(p.x) + token * p.x_stride);
+    auto x = columns.load_fresh(static_cast<const T*>(p.x) + token * p.x_stride);
     if (p.other) {
-      const auto other = columns.load(static_cast<const T*>(p.other) + token * p.other_stride);
+      const auto other =
+          columns.load_fresh(static_cast<const T*>(p.other) + token * p.other_stride);
       const auto close = [&](const auto& branch, const void* weight, bool adds) {
         const float sum = block_sum(columns.sum_of_squares(branch), smem, parity);
         const float scale = inv_rms(sum, p.width, p.eps);
@@ -86,7 +89,7 @@ DEVICE void open_branch(const OpeningParams& p, T* a, BlockSum& smem, const Norm
     } else {
       T* r_row = static_cast<T*>(p.new_residual) + int64_t{token} * p.width;
       const auto residual =
-          columns.load(static_cast<const T*>(p.residual) + token * p.residual_stride);
+          columns.load_fresh(static_cast<const T*>(p.residual) + token * p.residual_stride);
       const float x_sum = block_sum(columns.sum_of_squares(x), smem, parity);
       const float x_scale = inv_rms(x_sum, p.width, p.eps);
       columns.each([&](int i, int column) {
@@ -153,8 +156,8 @@ DEVICE void multiply_tiles(const WeightTiles<T>& w, LinearSmallSmem<kSets>& smem
     const int from = column(first + i / 2, i % 2);
 #pragma unroll
     for (int set = 0; set < kSets; set++)
-      weight[i][set] = load_once_if(ahead < w.tiles && from < w.width && set < w.sets,
-                                    row + set * w.next_set + from);
+      weight[i][set] = load_first_if(ahead < w.tiles && from < w.width && set < w.sets,
+                                     row + set * w.next_set + from);
   };
   const auto advance = [&] {
     first += kLinearLines;
@@ -236,6 +239,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
   static_assert(!kGated || kSets == 2);
   constexpr int kRows = kGated ? 8 : 8 * kSets;  // of y, of a tile
+  ptx::let_next_kernel_start();
   auto& smem = shared_memory<LinearSmallSmem<kSets>>();
   const WeightTiles<T> tiles{.weight = static_cast<const T*>(p.weight),
                              .next_set = int64_t{kGated ? p.rows : 8} * p.width,
@@ -253,9 +257,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
       });
       return tokens_at(p, a);
     } else {
+      ptx::wait_for_previous_kernel();
       return [&](int t, int from) {
-        return load_if(t < p.tokens && from < p.width,
-                       static_cast<const T*>(p.x) + t * p.x_stride + from);
+        return load_fresh_if(t < p.tokens && from < p.width,
+                             static_cast<const T*>(p.x) + t * p.x_stride + from);
       };
     }
   };

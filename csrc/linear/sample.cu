@@ -23,7 +23,11 @@ void sample(SampleParams p, DType dtype, const Device& device) {
   with_type(dtype, [&]<class T>() {
     const bool aligned = are_aligned<T>(p.logits, p.stride, p.width);
     launch(device, "sample", aligned ? sample_kernel<T, kFullWidth<T>> : sample_kernel<T, 1>,
-           p.rows * p.parts, kSampleThreads, sizeof(SampleSmem), p);
+           {.grid = p.rows * p.parts,
+            .block = kSampleThreads,
+            .smem_bytes = sizeof(SampleSmem),
+            .dependent = true},
+           p);
   });
 }
 

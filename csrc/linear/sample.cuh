@@ -53,7 +53,7 @@ DEVICE Keys read_part(const SampleParams& p, int64_t row, int part, uint64_t pos
     const int column = part * kSampleKeys + i * kSampleThreads + threadIdx.x * kWidth;
     const bool exists = column < p.width;
     Vec<T, kWidth> x{};
-    if (exists) x = load_once<kWidth>(logits + column);
+    if (exists) x = load_fresh<kWidth>(logits + column);
     RandomWords random{};
 #pragma unroll
     for (int j = 0; j < kWidth; j++) {
@@ -173,6 +173,8 @@ DEVICE Packed race(const SampleParams& p, int64_t row, uint64_t position, Sample
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     sample_kernel(const __grid_constant__ SampleParams p) {
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   SampleSmem& smem = shared_memory<SampleSmem>();
   const int64_t row = blockIdx.x / p.parts;
   const uint64_t position = index_at(p.positions, row);

@@ -12,8 +12,12 @@ void moe_open(MoeOpenParams p, DType dtype, const Device& device) {
   const int dense_tiles = p.rows / 8, resident = 2 * device.sm_count;
   p.dense_blocks = std::clamp(dense_tiles, 1, std::max(resident - router_tiles, 1));
   with_half_type("moe_open", dtype, [&]<class T>() {
-    launch(device, "moe_open", moe_open_kernel<T>, p.dense_blocks + std::max(router_tiles, 1),
-           kLinearThreads, sizeof(LinearSmallSmem<2>) + sizeof(T) * p.tokens * p.a_stride, p);
+    launch(device, "moe_open", moe_open_kernel<T>,
+           {.grid = p.dense_blocks + std::max(router_tiles, 1),
+            .block = kLinearThreads,
+            .smem_bytes = sizeof(LinearSmallSmem<2>) + sizeof(T) * p.tokens * p.a_stride,
+            .dependent = true},
+           p);
   });
 }
 

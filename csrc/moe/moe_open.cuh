@@ -18,6 +18,7 @@ namespace gemma4 {
 template <class T>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     moe_open_kernel(const __grid_constant__ MoeOpenParams p) {
+  ptx::let_next_kernel_start();
   auto& smem = shared_memory<LinearSmallSmem<2>>();
   const bool routes = blockIdx.x >= p.dense_blocks;
   const int rows = routes ? p.num_experts : p.rows;

@@ -13,20 +13,24 @@
 
 namespace gemma4 {
 
+// With four vectors a thread, left alone, the compiler keeps two blocks, and spills.
 template <class T, class R, class W, int kVectors>
-__global__ void __launch_bounds__(256, kLeastBlocks<R, W>)
+__global__ void __launch_bounds__(256, kVectors == 4 ? 1 : kLeastBlocks<R, W>)
     add_rms_norm_kernel(const __grid_constant__ AddRmsNormParams p) {
+  ptx::let_next_kernel_start();
   BlockSum& smem = shared_memory<BlockSum>();
   const ColumnsOf<kVectors, T, R> columns{p.width, threadIdx.x, blockDim.x};
-  const auto post_weight = columns.load(static_cast<const W*>(p.post_weight));
-  const auto next_weight = columns.load(static_cast<const W*>(p.next_weight), p.y != nullptr);
-  const float layer_scale = p.scale ? to_float(*static_cast<const W*>(p.scale)) : 1.0f;
+  const auto post_weight = columns.load_first(static_cast<const W*>(p.post_weight));
+  const auto next_weight = columns.load_first(static_cast<const W*>(p.next_weight), p.y != nullptr);
+  const float layer_scale =
+      p.scale ? to_float(ptx::load_one_first(static_cast<const W*>(p.scale))) : 1.0f;
+  ptx::wait_for_previous_kernel();
 
   int parity = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const auto x = columns.load_once(static_cast<const T*>(p.x) + row * p.x_stride);
+    const auto x = columns.load_fresh(static_cast<const T*>(p.x) + row * p.x_stride);
     const auto residual =
-        columns.load_once(static_cast<const R*>(p.residual) + row * p.residual_stride);
+        columns.load_fresh(static_cast<const R*>(p.residual) + row * p.residual_stride);
     R* residual_row = static_cast<R*>(p.new_residual) + row * p.width;
     const float x_sum = block_sum(columns.sum_of_squares(x), smem, parity);
     const float x_scale = inv_rms(x_sum, p.width, p.eps);

@@ -16,14 +16,16 @@ namespace gemma4 {
 template <class T, class R, class W, int kVectors>
 __global__ void __launch_bounds__(256, 4 - kVectors / 2)
     moe_norm_kernel(const __grid_constant__ MoeNormParams p) {
+  ptx::let_next_kernel_start();
   BlockSum& smem = shared_memory<BlockSum>();
   const ColumnsOf<kVectors, T, R> columns{p.width, threadIdx.x, blockDim.x};
-  const auto weight = columns.load(static_cast<const W*>(p.weight));
-  const auto scale = columns.load(static_cast<const W*>(p.scale));
+  const auto weight = columns.load_first(static_cast<const W*>(p.weight));
+  const auto scale = columns.load_first(static_cast<const W*>(p.scale));
+  ptx::wait_for_previous_kernel();
 
   int parity = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const auto x = columns.load_once(static_cast<const T*>(p.x) + row * p.x_stride);
+    const auto x = columns.load_fresh(static_cast<const T*>(p.x) + row * p.x_stride);
     const float sum = block_sum(columns.sum_of_squares(x), smem, parity);
     const float x_scale = inv_rms(sum, p.width, p.eps);
     columns.each([&](int i, int column) {

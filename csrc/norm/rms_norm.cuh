@@ -22,14 +22,16 @@ constexpr int kRmsNormBlocks = sizeof(W) > sizeof(T) ? 1
 template <class T, class W, int kVectors>
 __global__ void __launch_bounds__(256, kRmsNormBlocks<T, W, kVectors>)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  ptx::let_next_kernel_start();
   BlockSum& smem = shared_memory<BlockSum>();
   const ColumnsOf<kVectors, T> columns{p.width, threadIdx.x, blockDim.x};
-  const auto weight = columns.load(static_cast<const W*>(p.weight), p.weight != nullptr);
+  const auto weight = columns.load_first(static_cast<const W*>(p.weight), p.weight != nullptr);
+  ptx::wait_for_previous_kernel();
 
   int parity = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     T* y_row = static_cast<T*>(p.y) + row * p.width;
-    const auto x = columns.load_once(static_cast<const T*>(p.x) + row * p.x_stride);
+    const auto x = columns.load_fresh(static_cast<const T*>(p.x) + row * p.x_stride);
     const float sum = block_sum(columns.sum_of_squares(x), smem, parity);
     const float scale = inv_rms(sum, p.width, p.eps);
     columns.each([&](int i, int column) {

@@ -16,7 +16,8 @@ void ple_embed(const PleEmbedParams& p, const DTypes& dtypes, const Device& devi
                          are_aligned<W>(p.weight, 0, p.width) &&
                          are_aligned<R>(p.y, p.width, p.width);
     const auto start = [&](auto kernel) {
-      launch(device, "ple_embed", kernel, grid, kWarps * kWarpSize, 0, p);
+      launch(device, "ple_embed", kernel,
+             {.grid = grid, .block = kWarps * kWarpSize, .dependent = true}, p);
     };
     if (aligned && p.width <= 32 * kWidth) return start(ple_embed_kernel<T, R, W, 1>);
     if (aligned && p.width <= 64 * kWidth) return start(ple_embed_kernel<T, R, W, 2>);

@@ -17,9 +17,11 @@ constexpr float kInverseRoot2 = 0.70710678118654752f;
 
 template <class T, class R, class W, int kVectors>
 __global__ void __launch_bounds__(256) ple_embed_kernel(const __grid_constant__ PleEmbedParams p) {
+  ptx::let_next_kernel_start();
   const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const ColumnsOf<kVectors, T, R> columns{p.width, lane, 32};
-  const auto weight = columns.load(static_cast<const W*>(p.weight));
+  const auto weight = columns.load_first(static_cast<const W*>(p.weight));
+  ptx::wait_for_previous_kernel();
 
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     const int64_t id = index_at(p.ids, token);
@@ -29,8 +31,8 @@ __global__ void __launch_bounds__(256) ple_embed_kernel(const __grid_constant__ 
       const int64_t offset = int64_t{layer} * p.width;
       const auto embedding =
           columns.load_once(static_cast<const R*>(p.table) + id * p.table_stride + offset, known);
-      const auto x = columns.load_once(static_cast<const T*>(p.projected) +
-                                       token * p.projected_stride + offset);
+      const auto x = columns.load_fresh(static_cast<const T*>(p.projected) +
+                                        token * p.projected_stride + offset);
       R* y_row = static_cast<R*>(p.y) + (token * p.layers + layer) * p.width;
       const float scale = inv_rms(lane_sum(columns.sum_of_squares(x)), p.width, p.eps);
       columns.each([&](int i, int column) {

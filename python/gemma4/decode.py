@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from gemma4_kernels import dependent_launches
 from gemma4_kernels.fusion import why_called
 
 from . import compiled
@@ -127,7 +129,9 @@ class Decoder:
             torch.cuda.current_stream(device).wait_stream(side)
         self.plan.rewind()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Such a weight is made anew for each call, by the kernel before the one that reads it.
+        made = any(map(is_parametrized, self.model.modules()))
+        with torch.cuda.graph(graph), dependent_launches(not made):
             logits = self._step(self.ids)
         self.captured = graph, logits
 

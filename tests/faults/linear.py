@@ -9,6 +9,16 @@ FAULTS = {
             (KERNEL, "block_sum(columns.sum_of_squares(r)", "block_sum(columns.sum_of_squares(x)"),
             (KERNEL, "  __syncthreads();\n}", "}"),
             (KERNEL, "exists = t < p.tokens && from", "exists = from"),
+            (KERNEL, "\n  ptx::wait_for_previous_kernel();\n", "\n"),
+            (
+                KERNEL,
+                "columns.load_fresh(static_cast<const T*>(p.residual",
+                "columns.load(static_cast<const T*>(p.residual",
+            ),
+        ],
+        "test_linear_small[emulated-one token-bfloat16]": [
+            (KERNEL, "{\n      ptx::wait_for_previous_kernel();\n", "{\n"),
+            (KERNEL, "load_fresh_if(t", "load_if(t"),
         ],
         "test_linear_small[emulated-two branches-bfloat16]": [
             (KERNEL, "(adds ? to[j] : 0.0f) + from", "from"),

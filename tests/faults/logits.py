@@ -12,6 +12,7 @@ FAULTS = {
         ],
         "test_strided[emulated-columns]": [
             ("linear/softcap.cuh", "row * p.stride + column", "row * p.width + column"),
+            ("linear/softcap.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
         ],
     },
     "softcap_argmax": {
@@ -63,6 +64,11 @@ FAULTS = {
             ("linear/sample.cuh", "    if (!smem.last) return;\n", ""),
         ],
         "test_sample[emulated-top_k of parts-float32]": [
+            (
+                "linear/sample.cuh",
+                "    __syncthreads();\n    if (threadIdx.x == 0) {",
+                "    if (threadIdx.x == 0) {",
+            ),
             ("linear/sample.cuh", "if (all >= k) bound", "if (all > k) bound"),
             ("linear/sample.cuh", "if (w < warp) to +=", "if (w <= warp) to +="),
         ],

@@ -5,6 +5,8 @@ FAULTS = {
         ],
         "test_rms_norm[emulated-one row-weight-float32]": [
             ("norm/rms_norm.cuh", "* scale * (p.weight", "* scale * (!p.weight"),
+            ("norm/rms_norm.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
+            ("norm/rms_norm.cuh", "load_fresh(", "load_once("),
             ("common/reduce.cuh", "step = kLanes / 2; step > 0", "step = kLanes / 2; step > 1"),
             ("common/reduce.cuh", "lane < warps ? partial[lane] : 0.0f", "partial[lane]"),
         ],
@@ -31,12 +33,18 @@ FAULTS = {
             ("common/launch.h", "row_stride % kWidth == 0 &&", "true &&"),
         ],
         "test_weight_of_another_dtype[emulated-31B width-torch.bfloat16-torch.float32]": [
-            ("common/vec.cuh", "load<kHalf, kOnce>(p + kHalf HERE)", "load<kHalf, kOnce>(p HERE)"),
+            ("common/vec.cuh", "load<kHalf, kHow>(p + kHalf HERE)", "load<kHalf, kHow>(p HERE)"),
         ],
     },
     "add_rms_norm": {
         "test_add_rms_norm[emulated-one row-float32]": [
             ("norm/add_rms_norm.cuh", "w[j]) * layer_scale", "w[j])"),
+            ("norm/add_rms_norm.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
+            (
+                "norm/add_rms_norm.cuh",
+                "columns.load_fresh(static_cast<const R",
+                "columns.load(static_cast<const R",
+            ),
             (
                 "norm/add_rms_norm.cuh",
                 "(r[j] + branch[j] * x_scale",

@@ -55,9 +55,48 @@ INSTRUCTIONS = {
     r"linear_small_kernel<\w+, true,.*>": (LOAD, STORE, r"STS\.128.*"),
     r"linear_small_kernel<.*>": (LOAD, r"HMMA\.16816\..*"),
     r"moe_stream_\w+_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
+    r"moe_open_kernel<.*>": (LOAD, STORE, r"STS\.128.*", r"HMMA\.16816\..*"),
+    r"moe_small_gate_up_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
     r"moe_combine_kernel<.*>": (LOAD, STORE),
 }
+
+
+# Kernels that may start while the one before them runs, and how many loads of parameters, of 16
+# bytes where rows allow it, each has on its way before it waits.
+DEPENDENT = {
+    r"linear_small_kernel<\w+, \w+, (?P<sets>\d), .*>": lambda m: 4 * int(m["sets"]),
+    r"rms_norm_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),
+    r"(add_rms|moe)_norm_kernel<.*, (?P<vectors>\d)>": lambda m: 2 * int(m["vectors"]),
+    r"ple_embed_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),
+    r"(gelu_mul|softcap)_kernel<.*>": lambda m: 0,
+}
+# ptx::load_*_first, which alone leave no line in L1.
+PARAMETER = r"LDG\.E\.NA\b.*"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", DEPENDENT)
+def test_dependent_kernels_ask_for_parameters_first(kernels, pattern):
+    matched = [(re.fullmatch(pattern, k.name), k) for k in kernels if k.arch != "sm_80"]
+    chosen = [(match, kernel) for match, kernel in matched if match]
+    assert chosen
+    assert [str(kernel) for _, kernel in chosen if kernel.before_wait is None] == []
+    for match, kernel in chosen:
+        early = sum(n for name, n in kernel.before_wait.items() if re.fullmatch(PARAMETER, name))
+        assert early >= DEPENDENT[pattern](match), kernel
+
+
+@pytest.mark.slow
+def test_nothing_else_is_touched_before_the_wait(kernels):
+    """Whatever waits: an activation's load that was moved there would read what is not yet made."""
+    early = [
+        f"{kernel}: {name}"
+        for kernel in kernels
+        for name in kernel.before_wait or ()
+        if not re.fullmatch(PARAMETER, name)
+    ]
+    assert early == []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from gemma4_kernels import ops, opset, reference
 NAMES = sorted(
     name
     for name in gemma4_kernels.__all__
-    if name != "build_info" and not name.startswith("flash_attn")
+    if name not in ("build_info", "dependent_launches") and not name.startswith("flash_attn")
 )
 REGISTERED = getattr(torch.ops, opset.NAMESPACE)
 

@@ -34,6 +34,11 @@ FLAGS = (
     "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-tsan"
     f" -DGEMMA4_EMULATION={NAME}"
 )
+# What a model is made of, by the names of the ops' arguments: a dependent launch may read it before
+# it has waited for the kernel before it, which may have written anything else.
+PARAMETERS = {"weight", "post_weight", "norm_weight", "next_weight", "q_weight", "k_weight"}
+PARAMETERS |= {"x_weight", "other_weight", "expert_weight", "scale", "router", "router_scale"}
+PARAMETERS |= {"per_expert_scale", "gate_up", "down", "dense", "table", "inv_freq"}
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -188,6 +193,7 @@ class EmulatedKernels(opset.Kernels):
         settings, results, alone = control().settings, [], len(SCHEDULES) == 1
         # What a call writes it may read too: each schedule is to find the same.
         schema = op.registered.default._schema.arguments
+        self.set_dependent_launches(True)
         written = [x for x, a in zip(args, schema, strict=True) if a.alias_info is not None]
         before = [] if alone else [x.clone() for x in written]
         for settings.seed, policy in SCHEDULES:
@@ -207,6 +213,7 @@ def control() -> ModuleType:
     spec = importlib.util.spec_from_file_location(NAME, given_library or build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.settings.parameters = PARAMETERS
     return module
 
 

@@ -57,7 +57,6 @@ DEVICE void barrier_arrive(int id, int threads FROM_HERE) {
 }
 
 DEVICE unsigned arrive(unsigned* counter FROM_HERE) {
-  emulation::fence(loc);
   return static_cast<unsigned>(
       emulation::atomic(counter, 4, [](uint64_t a, uint64_t b) { return a + b; }, 1, true HERE));
 }

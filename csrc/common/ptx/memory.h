@@ -39,14 +39,56 @@ DEVICE uint2 load_8_once(const void* p) {
   return v;
 }
 
-// What another block of this launch, or a kernel that this one did not wait for, has stored:
-// neither stale nor moved to before the wait.
+// Parameters that a dependent kernel asks for before it waits: by an instruction that, other than
+// ld.global.nc, is not moved behind the wait.
+DEVICE uint4 load_16_first(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+DEVICE uint2 load_8_first(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+// One value of two or four bytes.
+template <class T>
+DEVICE T load_one_first(const T* p) {
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(bits) : "l"(p) : "memory");
+    __builtin_memcpy(&value, &bits, 2);
+  } else {
+    uint32_t bits;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
+    __builtin_memcpy(&value, &bits, 4);
+  }
+  return value;
+}
+
+// What another block of this launch, or a kernel that this one waited for, has stored: neither
+// stale nor moved to before the wait.
 DEVICE uint4 load_16_coherent(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p)
                : "memory");
+  return v;
+}
+
+DEVICE uint2 load_8_coherent(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
   return v;
 }
 
@@ -121,17 +163,30 @@ DEVICE uint4 load_16(const void* p FROM_HERE) {
   return value;
 }
 DEVICE uint4 load_16_once(const void* p FROM_HERE) { return load_16(p HERE); }
-DEVICE uint4 load_16_coherent(const void* p FROM_HERE) {
-  uint4 value;
-  emulation::load_global(&value, p, 16 HERE);
-  return value;
-}
 DEVICE uint2 load_8(const void* p FROM_HERE) {
   uint2 value;
   emulation::load_read_only(&value, p, 8 HERE);
   return value;
 }
 DEVICE uint2 load_8_once(const void* p FROM_HERE) { return load_8(p HERE); }
+DEVICE uint4 load_16_first(const void* p FROM_HERE) { return load_16(p HERE); }
+DEVICE uint2 load_8_first(const void* p FROM_HERE) { return load_8(p HERE); }
+template <class T>
+DEVICE T load_one_first(const T* p FROM_HERE) {
+  T value;
+  emulation::load_read_only(&value, p, sizeof(T) HERE);
+  return value;
+}
+DEVICE uint4 load_16_coherent(const void* p FROM_HERE) {
+  uint4 value;
+  emulation::load_global(&value, p, 16 HERE);
+  return value;
+}
+DEVICE uint2 load_8_coherent(const void* p FROM_HERE) {
+  uint2 value;
+  emulation::load_global(&value, p, 8 HERE);
+  return value;
+}
 DEVICE void store_16(void* p, uint4 value FROM_HERE) {
   emulation::store_global(p, &value, 16 HERE);
 }

@@ -130,8 +130,8 @@ def _made(steps: "_Steps", reader: Reader, limit: int) -> Iterator[list[int]]:
 class _Steps:
     """Takes every row one token further with each call, to sampler.ids, and waits for nothing.
 
-    ids_BT are all tokens so far, if they are watched: the prompt's otherwise. scores and logits are
-    kept as the sampler's options say.
+    ids_BT are all tokens so far, if they are watched, or the prompt's. scores and logits are kept
+    as the sampler's options say.
     """
 
     def __init__(
