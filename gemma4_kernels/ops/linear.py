@@ -42,7 +42,9 @@ def _unserved(
             f"its norms are for at most {MOST_NORMED_WIDTH} columns and "
             f"{MOST_NORMED_ELEMENTS} elements, got {list(x.shape)}"
         )
-    if not weight.is_contiguous() or weight.storage_offset() % 8:
+    # The compiler knows no offsets; where the call runs it is asked again.
+    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
+    if not weight.is_contiguous() or offset % 8:
         return "weight is not contiguous, or does not begin on a multiple of 16 bytes"
     return None
 

@@ -241,6 +241,24 @@ def test_compiles_whole(name):
     assert any("runs torch's attention, without a kernel: its mask" in str(w.message) for w in said)
 
 
+@torch.no_grad()
+def test_few_tokens_compile_whole(way):
+    """In 16 bits, where one kernel closes the feed-forward and opens the per-layer gate."""
+    torch.compiler.reset()
+    ours = plugin.enable(load("e2b_like", dtype=torch.bfloat16))
+    nodes: list[str] = []
+
+    def backend(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    ids = some_ids(1, 7)
+    options = dict(attention_mask=torch.ones_like(ids), use_cache=False)
+    assert torch.equal(compiled(ids, **options).logits, ours(ids, **options).logits)
+    assert any("linear_small" in node for node in nodes) == (way == "as on a GPU")
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", ["real_heads_bf16"])
 @torch.no_grad()
@@ -270,7 +288,7 @@ def test_every_op_is_called(way, monkeypatch):
     calls = Calls()
     use_ops(monkeypatch, calls)
     test_chunked_prefill("e2b_like")
-    dense = {"rms_norm", "add_rms_norm", "qkv_norm_rope", "ple_gate"}
+    dense = {"rms_norm", "add_rms_norm", "qkv_norm_rope", "ple_gate", "linear_small"}
     dense |= {"attention_prefill", "attention_decode"}
     assert calls.keys() == dense
     test_chunked_prefill("moe_like")

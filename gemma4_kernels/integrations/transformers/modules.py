@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from ... import ops
+from ... import ops, opset
 from ...common import cosines_and_sines, gelu_mul
 from ...fusion import is_plain, why_not_plain, why_seen
 from . import base
@@ -62,6 +62,31 @@ def _close(
         if scale is not None:
             x *= scale
     return x, y if following is None else following(x)
+
+
+def _close_into_gate(
+    branch: Tensor,
+    residual: Tensor,
+    post: gemma4.Gemma4RMSNorm,
+    linear: nn.Module,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """residual' = residual + post(branch), and gelu(linear(residual')) factor: one op of so few
+    tokens as a kernel serves, None for more and where the modules are to be called."""
+    device, shape = residual.device, residual.shape
+    if not is_plain(linear, nn.Linear, device) or why_not_read(post, device) is not None:
+        return None
+    x, old, times = (t.flatten(0, -2) for t in (branch, residual, factor))
+    opening = old, post.weight, None, None, times, None, None, None
+    args = (x, linear.weight, *opening, post.eps, False)
+    trained = opset.needs_grad(*args) or torch.is_autocast_enabled(device.type)
+    if linear.bias is not None or trained or not opset.OPS["linear_small"].pays(args):
+        return None
+    y, new_residual = ops.linear_small(
+        x, linear.weight, residual=old, post_weight=post.weight, factor=times, eps=post.eps
+    )
+    assert new_residual is not None  # as a residual was given
+    return new_residual.view(shape), y.view(factor.shape)
 
 
 class MLP(gemma4.Gemma4TextMLP):
@@ -255,15 +280,22 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         scale, closing = self.layer_scalar.to(x.dtype), self.post_feedforward_layernorm
         if self.hidden_size_per_layer_input:
             assert per_layer_input is not None
-            x, _ = _close(branch, x, closing)
-            gate = self.per_layer_input_gate(x)
-            if is_plain(self.act_fn, base.TanhGELU):
-                gated = gelu_mul(gate, per_layer_input)
-            else:
-                gated = self.act_fn(gate) * per_layer_input
+            x, gated = self._to_gate(branch, x, closing, per_layer_input)
             branch, closing = self.per_layer_projection(gated), self.post_per_layer_input_norm
         x, _ = _close(branch, x, closing, scale=scale)
         return x
+
+    def _to_gate(
+        self, branch: Tensor, x: Tensor, closing: gemma4.Gemma4RMSNorm, ple: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual with the feed-forward's branch, and the per-layer gate of it."""
+        linear, plain = self.per_layer_input_gate, is_plain(self.act_fn, base.TanhGELU)
+        made = _close_into_gate(branch, x, closing, linear, ple) if plain else None
+        if made is not None:
+            return made
+        x, _ = _close(branch, x, closing)
+        gate = linear(x)
+        return x, gelu_mul(gate, ple) if plain else self.act_fn(gate) * ple
 
 
 SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
