@@ -6,8 +6,10 @@ Lines of JSON; a model that stands in FILE already is not measured again. Small 
 on a GPU released sizes of which two fit. Each decodes as its `generate` does: ours with its
 `Decoder`, whose first step captures it and is not timed. Runs alternate, so that a noisy machine
 disturbs both alike, and the numbers are medians. The ratio is transformers' time over ours: above 1
-is faster. Before any timing the two models' logits are compared. The last column is transformers'
-own model after `gemma4_kernels.integrations.transformers.enable`, also set beside sdpa.
+is faster. Before any timing the two models' logits are compared. "enabled" is transformers' own
+model after `gemma4_kernels.integrations.transformers.enable`, "compiled" ours with
+`Decoder(compile=True)`, which is for a CPU; both are set beside sdpa. Then tokens a second beside
+the floor, a token's bytes over what copies move here, and on a GPU a token's launches.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from gemma4.decode import Decoder
-from gemma4.measure import machine
+from gemma4.measure import copy_bandwidth, decode_bytes, key_bytes, launches_per_token, machine
 from gemma4_kernels.integrations.transformers import enable
 
 PREFILL_TOKENS, DECODE_TOKENS = 512, 64
@@ -113,7 +115,7 @@ def prefill(model: torch.nn.Module, ids: Tensor) -> object:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
-def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
+def run(model: torch.nn.Module, ids: Tensor, compile: bool = False) -> tuple[float, float]:
     """Seconds of one prefill, and of the decode steps after it."""
     start = now(ids.device)
     output = prefill(model, ids)
@@ -121,7 +123,7 @@ def run(model: torch.nn.Module, ids: Tensor) -> tuple[float, float]:
     logits = output.logits[:, -1]
     cache = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     if isinstance(model, Gemma4ForCausalLM):
-        decoder = Decoder(model, output.cache, DECODE_TOKENS + 1)
+        decoder = Decoder(model, output.cache, DECODE_TOKENS + 1, compile)
     for i in range(DECODE_TOKENS + 1):
         if i == 1:
             second = now(ids.device)
@@ -142,12 +144,15 @@ def now(device: torch.device) -> float:
 
 
 def measure(models: dict[str, torch.nn.Module], ids: Tensor, repeat: int) -> dict[str, tuple]:
-    for model in models.values():
-        run(model, ids)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    ways = {name: (model, ids) for name, model in models.items()}
+    if ids.device.type == "cpu":
+        ways["compiled"] = models["gemma4"], ids, True
+    for way in ways.values():
+        run(*way)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(repeat):
-        for name, model in models.items():
-            times[name].append(run(model, ids))
+        for name, way in ways.items():
+            times[name].append(run(*way))
     return {
         name: tuple(statistics.median(pair[i] for pair in pairs) for i in (0, 1))
         for name, pairs in times.items()
@@ -174,7 +179,8 @@ def main() -> None:
     device, ledger = torch.device(args.device), Ledger(args.out)
     small = [name for name in CONFIGS if name not in RELEASED]
     print(f"{'model':<12} {'dtype':<9} {'prefill ms':>10} {'decode ms':>10}"
-          f" {'vs eager':>14} {'vs sdpa':>14} {'enabled':>14}   (prefill, decode)")  # fmt: skip
+          f" {'vs eager':>14} {'vs sdpa':>14} {'enabled':>14} {'compiled':>9} {'tok/s':>8}"
+          f" {'floor':>8} {'launches':>8}   (prefill, decode)")  # fmt: skip
     for name in args.only or (RELEASED if device.type == "cuda" else small):
         for dtype in (torch.bfloat16,) if name in RELEASED else (torch.float32, torch.bfloat16):
             item = f"{name} {str(dtype).removeprefix('torch.')}"
@@ -186,7 +192,8 @@ def main() -> None:
             with torch.no_grad():
                 difference = compare(models, ids)
                 times = measure(models, ids, args.repeat)
-            found = row(name, dtype, difference, times) | machine(device)
+            found = row(name, dtype, difference, times)
+            found |= of_a_token(models["gemma4"], found) | machine(device)
             ledger.end(item, "passed", **found)
             print(line(found), flush=True)
 
@@ -205,17 +212,36 @@ def row(name: str, dtype: torch.dtype, difference: float, times: dict[str, tuple
         "vs_eager": ratio("eager"),
         "vs_sdpa": ratio("sdpa"),
         "enabled_vs_sdpa": ratio("sdpa", "enabled"),
+        "compiled_vs_sdpa": ratio("sdpa", "compiled")[1] if "compiled" in times else None,
         "max_logit_difference": difference,
         "transformers": transformers.__version__,
+    }
+
+
+def of_a_token(model: Gemma4ForCausalLM, found: dict) -> dict:
+    """Its bytes and launches in the decode that was measured, and tokens a second beside what the
+    bytes alone allow here."""
+    middle = PREFILL_TOKENS + DECODE_TOKENS // 2
+    read = decode_bytes(model) + key_bytes(model.config, middle, model.compute_dtype)
+    return {
+        "bytes_per_token": read,
+        "launches_per_token": launches_per_token(model),
+        "decode_tok_s": round(1e3 / found["decode_ms_per_token"], 1),
+        "floor_tok_s": round(copy_bandwidth(model.device) / read, 1),
     }
 
 
 def line(r: dict) -> str:
     keys = ("vs_eager", "vs_sdpa", "enabled_vs_sdpa")
     ratios = ["{:>6.2f}x {:>5.2f}x".format(*r[key]) for key in keys]
+
+    def ratio(x: float | None) -> str:
+        return "-" if x is None else f"{x:.2f}x"
+
     return (
         f"{r['model']:<12} {r['dtype']:<9} {r['prefill_ms']:>10} {r['decode_ms_per_token']:>10}"
-        f" {ratios[0]:>14} {ratios[1]:>14} {ratios[2]:>14}"
+        f" {ratios[0]:>14} {ratios[1]:>14} {ratios[2]:>14} {ratio(r['compiled_vs_sdpa']):>9}"
+        f" {r['decode_tok_s']:>8} {r['floor_tok_s']:>8} {r['launches_per_token'] or '-':>8}"
     )
 
 

@@ -107,7 +107,7 @@ STAGES = {
     "prefill": bench_ops("attention_prefill"),
     "decode": bench_ops("attention_decode", "qkv_attention_decode"),
     "linears": bench_ops("linear_small"),
-    "experts": bench_ops("moe_experts", "moe_route"),
+    "experts": bench_ops("moe_experts", "moe_route", "moe_open", "moe_experts_small"),
     "rows": bench_ops(
         *("rms_norm", "add_rms_norm", "moe_norm", "qkv_norm_rope", "qkv_norm_rope_cache"),
         *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax", "sample"),

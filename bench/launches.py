@@ -4,8 +4,9 @@
     python bench/launches.py E4B 31B
 
 A line a model: those of a layer of each kind (from..to where layers differ), those after the last
-layer (norm, head, softcap, the choice of a token) and those of one whole token of `generate`. A
-fused op counts as the kernels that it starts, any other operator that is no view as one.
+layer (norm and head, the choice of a token, the positions' next) and those of one whole token of
+`generate`. A fused op counts as the kernels that it starts, any other operator that is no view as
+one.
 
 The models have their own layers, experts aside, but are narrow; the card is an H100's 132
 multiprocessors, and the context 1,024 tokens at most, if none is given.
@@ -124,7 +125,7 @@ def counted(name: str, context: int = CONTEXT) -> dict[str, list[int]]:
 
 
 def line(name: str) -> str:
-    """As in `E4B sliding 9 full 9 first 5 final 13 total 396`."""
+    """As in `E4B sliding 9 full 9 first 5 final 6 total 389`."""
     by_kind = counted(name)
     words = [name]
     for kind in ("sliding", "full", "first", "final"):

@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 Prepare = Callable[[list[Any], dict[str, Any]], Call]
 # Their eager twins are tensor operations alone, without values read on the host.
 COMPILABLE = ("rms_norm", "add_rms_norm", "qkv_norm_rope", "geglu")
-COMPILABLE += ("linear_small", "moe_norm", "moe_route", "ple_gate")
+COMPILABLE += ("linear_small", "moe_norm", "moe_open", "moe_route", "ple_gate")
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,

@@ -148,8 +148,8 @@ def one_token_words(rows: list[dict]) -> str:
         if (row["card"], row["keys"]) == (card, keys)
     )
     return textwrap.fill(
-        f"So too one token at batch 1 on an {card}, in bf16 over {keys} keys, in tokens a second of "
-        f"what its bytes alone allow (behind the arrow with dependent launches): {told} (other "
+        f"So too one token at batch 1 on an {card}, in bf16 over {keys} keys, in tokens a second "
+        f"of what its bytes alone allow (behind the arrow with dependent launches): {told} (other "
         "cards: `bench/results/static.md`).",
         100,
     )

@@ -77,6 +77,9 @@ def model_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         ratios = (f"{ratio:.2f}" for key in ("vs_sdpa", "enabled_vs_sdpa") for ratio in row[key])
-        lines.append((row["model"], row["dtype"], *ratios))
-    head = ("model", "dtype", "prefill", "decode", "enabled: prefill", "enabled: decode")
+        compiled = row.get("compiled_vs_sdpa")  # is for a CPU
+        told = "-" if compiled is None else f"{compiled:.2f}"
+        lines.append((row["model"], row["dtype"], *ratios, told))
+    ways = ("prefill", "decode", "enabled: prefill", "enabled: decode", "compiled: decode")
+    head = ("model", "dtype", *ways)
     return table(head, lines)

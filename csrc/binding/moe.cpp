@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor do
   call.expect("logits", logits, {tokens, num_experts});
   call.expect("dense_x", dense_x, {tokens, dense_width});
   const Tensor& x_held = call.keep(aligned(x));
-  const Tensor& logits_held = call.keep(aligned(logits));
+  const Rows logit_rows = as_rows(logits);
   const Tensor& dense_held = call.keep(aligned(dense_x));
   Tensor y = call.empty({tokens, width}), dense_y = call.empty({tokens, width});
   Tensor chosen = call.empty({assignments}, ScalarType::Int);
@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor do
   p.x_stride = x_held.stride(0);
   p.gate_up = whole(call, "gate_up", gate_up, {num_experts, 2 * hidden_width, width});
   p.down = whole(call, "down", down, {num_experts, width, hidden_width});
-  p.logits = call.in("logits", logits_held);
-  p.logits_stride = logits_held.stride(0);
+  p.logits = call.in("logits", logit_rows.tensor);
+  p.logits_stride = logit_rows.stride;
   p.scale = call.floats("per_expert_scale", per_expert_scale, {num_experts});
   p.dense_x = call.in("dense_x", dense_held);
   p.dense_stride = dense_held.stride(0);

@@ -340,16 +340,16 @@ def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
 
 def sample(draw: Draw) -> Iterator[Arguments]:
     for vocab_size in (7, 96, 4104, 20_000):  # parts of a row: one, three, ten
-        logits = draw.strided(3, vocab_size).clamp_(-2, 2)
-        logits[0, 5] = logits[0, 6] = logits[1, 3] = logits[2, 0] = 40
-        rows = draw.ints(-1, 5, 1 << 40, dtype=torch.int64), draw.ints(0, 7, 9)
         for options in (0.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (0.5, 5, 0.4, 0.01):
-            ids, done = draw.ints(0, 0, 0, dtype=torch.int64), draw.ints(0, 0, 1, dtype=torch.int64)
-            eos = draw.ints(3, 96, dtype=torch.int64)
+            logits = draw.strided(3, vocab_size).clamp_(-2, 2)
+            logits[:, -1] = logits[:, 3] = 8  # of equals the first is the best
+            if options[0]:  # none but one is drawn, by the twin in float64 too
+                logits[:, 3] = 40
+            rows = draw.ints(-1, 5, 1 << 40, dtype=torch.int64), draw.ints(0, 7, 9)
+            ids, done = (draw.ints(0, 0, i, dtype=torch.int64) for i in (0, 1))
+            eos = draw.ints(96, 3, dtype=torch.int64)
             state = *rows, ids, done, sample_counters(logits), eos
-            # Draws have one token worth mentioning: the twin in float64 draws it too.
-            cut = logits if options[0] == 0 else logits.index_fill(1, draw.ints(6), -2)
-            yield cut, *state, 0.0 if options[0] else 50.0, *options, 2
+            yield logits, *state, 0.0 if options[0] else 50.0, *options, 2
 
 
 CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {

@@ -264,6 +264,7 @@ _moe_experts_small = Op(
     dtypes=HALF,
     beside=("logits", "per_expert_scale"),
     unserved=_experts_small_unserved,
+    gradient=NoGradient("it is for decoding; use moe_route and moe_experts for training"),
 )
 
 
@@ -283,18 +284,16 @@ def moe_experts_small(
     moe_route(logits, per_expert_scale, k) chooses; dense_y = dense_x denseᵀ.
 
     x, gate_up and down as in `moe_experts`; logits and per_expert_scale as in `moe_route`; dense_x
-    [T, N] and dense [D, N] in the dtype of x. Under autocast all products are of its dtype. Returns
-    (y, dense_y), each [T, D] in the dtype of x. A kernel reads every touched weight once, and a
-    token's bits do not depend on the others.
+    [T, N] and dense [D, N] in the dtype of x. Under autocast all but the routing is cast to its
+    dtype. Returns (y, dense_y), each [T, D] in the dtype of x. A kernel reads every touched weight
+    once, and a token's bits do not depend on the others.
     """
-    dtype, wide = product_dtype(x), x.dtype
+    dtype = product_dtype(x)
     if dtype is not None:
-        x, dense_x, dense = cast(dtype, x, dense_x, dense)
-        if isinstance(gate_up, Tensor) and gate_up.dtype != torch.float32:
-            gate_up, down = cast(dtype, gate_up, down)
+        x, gate_up, down = cast(dtype, x, gate_up, down)
+        dense_x, dense = cast(dtype, dense_x, dense)
     routing = logits, per_expert_scale, k
-    y, dense_y = _moe_experts_small(x, gate_up, down, *routing, dense_x, dense)
-    return y.to(wide), dense_y
+    return _moe_experts_small(x, gate_up, down, *routing, dense_x, dense)
 
 
 def moe_small_pays(

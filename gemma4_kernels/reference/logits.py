@@ -124,13 +124,19 @@ def cut(
 
 
 def _best(x_BV: Tensor, k: int) -> Tensor:
-    """The tokens of the k largest [B, k], best first, of equals the lower first; which topk leaves
-    open, so that it is given the values, as integers of their order, and the indices in one."""
-    bits = (x_BV.float() + 0.0).view(torch.int32)
-    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill(x_BV.isnan(), 0x7FFFFFFF)
-    index = torch.arange(x_BV.shape[-1], device=x_BV.device)
-    keys = (bits.to(torch.int64) << 32) | (_WORD - index)
-    return _WORD - (keys.topk(k, -1).values & _WORD)
+    """The tokens of the k largest [B, k], best first, of equals the lower first; where the k-th has
+    equals, topk leaves open which of them it takes."""
+    if k == x_BV.shape[-1]:
+        return x_BV.sort(stable=True, dim=-1, descending=True).indices
+    values, ids = x_BV.topk(k, -1)
+    least = values[:, -1:]
+    above = (~(values <= least)).sum(-1, keepdim=True)  # NaN too
+    place = torch.arange(k, device=x_BV.device) - above
+    # Behind those above come the first of its equals, as they are counted from the left.
+    equals = torch.searchsorted((x_BV == least).cumsum(-1), place.clamp(min=0) + 1)
+    ids = torch.where(place < 0, ids, equals).sort(-1).values
+    order = x_BV.gather(-1, ids).sort(stable=True, dim=-1, descending=True).indices
+    return ids.gather(-1, order)
 
 
 def gumbel(seeds_B: Tensor, positions_B: Tensor, ids_BN: Tensor | None, vocab_size: int) -> Tensor:

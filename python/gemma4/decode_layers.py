@@ -5,10 +5,10 @@ layer is one op here with all that stands between it and the one before: a branc
 the residual where it ends, but where the next product reads the sum. Numbers are those of
 `DecoderLayer.packed`, up to the order of the kernels' sums.
 
-Launches of an E model's layer, merge aside: q, k, v | their norms, rotation and cache | attention |
-o | gate, up | down | PLE gate | PLE projection. With experts, after o: gate, up and router | the
-experts' gate, up and dense down | the experts' down. What is left apart reads what only all blocks
-of the kernel before it make: a head's norm needs its whole row.
+Launches of an E model's layer: q, k, v | their norms, rotation and cache, and attention | o | gate,
+up | down | PLE gate | PLE projection. With experts, after o: gate, up and router | the experts'
+gate, up and dense down | the experts' down. What is left apart reads what only all blocks of the
+kernel before it make: a head's norm needs its whole row.
 """
 
 from collections.abc import Iterable, Iterator

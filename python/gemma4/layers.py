@@ -28,7 +28,7 @@ from .config import FULL, Gemma4TextConfig
 from .experts import Experts, Router
 from .layout import Layout
 from .modules import GELUTanh, RMSNorm, UnscaledRMSNorm, linear, rotated
-from .steps import Keys, PackedPlan
+from .steps import DecodePlan, Keys, PackedPlan
 
 # The layout of the last columns, and which of the packed tokens these are.
 Tail = tuple[Layout, Tensor]
@@ -86,6 +86,10 @@ class Attention(nn.Module):
         """What is between the projections, of an input of this dtype, and `o_proj`: [T, H, C]."""
         q, k, v = parts
         if plan.rotation is None and self._norms_are_plain(plan):
+            q_weight, k_weight = self.q_norm.weight, None if k is None else self.k_norm.weight
+            if isinstance(plan, DecodePlan) and plan.attends(self.owner, q):
+                norms = q_weight, k_weight, plan.inv_freq[self.kind], self.eps
+                return plan.attend(self.owner, q, k, v, *norms, self.window)
             q, keys = self._norm_and_rotate(q, k, v, plan)
         else:
             q, keys = self._call_norms(q, k, v, plan, dtype)

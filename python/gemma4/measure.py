@@ -15,6 +15,7 @@ import torch
 import gemma4_kernels
 
 if TYPE_CHECKING:
+    from .config import Gemma4TextConfig
     from .model import Gemma4ForCausalLM
 
 REPLAY_SECONDS = 2e-4  # at least, so that the events' own cost does not count
@@ -164,3 +165,33 @@ def decode_bytes(model: "Gemma4ForCausalLM") -> int:
         part = share if ".experts." in name else 1
         total += 0 if name in tables else weight.numel() * weight.element_size() * part
     return int(total)
+
+
+def key_bytes(config: "Gemma4TextConfig", keys: int, dtype: torch.dtype) -> int:
+    """The keys and values that one token's attention reads in all layers."""
+    total = 0
+    for kind in config.layer_types:
+        window = config.window(kind)[0]
+        seen = min(keys, window) if window else keys
+        total += 2 * seen * config.kv_heads(kind) * config.head_size(kind)
+    return total * dtype.itemsize
+
+
+def launches_per_token(model: "Gemma4ForCausalLM") -> float | None:
+    """Kernels, copies and fills that the profiler sees a GPU do for one more token of `generate`,
+    a graph's too; None on a CPU, which is given none."""
+    if model.device.type != "cuda":
+        return None
+    ids = torch.tensor([[2, 3]], device=model.device)
+
+    def seen(tokens: int) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[])
+            torch.cuda.synchronize(model.device)
+        on_gpu = torch.autograd.DeviceType.CUDA
+        return sum(event.device_type == on_gpu for event in profile.events())
+
+    # The prompt and the first step, which captures the others, are in both.
+    few, more = 4, 12
+    seen(few)
+    return (seen(more) - seen(few)) / (more - few)

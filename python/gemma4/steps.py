@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
 from gemma4_kernels.fusion import M, is_plain, why_not_fused
+from gemma4_kernels.ops.attention import MOST_GROUP
+from gemma4_kernels.reference.attention import COUNTERS
 
 from .cache import PAGE_SIZE, Cache
 from .layout import Layout, cumulative
@@ -260,15 +262,17 @@ class CachePlan(PackedPlan):
 class DecodePlan(PackedPlan):
     """One more token for each row, as often as wanted.
 
-    Positions, lengths and slots lie in device tensors that `finish` moves on in place: every step
-    reads the same addresses, so that one CUDA graph serves all lengths. The cache's own counts, on
+    Positions and lengths lie in one device tensor that `finish` moves on in place: every step reads
+    the same addresses, so that one CUDA graph serves all lengths. The cache's own counts, on
     the host, are left to `Cache.count_one`. Which modules are plain, and where joined weights lie,
     is asked in the first step and holds for all of them, as it must for a graph.
     """
 
     def __init__(self, cache: Cache):
         rows, device = cache.batch_size, cache.device
-        positions = torch.tensor(cache.lengths, device=device)
+        lengths = torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+        self.now_2B = torch.stack([lengths, lengths + 1])
+        positions, seq_lens = self.now_2B
         every = cumulative([1] * rows, device)
         layout = Layout(
             shape=(rows, 1),
@@ -282,19 +286,21 @@ class DecodePlan(PackedPlan):
             cu_seqlens_k=every,
         )
         super().__init__(layout)
-        self.cache, self.positions = cache, positions
-        self.seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
-        # Slots of rings and of whole rows side by side, so that one operator moves all of them on.
-        sizes = list({k.shape[1]: None for k in cache.k.values()})
-        self.sizes_N1 = torch.tensor(sizes, device=device)[:, None]
-        self.first_NB = self.sizes_N1 * torch.arange(rows, device=device)
-        self.slots_NB = torch.empty_like(self.first_NB)
-        self.slots = dict(zip(sizes, self.slots_NB, strict=True))
+        self.cache, self.positions, self.seq_lens = cache, positions, seq_lens
+        self.cached = {
+            layer: CachedKeys(cache.k[layer], cache.v[layer], seq_lens, cache.is_ring(layer))
+            for layer in cache.k
+        }
+        self.keys = dict(self.cached)
+        self.counters = {
+            kv_heads: torch.zeros(rows, kv_heads, COUNTERS, dtype=torch.int32, device=device)
+            for kv_heads in {k.shape[2] for k in cache.k.values()}
+        }
+        self._slots: dict[int, Tensor] = {}  # of this step
         self.fitting: dict[int, bool] = {}  # of decode_layers.py
         self._plain: dict[int, bool] = {}
         self._whole: dict[int, bool] = {}
         self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
-        self._place()
 
     # mypy does not see that a generic TypeGuard overrides its like.
     def plain(  # type: ignore[override]
@@ -316,15 +322,48 @@ class DecodePlan(PackedPlan):
             self._joined[id(linears[0])] = joined(*linears)
         return self._joined[id(linears[0])]
 
-    def _place(self) -> None:
-        torch.add(self.positions, 1, out=self.seq_lens)
-        torch.remainder(self.positions, self.sizes_N1, out=self.slots_NB)
-        self.slots_NB.add_(self.first_NB)
+    def attends(self, owner: int, q: Tensor) -> bool:
+        """Whether `attend` takes such heads of q."""
+        k_cache = self.cached[owner].k
+        return q.dtype == k_cache.dtype and q.shape[1] <= MOST_GROUP * k_cache.shape[2]
+
+    def attend(
+        self,
+        owner: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor | None,
+        inv_freq: Tensor,
+        eps: float,
+        window: int,
+    ) -> Tensor:
+        """`write` and attention in one: [B, H, C], over the keys of `owner`."""
+        keys = self.cached[owner]
+        args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
+        return ops.qkv_attention_decode(
+            *args,
+            keys.k,
+            keys.v,
+            keys.seq_lens,
+            counters=self.counters[keys.k.shape[2]],
+            eps=eps,
+            window=window,
+            ring=keys.ring,
+        )
 
     def target(self, layer: int) -> tuple[Slots, Keys]:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        keys = CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
-        return (k_cache, v_cache, self.slots[k_cache.shape[1]]), keys
+        keys = self.cached[layer]
+        return (keys.k, keys.v, self.slots(keys.k.shape[1])), keys
+
+    def slots(self, per_row: int) -> Tensor:
+        """The slot of each new token in rows of `per_row` slots: for layers that write by
+        themselves."""
+        if per_row not in self._slots:
+            first = torch.arange(self.positions.shape[0], device=self.positions.device) * per_row
+            self._slots[per_row] = first + self.positions % per_row
+        return self._slots[per_row]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
         slots, keys = self.target(layer)
@@ -332,13 +371,15 @@ class DecodePlan(PackedPlan):
         return keys
 
     def finish(self) -> None:
-        self.positions.add_(1)
-        self._place()
+        self._move(1)
 
     def rewind(self) -> None:
         """Takes back the last `finish`: the next step writes the same slots."""
-        self.positions.sub_(1)
-        self._place()
+        self._move(-1)
+
+    def _move(self, tokens: int) -> None:
+        self.now_2B.add_(tokens)
+        self._slots.clear()
 
 
 def _fill(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

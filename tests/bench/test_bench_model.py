@@ -15,6 +15,8 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_model, "CONFIGS", {"tiny": TINY})
     monkeypatch.setattr(bench_model, "PREFILL_TOKENS", 8)
     monkeypatch.setattr(bench_model, "DECODE_TOKENS", 2)
+    # What test_decode.py compiles, and no more.
+    monkeypatch.setattr("gemma4.compiled.step", lambda decoder, ids: decoder.forward(ids))
     argv = ["bench_model", "--out", str(out), "--only", "tiny", "--device", "cpu", "--repeat", "2"]
     monkeypatch.setattr("sys.argv", argv)
     bench_model.main()
@@ -22,6 +24,9 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     assert [row["item"] for row in rows] == ["tiny float32", "tiny bfloat16"]
     assert rows[0]["max_logit_difference"] < 1e-4
     assert all(ratio > 0 for ratio in rows[0]["vs_sdpa"] + rows[0]["enabled_vs_sdpa"])
+    assert rows[0]["compiled_vs_sdpa"] > 0 and rows[0]["launches_per_token"] is None
+    values = rows[0]["bytes_per_token"] / 4  # of weights, and of 9 positions' keys
+    assert values - rows[1]["bytes_per_token"] / 2 == 0 and rows[0]["floor_tok_s"] > 0
     before = out.read_text()
     monkeypatch.setattr(bench_model, "build", pytest.fail)
     bench_model.main()  # nothing is left

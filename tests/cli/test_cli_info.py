@@ -76,7 +76,7 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
     words = "--prompt-tokens 16 --new-tokens 4 --repeat 3 --json"
     code, out, err = run("bench", *words.split(), tmp_path / "rows")
     assert (code, err) == (0, "")
-    title, head, *rows, rates, limit = out.splitlines()
+    title, head, *rows, rates, read, limit = out.splitlines()
     assert "bfloat16" in title and "3 runs" in title and title.startswith("demo: ")
     assert head.split() == ["tokens", "median", "least", "most"]
     assert [row.split() for row in rows] == [
@@ -85,9 +85,12 @@ def test_bench_reports_all_runs_but_the_warm_up(run, monkeypatch, tmp_path):
         ["first", "token", "1", "2000.0", "1000.0", "4000.0", "ms"],
     ]
     assert rates == "copies move 20.0 GB/s, matrix products make 3.000 TFLOP/s"
-    assert limit == "reading the weights allows 5.0 decode tok/s: 10% reached"
+    assert read == "a token reads 4000.0 MB, 100% of it weights"
+    assert limit == "its bytes alone allow 5.0 decode tok/s: 10% reached"
     (line,) = (tmp_path / "rows").read_text().splitlines()
-    assert json.loads(line)["decode_tok_s"] == [1.0, 0.25, 0.5]
+    row = json.loads(line)
+    assert row["decode_tok_s"] == [1.0, 0.25, 0.5] and row["launches_per_token"] is None
+    assert row["bytes_per_token"] == 4e9 + 18 * 2 * (10 * 32 + 2 * 64) * 2
 
 
 def test_bench_gives_no_limit_where_a_cache_may_hold_the_weights(run, monkeypatch, tmp_path):
@@ -98,6 +101,6 @@ def test_bench_gives_no_limit_where_a_cache_may_hold_the_weights(run, monkeypatc
     words = ["--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1", "--json"]
     code, out, _ = run("bench", "--model", f"{folder}/.", *words, tmp_path / "rows")
     assert code == 0
-    assert out.startswith("tiny-austen: ") and "reading the weights" not in out
+    assert out.startswith("tiny-austen: ") and "bytes alone" not in out
     row = json.loads((tmp_path / "rows").read_text())
     assert (row["model"], row["decode_limit_tok_s"]) == ("tiny-austen", None)

@@ -64,6 +64,11 @@ FAULTS = {
             ("linear/sample.cuh", "    if (!smem.last) return;\n", ""),
         ],
         "test_sample[emulated-top_k of parts-float32]": [
+            (
+                "linear/sample.cuh",
+                "    __syncthreads();\n    if (threadIdx.x == 0) {",
+                "    if (threadIdx.x == 0) {",
+            ),
             ("linear/sample.cuh", "if (all >= k) bound", "if (all > k) bound"),
             ("linear/sample.cuh", "if (w < warp) to +=", "if (w <= warp) to +="),
         ],

@@ -217,6 +217,8 @@ FAULTS = {
             (SMALL, "choice.order + tile.begin", "choice.order"),
             (SMALL, "= choice.weights[i]", "= choice.weights[0]"),
             (SMALL, "if (i <= p.num_experts) p.off", "if (i < p.num_experts) p.off"),
+        ],
+        "test_moe_experts_small[emulated-as many assignments as there may be-bfloat16]": [
             (SMALL, "(tile * sets + set) * 8", "tile * sets * 8"),
         ],
         "test_strided[emulated]": [

@@ -55,6 +55,8 @@ INSTRUCTIONS = {
     r"linear_small_kernel<\w+, true,.*>": (LOAD, STORE, r"STS\.128.*"),
     r"linear_small_kernel<.*>": (LOAD, r"HMMA\.16816\..*"),
     r"moe_stream_\w+_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
+    r"moe_open_kernel<.*>": (LOAD, STORE, r"STS\.128.*", r"HMMA\.16816\..*"),
+    r"moe_small_gate_up_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
     r"moe_combine_kernel<.*>": (LOAD, STORE),
 }

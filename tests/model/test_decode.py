@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gemma4.decode_layers
 import gemma4.modules
 import gemma4.steps
+from gemma4 import GenerationConfig
 from gemma4.cache import Cache
 from gemma4.decode import Decoder
+from gemma4.generate.sampling import Sampler
 
 PROMPT = 13  # longer than the window of 8
 
@@ -103,13 +105,48 @@ def half_with_kernel_shapes(options):
 @needs_compiler
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_step_reads_nothing_on_the_host(on_kernels, name):
+    """The choice of the token is a part of it."""
     model = half_with_kernel_shapes(tiny.ALL[name])
     cache, ids = prefilled(model, (PROMPT, 3))
-    decoder = Decoder(model, cache, 2)
+    options = GenerationConfig(do_sample=True, top_k=9, top_p=0.9, eos_token_id=[5])
+    sampler = Sampler(options, [], 0, 2, torch.device("cpu"))
+    sampler.ids.copy_(ids)
+    decoder = Decoder(model, cache, 2, sampler)
     with emulated.one_schedule():
-        decoder(ids)
+        decoder(sampler.ids)
         with NoHostReads():
-            decoder(ids)
+            decoder(sampler.ids)
+
+
+def tokens(model, choice_in_step, steps=6):
+    """Of a few steps, sampled in the step or behind it from the logits of a decoder."""
+    cache, ids = prefilled(model, (PROMPT, 3))
+    options = GenerationConfig(do_sample=True, temperature=0.8, top_k=30)
+    sampler = Sampler(options, [], 5, 2, torch.device("cpu"))
+    sampler.ids.copy_(ids)
+    decoder = Decoder(model, cache, steps, sampler if choice_in_step else None)
+    for _ in range(steps):
+        logits = decoder(sampler.ids)
+        if not choice_in_step:
+            sampler(ids[:, None], logits, decoder.plan.positions)
+        yield sampler.ids.tolist()
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_the_token_is_chosen_in_the_step(name):
+    """Whoever looks at a part of the model that the step would pass by."""
+    sizes = dict(vocab_size=104, final_logit_softcapping=0.5)
+    if name == "e_series":
+        sizes["vocab_size_per_layer_input"] = 104
+    model = tiny.tiny(tiny.ALL[name], **sizes)
+    expected = list(tokens(model, False))
+    assert list(tokens(model, True)) == expected and len(set(map(tuple, expected))) > 3
+    for part in ("", "model", "model.norm", "lm_head"):
+        seen = []
+        hook = model.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        assert list(tokens(model, True)) == expected
+        hook.remove()
+        assert len(seen) == 7  # the prompt, and six steps
 
 
 MOST = {"dense": 6, "e_series": 8, "k_eq_v": 6, "moe": 6}

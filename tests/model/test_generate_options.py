@@ -196,9 +196,9 @@ def test_embeddings_and_their_layers_must_agree() -> None:
 def test_long_answers_get_memory_in_steps(model, monkeypatch: pytest.MonkeyPatch) -> None:
     decoders, real = [], Decoder.__init__
 
-    def counted(self, model, cache, steps, sampler):
+    def counted(self, model, cache, steps, *others):
         decoders.append(steps)
-        real(self, model, cache, steps, sampler)
+        real(self, model, cache, steps, *others)
 
     monkeypatch.setattr(Decoder, "__init__", counted)
     options = dict(eos_token_id=[], return_dict_in_generate=True)

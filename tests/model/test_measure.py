@@ -1,5 +1,7 @@
 """What bench/ and `gemma4 bench` measure with; no test depends on how fast this machine is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -119,3 +121,44 @@ def test_timing_on_a_gpu(monkeypatch, reads_on_host):
     assert timing.median == pytest.approx(1e-5) and gpu.mode == 0
     before = 3 + (not reads_on_host) + 1  # warm-up, the trial, the call that is timed alone
     assert gpu.calls[before:] == [0, 1, 2] * (6 * (1 + 5))
+
+
+def test_key_bytes():
+    """E4B over 32,768 keys: 35 windows of 512 and 7 full layers, two KV heads, keys and values."""
+    config = Gemma4TextConfig.preset("E4B")
+    expected = 2 * 2 * 2 * (35 * 512 * 256 + 7 * 32768 * 512)
+    assert measure.key_bytes(config, 32768, torch.bfloat16) == expected
+    assert measure.key_bytes(config, 100, torch.float32) == 2 * 2 * 4 * 100 * (35 * 256 + 7 * 512)
+
+
+def test_launches_of_a_token(monkeypatch):
+    """What the profiler saw of the longer of two answers beside the shorter, a token each."""
+    made = []
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+            on_gpu = 50 + 301 * made[-1]  # the prompt's, and each token's
+            return [SimpleNamespace(device_type=d) for d in [gpu] * on_gpu + [cpu] * 9]
+
+    class Model:
+        device = torch.device("cuda")
+
+        def generate(self, ids, max_new_tokens, **options):
+            made.append(max_new_tokens)
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "tensor", lambda values, device: values)
+    assert measure.launches_per_token(Model()) == 301
+    Model.device = CPU
+    assert measure.launches_per_token(Model()) is None

@@ -18,6 +18,7 @@ import gemma4_kernels
 from gemma4_kernels import opset
 
 PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts", "linear_small")
+PRODUCTS += ("moe_open", "moe_experts_small")
 
 
 def mixed(name, dtype=BF16, grad=False, case="usual"):

@@ -7,6 +7,7 @@ from support.marks import all_dtypes, emulated_backend
 
 from gemma4_kernels import opset
 from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.reference.traced import TRACED
 
 EPS = 1e-6
 CASES = {  # layout, slots of a row or page, seq_lens, query heads, KV heads, C, options
@@ -330,3 +331,21 @@ def test_the_twin_refuses_lengths(length, ring):
         return
     with pytest.raises(ValueError, match=r"seq_lens\[0\] must lie in 0..20"):
         EAGER.ops.qkv_attention_decode(**arguments)
+
+
+@all_dtypes
+@pytest.mark.parametrize(
+    "case",
+    [n for n, case in CASES.items() if case[0] != "paged" and case[2] and 0 not in case[2]],
+)
+def test_what_a_compiler_is_shown(case, dtype):
+    """Of what a compiled step asks for; slots without a key hold 0 there."""
+    arguments, *rest = inputs(EAGER, CASES[case], dtype)
+    arguments.pop("softcap", None)
+    for name in ("k_cache", "v_cache"):
+        arguments[name].nan_to_num_(0.0)
+    before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+    given = dict(eps=EPS, window=0, ring=False, softcap=0.0) | arguments
+    names = opset.OPS["qkv_attention_decode"].names
+    out = TRACED["qkv_attention_decode"](*map(given.__getitem__, names))
+    assert_decoded(out, arguments, before, *rest, dtype)

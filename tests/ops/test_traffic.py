@@ -155,6 +155,36 @@ def test_decode_work(counted, layout, head_dim):
     check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
 
 
+@pytest.mark.parametrize("layout", ["rows", "ring", "pages"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_qkv_decode_work(counted, layout, head_dim):
+    """One launch; of the cache every visible key is read once, and the newest written once. Each
+    split of the keys reads q for itself."""
+    backend = emulated_backend()
+    batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
+    slots, lengths = 528 if layout == "ring" else 640, [length] * batch
+    sizes = lengths, slots, heads, kv_heads, head_dim
+    arguments = cases.qkv_attention_decode(backend, *sizes, dtype=BF16, packed=False)
+    if layout == "pages":
+        for name in ("k_cache", "v_cache"):
+            arguments[name] = arguments[name].view(-1, 64, kv_heads, head_dim)
+        order = torch.randperm(batch * slots // 64)
+        arguments["block_table"] = order.int().view(batch, -1)
+    with emulated.one_schedule():
+        backend.ops.qkv_attention_decode(**arguments, window=window, ring=layout == "ring")
+    counts = counted.counts()
+    assert counts.launches == 1
+    keys = (window or length) * batch * kv_heads * head_dim * 2
+    asked = {b.name: (b.read_bytes, b.written_bytes) for b in counts.buffers}
+    new = batch * kv_heads * head_dim * 2
+    assert asked["k_cache"] == asked["v_cache"] == (keys, new)
+    splits = 3  # two blocks for each of the card's 3 multiprocessors
+    assert asked["q"][0] == splits * batch * heads * head_dim * 2
+    assert asked["out"][1] == batch * heads * head_dim * 2
+    small = {"seq_lens", "block_table", "positions", "inv_freq", "counters", "partial_lse"}
+    check_sites(counts, exempt=small)
+
+
 # The counts that find a block its tile, and the few values that say where results belong.
 MOE_SMALL = ("offsets", "order", "experts", "weights")
 
@@ -252,6 +282,68 @@ def test_linear_small_work(counted, case):
     assert counts.mma == weight.shape[0] // 8 * batches * 1024 // 16
     # Eight rows of y, and of the factor, are half a sector.
     check_sites(counts, exempt=("y", "factor", "scale"))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_moe_open_work(counted, tokens):
+    """Both weights are read once, in whole sectors, in one launch."""
+    backend = emulated_backend()
+    arguments = cases.moe_open(backend, tokens, 1088, 48, 32, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.moe_open(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 1
+    read = {b.name: (b.read_bytes, 32 * b.sectors_touched) for b in counts.buffers}
+    for name in ("gate_up", "router"):
+        assert read[name] == (arguments[name].nbytes,) * 2
+    assert counts.mma == (2 * 48 + 32) // 8 * 2 * 1024 // 16
+    check_sites(counts, exempt=("hidden", "logits"))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_moe_experts_small_work(counted, tokens):
+    """Of each touched expert, and of the dense product, every weight is read once: two launches."""
+    backend = emulated_backend()
+    arguments = cases.moe_experts_small(backend, tokens, 64, 4, 576, 192, 320, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.moe_experts_small(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 2
+    routing = (arguments[name] for name in ("logits", "per_expert_scale", "k"))
+    touched = backend.ops.moe_route(*routing)[1].unique().numel()
+    expected = {name: touched * arguments[name][0].nbytes for name in ("gate_up", "down")}
+    expected["dense"] = arguments["dense"].nbytes
+    read = dict.fromkeys(expected, 0)
+    for buffer in counts.buffers:
+        if buffer.name in read:
+            assert 32 * buffer.sectors_touched == buffer.read_bytes
+            read[buffer.name] += buffer.read_bytes
+    assert read == expected
+    # Which rows of the products and of the order meet is the router's choice.
+    routed = lines_with("moe/moe_stream.cuh", "smem.product[")
+    routed += lines_with("moe/moe_experts_small.cuh", "choice.order[before]")
+    small = (*MOE_SMALL, "chosen", "chosen_weights", "logits", "per_expert_scale", "dense_y")
+    check_sites(counts, small, routed)
+
+
+@pytest.mark.parametrize("top_k", [0, 64])
+def test_sample_work(counted, top_k):
+    """The logits are read once, in whole sectors, and of four parts' winners each once."""
+    backend = emulated_backend()
+    arguments = cases.sample(backend, 2, 8192, dtype=BF16, temperature=0.7, top_k=top_k)
+    with emulated.one_schedule():
+        backend.ops.sample(**arguments)
+    counts = counted.counts()
+    buffers = {b.name: b for b in counts.buffers}
+    assert counts.launches == 1
+    read = buffers["logits"]
+    assert read.read_bytes == arguments["logits"].nbytes == 32 * read.sectors_touched
+    assert buffers["kept"].read_bytes == buffers["kept"].written_bytes == 2 * 4 * (top_k or 2) * 8
+    state = ("seeds", "positions", "ids", "done", "counters", "eos")
+    # Where winners stand among the others is the logits' choice.
+    places = lines_with("linear/sample.cuh", "smem.kept[rank]")
+    places += lines_with("linear/sample.cuh", "smem.kept[to + ")
+    check_sites(counts, (*state, "kept"), places)
 
 
 PLANS = {  # head_dim, rows, KB of shared memory, Hopper: rows, keys and column warps of the tile

@@ -29,8 +29,6 @@ BRANCHES = {
     "qkv_attention_decode": ("q", "k", "v", "k_cache", "v_cache"),
     "moe_route": ("logits",),
     "moe_experts": ("x",),
-    "moe_open": ("x", "gate_up", "router"),
-    "moe_experts_small": ("x", "dense_x", "dense"),
     "ple_embed": ("projected",),
     "ple_gate": ("gate",),
 }

@@ -128,8 +128,6 @@ CASES: dict[str, tuple[str, tuple, dict[str, Any]]] = {  # op, sizes, options
     "ple_gate, fp32 ple": ("ple_gate", (T, 5, 256, 2), {}),
     "softcap": ("softcap", (T, 4096), {}),
     "softcap_argmax": ("softcap_argmax", (T, 8192), {}),
-    "sample": ("sample", (4, 8192), {}),
-    "sample, top_k": ("sample", (4, 8192), dict(temperature=0.7, top_k=64)),
 }
 
 

@@ -126,6 +126,7 @@ def _model_options() -> Parser:
     add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own")
     add("--device", type=_device, help="default: cuda if there is one, else cpu")
     add("--ple-device", type=_device, help="where the per-layer embeddings live")
+    add("--compile", action="store_true", help="decode on the CPU by compiled C++")
     return options
 
 

@@ -166,6 +166,7 @@ def bench(args: argparse.Namespace) -> None:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (1, args.prompt_tokens), generator=draw)
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
+    options["compile"] = args.compile
     clocks = [Clock() for _ in range(args.repeat + 1)]  # the first run is the warm-up
     for clock in clocks:
         model.generate(ids.to(model.device), streamer=clock, **options)
@@ -177,12 +178,15 @@ def bench(args: argparse.Namespace) -> None:
     _row("decode", args.new_tokens, decode, "tok/s")
     _row("first token", 1, [seconds * 1e3 for seconds in first], "ms")
     copy, gemm = measure.copy_bandwidth(model.device), measure.gemm_rate(model.device, model.dtype)
-    weights = measure.decode_bytes(model)
-    limit = copy / weights
-    reached = statistics.median(decode)
+    weights, middle = measure.decode_bytes(model), args.prompt_tokens + args.new_tokens // 2
+    read = weights + measure.key_bytes(config, middle, model.compute_dtype)
+    launches = measure.launches_per_token(model)
+    limit, reached = copy / read, statistics.median(decode)
     print(f"copies move {copy / 1e9:.1f} GB/s, matrix products make {gemm / 1e12:.3f} TFLOP/s")
+    started = "" if launches is None else f", in {launches:.0f} launches"
+    print(f"a token reads {read / 1e6:.1f} MB, {weights / read:.0%} of it weights{started}")
     if weights >= CACHED_BYTES:
-        print(f"reading the weights allows {limit:.1f} decode tok/s: {reached / limit:.0%} reached")
+        print(f"its bytes alone allow {limit:.1f} decode tok/s: {reached / limit:.0%} reached")
     if args.json:
         row = measure.machine(model.device) | {
             "kind": "model",
@@ -192,6 +196,9 @@ def bench(args: argparse.Namespace) -> None:
             "new_tokens": args.new_tokens,
             "prompt_tok_s": prompt,
             "decode_tok_s": decode,
+            "compile": args.compile,
+            "launches_per_token": launches,
+            "bytes_per_token": read,
             "decode_limit_tok_s": limit if weights >= CACHED_BYTES else None,
             "copy_gb_s": copy / 1e9,
             "gemm_tflop_s": gemm / 1e12,
@@ -308,6 +315,7 @@ def _reply(
     if args.chat and turn_end is not None and turn_end not in stop:
         stop.append(turn_end)
     options = {"max_new_tokens": min(wanted, room), "eos_token_id": stop, **_options(args)}
+    options["compile"] = args.compile
     if args.stop:
         options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     answer = Answer(tokenizer)

@@ -49,6 +49,7 @@ def generate(
     seed: int | None = None,
     streamer: Streamer | None = None,
     prefill_chunk_size: int = 2048,
+    compile: bool = False,
     **options: object,
 ) -> Tensor | GenerateOutput:
     """Continues each row of a batch.
@@ -67,7 +68,8 @@ def generate(
     that say which rows end, bool [B]. seed: row r draws by seed + r and by how many tokens it
     holds, so that it samples as it would alone, and on a CPU as on a GPU; without it the seed comes
     from torch's global generator. On a GPU a streamer is up to two tokens behind, unless a function
-    of the caller looks at each step.
+    of the caller looks at each step. compile: on a CPU, decode by compiled C++ (see `Decoder`), for
+    which the first call in a process waits.
 
     Returns [B, S + new], prompt and new ids ([B, new] for inputs_embeds), or a `GenerateOutput`;
     the num_return_sequences continuations of a prompt are rows side by side. Raises ValueError for
@@ -100,7 +102,8 @@ def generate(
     if copies > 1:
         held, logits_BV = held.repeated(copies), logits_BV.repeat_interleave(copies, 0)
         rows = batch.rows() if known else None
-    steps = _Steps(model, held, sampler, logits_BV, limit, batch.ids, watched=not alone)
+    whole = dict(watched=not alone, compile=compile)
+    steps = _Steps(model, held, sampler, logits_BV, limit, batch.ids, **whole)
     with _recorded(held, rows, answer.new, reader):
         for ids in _made(steps, reader, limit):
             answer.add(ids)
@@ -127,8 +130,8 @@ def _made(steps: "_Steps", reader: Reader, limit: int) -> Iterator[list[int]]:
 class _Steps:
     """Takes every row one token further with each call, to sampler.ids, and waits for nothing.
 
-    ids_BT are all tokens so far, if they are watched: the prompt's otherwise. scores and logits are kept as the
-    sampler's options say.
+    ids_BT are all tokens so far, if they are watched, or the prompt's. scores and logits are kept
+    as the sampler's options say.
     """
 
     def __init__(
@@ -140,9 +143,10 @@ class _Steps:
         limit: int,
         ids_BT: Tensor,
         watched: bool,
+        compile: bool,
     ):
         self.model, self.cache, self.sampler, self.limit = model, cache, sampler, limit
-        self.ids_BT, self.watched = ids_BT, watched
+        self.ids_BT, self.watched, self.compile = ids_BT, watched, compile
         self.first: Tensor | None = logits_BV
         self.decoder: Decoder | None = None
         self.made = 0
@@ -176,7 +180,7 @@ class _Steps:
             self.decoder = None
             sampler = self.sampler if self.sampler.is_one_op else None
             steps = min(self.limit - self.made, RESERVED_STEPS)
-            self.decoder = Decoder(self.model, self.cache, steps, sampler)
+            self.decoder = Decoder(self.model, self.cache, steps, sampler, self.compile)
         return self.decoder
 
 
