@@ -12,7 +12,11 @@ void qkv_attention_decode(const QkvAttentionDecodeParams& p, DType dtype, const 
         const Grid grid(a.batch, a.kv_heads, a.splits.divisor);
         const auto kernel = a.softcap > 0 ? qkv_attention_decode_kernel<T, Tile, true>
                                           : qkv_attention_decode_kernel<T, Tile, false>;
-        launch(device, name, kernel, grid, Tile::kThreads, sizeof(QkvAttentionDecodeSmem<T, Tile>),
+        launch(device, name, kernel,
+               {.grid = grid,
+                .block = Tile::kThreads,
+                .smem_bytes = sizeof(QkvAttentionDecodeSmem<T, Tile>),
+                .dependent = true},
                p);
       }
     });

@@ -114,6 +114,8 @@ template <class T, class Tile, bool kSoftcap>
 __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
     qkv_attention_decode_kernel(const __grid_constant__ QkvAttentionDecodeParams p) {
   constexpr int kKeys = Tile::kKeys;
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   auto& smem = shared_memory<QkvAttentionDecodeSmem<T, Tile>>();
   const AttentionParams& a = p.attention;
   const int b = blockIdx.x, g = blockIdx.y, split = blockIdx.z, rows = a.group.divisor;

@@ -11,17 +11,14 @@
 
 namespace gemma4 {
 
-DEVICE uint4 load_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_16(p HERE) : uint4{0, 0, 0, 0};
-}
 DEVICE uint4 load_first_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16_first(p HERE) : uint4{0, 0, 0, 0};
 }
 DEVICE uint4 load_fresh_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16_coherent(p HERE) : uint4{0, 0, 0, 0};
 }
-DEVICE uint2 load_8_if(bool exists, const void* p FROM_HERE) {
-  return exists ? ptx::load_8(p HERE) : uint2{0, 0};
+DEVICE uint2 load_8_fresh_if(bool exists, const void* p FROM_HERE) {
+  return exists ? ptx::load_8_coherent(p HERE) : uint2{0, 0};
 }
 DEVICE uint4 load_once_if(bool exists, const void* p FROM_HERE) {
   return exists ? ptx::load_16_once(p HERE) : uint4{0, 0, 0, 0};

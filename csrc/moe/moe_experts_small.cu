@@ -10,10 +10,17 @@ void moe_experts_small(MoeExpertsSmallParams p, DType dtype, const Device& devic
   const auto run = [&]<class T, class Batch>() {
     const int64_t row_blocks = ceil_div(p.hidden_width, kStreamRows);
     launch(device, "moe_experts_small, gate_up", moe_small_gate_up_kernel<T, Batch>,
-           p.dense_blocks + row_blocks * most_moe_tiles(p, Batch::kTokens), kStreamWarps * 32,
-           sizeof(MoeSmallSmem<T, Batch>), p);
+           {.grid = p.dense_blocks + row_blocks * most_moe_tiles(p, Batch::kTokens),
+            .block = kStreamWarps * 32,
+            .smem_bytes = sizeof(MoeSmallSmem<T, Batch>),
+            .dependent = true},
+           p);
     launch(device, "moe_experts_small, down", moe_stream_down_kernel<T, T, Batch>,
-           ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Batch>), p);
+           {.grid = ceil_div(p.width, kStreamRows),
+            .block = kStreamWarps * 32,
+            .smem_bytes = sizeof(DownSmem<Batch>),
+            .dependent = true},
+           p);
   };
   with_half_type("moe_experts_small", dtype, [&]<class T>() {
     if (p.tokens <= 8) return run.template operator()<T, MoeBatch<8, kMostSmallAssignments>>();

@@ -61,6 +61,7 @@ DEVICE void choose(const MoeExpertsSmallParams& p, MoeChoice& choice) {
 template <class T, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_small_gate_up_kernel(const __grid_constant__ MoeExpertsSmallParams p) {
+  ptx::let_next_kernel_start();
   auto& smem = shared_memory<MoeSmallSmem<T, Batch>>();
   const int i = threadIdx.x;
   if (blockIdx.x < p.dense_blocks) {
@@ -74,9 +75,10 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
                                .first = static_cast<int>(blockIdx.x),
                                .step = p.dense_blocks};
     const auto open = [&] {
+      ptx::wait_for_previous_kernel();
       return [&](int t, int from) {
-        return load_if(t < p.tokens && from < p.dense_width,
-                       static_cast<const T*>(p.dense_x) + t * p.dense_stride + from);
+        return load_fresh_if(t < p.tokens && from < p.dense_width,
+                             static_cast<const T*>(p.dense_x) + t * p.dense_stride + from);
       };
     };
     return multiply_tiles(tiles, smem.dense, open, [&](int tile, const float4(&total)[2]) {
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
           write_rows<T>(p.dense_y, p.tokens, p.width, (tile * sets + set) * 8, total[set]);
     });
   }
+  ptx::wait_for_previous_kernel();
   MoeChoice& choice = smem.choice;
   choose<T>(p, choice);
   const int block = blockIdx.x - p.dense_blocks;

@@ -58,7 +58,7 @@ struct LaneColumns {
   }
   DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
     const int column = first + threadIdx.x % 4 * 8;
-    return load_if(exists && column < width, row + column HERE);
+    return load_fresh_if(exists && column < width, row + column HERE);
   }
 };
 
@@ -80,8 +80,8 @@ struct LaneColumns<T, float> {
   }
   DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
     const int column = first + threadIdx.x % 4 * 4;
-    const uint2 low = load_8_if(exists && column < width, row + column HERE);
-    const uint2 high = load_8_if(exists && column + 16 < width, row + column + 16 HERE);
+    const uint2 low = load_8_fresh_if(exists && column < width, row + column HERE);
+    const uint2 high = load_8_fresh_if(exists && column + 16 < width, row + column + 16 HERE);
     return {low.x, low.y, high.x, high.y};
   }
 };
@@ -175,6 +175,8 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
   using Columns = LaneColumns<T, W>;
   constexpr int kBlocks = Batch::kTokens / 8;
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   auto& smem = shared_memory<DownSmem<Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;

@@ -47,8 +47,8 @@ struct HeadRow {
 
   // All lanes of the warp; of a head that does not exist, zeros.
   DEVICE HeadRow(const T* head, bool exists, float eps FROM_HERE)
-      : a(Lanes::half().load_once(head, exists HERE)),
-        b(Lanes::half().load_once(head + Lanes::kHalf, exists HERE)) {
+      : a(Lanes::half().load_fresh(head, exists HERE)),
+        b(Lanes::half().load_fresh(head + Lanes::kHalf, exists HERE)) {
     float sum = 0.0f;
     Lanes::half().each([&](int i, int) {
       sum +=

@@ -91,8 +91,8 @@ FAULTS = {
         "test_fp32_weights[emulated-one token-bf16]": [
             (
                 "moe/moe_stream.cuh",
-                "load_8_if(exists && column + 16 < width, row + column + 16",
-                "load_8_if(exists && column + 16 < width, row + column + 4",
+                "load_8_fresh_if(exists && column + 16 < width, row + column + 16",
+                "load_8_fresh_if(exists && column + 16 < width, row + column + 4",
             ),
             ("moe/moe_stream.cuh", "pack_pair<T>(w[4], w[5])", "pack_pair<T>(w[5], w[4])"),
         ],
