@@ -187,13 +187,15 @@ __global__ void __launch_bounds__(kTileThreads)
 template <class T>
 __global__ void __launch_bounds__(kElementwiseThreads)
     moe_combine_kernel(const __grid_constant__ MoeExpertsParams p) {
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   each_row<8>(p.tokens, p.width, [&](int64_t token, int column) {
     float sum[8] = {};
     for (int slot = 0; slot < p.k; slot++) {
       const int64_t a = token * p.k + slot, expert = index_at(p.experts, a);
       if (expert < 0 || expert >= p.num_experts) continue;
       const float weight = float_at(p.weights, a);
-      const auto part = load_once<8>(static_cast<const T*>(p.expert_out) + a * p.width + column);
+      const auto part = load_fresh<8>(static_cast<const T*>(p.expert_out) + a * p.width + column);
 #pragma unroll
       for (int j = 0; j < 8; j++) sum[j] += weight * part[j];
     }

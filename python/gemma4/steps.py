@@ -324,8 +324,8 @@ class DecodePlan(PackedPlan):
 
     def attends(self, owner: int, q: Tensor) -> bool:
         """Whether `attend` takes such heads of q."""
-        k_cache = self.cached[owner].k
-        return q.dtype == k_cache.dtype and q.shape[1] <= MOST_GROUP * k_cache.shape[2]
+        k = self.cached[owner].k
+        return q.dtype == k.dtype and q.shape[1] <= MOST_GROUP * k.shape[2]
 
     def attend(
         self,
@@ -342,15 +342,9 @@ class DecodePlan(PackedPlan):
         """`write` and attention in one: [B, H, C], over the keys of `owner`."""
         keys = self.cached[owner]
         args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
+        cache, counters = (keys.k, keys.v, self.seq_lens), self.counters[keys.k.shape[2]]
         return ops.qkv_attention_decode(
-            *args,
-            keys.k,
-            keys.v,
-            keys.seq_lens,
-            counters=self.counters[keys.k.shape[2]],
-            eps=eps,
-            window=window,
-            ring=keys.ring,
+            *args, *cache, counters=counters, eps=eps, window=window, ring=keys.ring
         )
 
     def target(self, layer: int) -> tuple[Slots, Keys]:
@@ -358,8 +352,7 @@ class DecodePlan(PackedPlan):
         return (keys.k, keys.v, self.slots(keys.k.shape[1])), keys
 
     def slots(self, per_row: int) -> Tensor:
-        """The slot of each new token in rows of `per_row` slots: for layers that write by
-        themselves."""
+        """The slot of each new token in rows of `per_row` slots, where a layer asks for it."""
         if per_row not in self._slots:
             first = torch.arange(self.positions.shape[0], device=self.positions.device) * per_row
             self._slots[per_row] = first + self.positions % per_row
@@ -370,16 +363,13 @@ class DecodePlan(PackedPlan):
         _fill(*slots, k, v)
         return keys
 
-    def finish(self) -> None:
-        self._move(1)
+    def finish(self, tokens: int = 1) -> None:
+        self.now_2B.add_(tokens)
+        self._slots.clear()
 
     def rewind(self) -> None:
         """Takes back the last `finish`: the next step writes the same slots."""
-        self._move(-1)
-
-    def _move(self, tokens: int) -> None:
-        self.now_2B.add_(tokens)
-        self._slots.clear()
+        self.finish(-1)
 
 
 def _fill(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

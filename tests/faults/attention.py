@@ -219,6 +219,10 @@ FAULTS = {
     },
     "qkv_attention_decode": {
         "test_qkv_attention_decode[emulated-splits-bfloat16]": [
+            ("attention/qkv_attention_decode.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
+            ("attention/merge.cuh", "ptx::load_16_coherent(Part", "ptx::load_16(Part"),
+            ("norm/heads.cuh", "a(Lanes::half().load_fresh(", "a(Lanes::half().load_once("),
+            ("common/ptx/barrier.h", "return a + b; }, 1, true", "return a + b; }, 1, false"),
             ("attention/qkv_attention_decode.cuh", "      if (is_last) counters[knot] = 0;\n", ""),
             ("attention/qkv_attention_decode.cuh", "== count - 1u;", "== count - 0u;"),
             ("attention/qkv_attention_decode.cuh", "== count - 1u;", "== count - 2u;"),

@@ -59,6 +59,9 @@ FAULTS = {
     },
     "sample": {
         "test_sample[emulated-best of parts-float32]": [
+            ("linear/sample.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
+            ("linear/sample.cuh", "ptx::load_16_coherent(kept", "ptx::load_16(kept"),
+            ("common/ptx/barrier.h", "return a + b; }, 1, true", "return a + b; }, 1, false"),
             ("linear/sample.cuh", "      if (smem.last) counters[group] = 0;\n", ""),
             ("linear/sample.cuh", "== others - 1u", "== fan - 1u"),
             ("linear/sample.cuh", "    if (!smem.last) return;\n", ""),

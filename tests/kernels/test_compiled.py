@@ -71,7 +71,7 @@ DEPENDENT = {
     r"ple_embed_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),
     r"moe_open_kernel<.*>": lambda m: 8,
     r"(gelu_mul|softcap|sample|qkv_attention_decode)_kernel<.*>": lambda m: 0,
-    r"moe_(small_gate_up|stream_down)_kernel<.*>": lambda m: 0,
+    r"moe_(small_gate_up|stream_down|combine)_kernel<.*>": lambda m: 0,
 }
 # ptx::load_*_first, which alone leave no line in L1.
 PARAMETER = r"LDG\.E\.NA\b.*"
