@@ -125,7 +125,7 @@ def counted(name: str, context: int = CONTEXT) -> dict[str, list[int]]:
 
 
 def line(name: str) -> str:
-    """As in `E4B sliding 9 full 9 first 5 final 6 total 389`."""
+    """As in `E4B sliding 7 full 7 first 5 final 3 total 302`."""
     by_kind = counted(name)
     words = [name]
     for kind in ("sliding", "full", "first", "final"):

@@ -149,7 +149,7 @@ def test_the_token_is_chosen_in_the_step(name):
         assert len(seen) == 7  # the prompt, and six steps
 
 
-MOST = {"dense": 6, "e_series": 8, "k_eq_v": 6, "moe": 6}
+MOST = {"dense": 5, "e_series": 7, "k_eq_v": 5, "moe": 5}
 
 
 @needs_compiler
@@ -164,6 +164,7 @@ def test_operators_of_a_layer(on_kernels, monkeypatch, name):
     def counted(*args):
         with Operators() as operators:
             result = step(*args)
+        del operators.names["set_dependent_launches"]  # the backend's, at every call
         layers.append(operators.names)
         return result
 
