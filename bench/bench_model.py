@@ -123,7 +123,7 @@ def run(model: torch.nn.Module, ids: Tensor, compile: bool = False) -> tuple[flo
     logits = output.logits[:, -1]
     cache = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     if isinstance(model, Gemma4ForCausalLM):
-        decoder = Decoder(model, output.cache, DECODE_TOKENS + 1, compile)
+        decoder = Decoder(model, output.cache, DECODE_TOKENS + 1, compile=compile)
     for i in range(DECODE_TOKENS + 1):
         if i == 1:
             second = now(ids.device)

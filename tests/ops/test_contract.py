@@ -91,9 +91,9 @@ CONTRACT = {
     ),
     "a new key past the slots": (
         "qkv_attention_decode",
-        {"seq_lens": ints(3, 9)},
-        r"seq_lens\[1\] must lie in 0..8, block_table's keys, got 9",
-        same_as(seq_lens=ints(3, 8), k=None, v=None, k_weight=None),
+        {"seq_lens": ints(9, 12)},
+        r"seq_lens\[0\] must lie in 0..8, block_table's keys, got 9",
+        same_as(seq_lens=ints(8, 8), k=None, v=None, k_weight=None),
     ),
     "a slot past the cache": (
         "qkv_norm_rope_cache",
