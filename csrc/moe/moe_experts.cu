@@ -6,7 +6,7 @@ namespace gemma4 {
 namespace {
 
 // Eight tokens fill one column block, whatever they choose; up to 32 of an expert's share a load.
-using SmallBatch = MoeBatch<8, 128>;
+using SmallBatch = MoeBatch<8, kMostSmallAssignments>;
 using MediumBatch = MoeBatch<32, 1024>;
 
 bool is_small(int64_t tokens, int64_t k) {
@@ -42,6 +42,21 @@ bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
   const int64_t assignments = tokens * k;
   return is_small(tokens, k) ||
          (assignments <= MediumBatch::kAssignments && assignments <= 8 * num_experts);
+}
+
+void moe_experts_small_down(const MoeExpertsParams& p, DType dtype, const Device& device) {
+  const auto run = [&]<class T, class Batch>() {
+    launch(device, "moe_experts_small, down", moe_stream_down_kernel<T, T, Batch>,
+           {.grid = ceil_div(p.width, kStreamRows),
+            .block = kStreamWarps * 32,
+            .smem_bytes = sizeof(DownSmem<Batch>),
+            .dependent = true},
+           p);
+  };
+  with_half_type("moe_experts_small", dtype, [&]<class T>() {
+    if (p.tokens <= SmallBatch::kTokens) return run.template operator()<T, SmallBatch>();
+    run.template operator()<T, MoeBatch<2 * SmallBatch::kTokens, SmallBatch::kAssignments>>();
+  });
 }
 
 void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& device) {

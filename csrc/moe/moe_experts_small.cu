@@ -15,17 +15,12 @@ void moe_experts_small(MoeExpertsSmallParams p, DType dtype, const Device& devic
             .smem_bytes = sizeof(MoeSmallSmem<T, Batch>),
             .dependent = true},
            p);
-    launch(device, "moe_experts_small, down", moe_stream_down_kernel<T, T, Batch>,
-           {.grid = ceil_div(p.width, kStreamRows),
-            .block = kStreamWarps * 32,
-            .smem_bytes = sizeof(DownSmem<Batch>),
-            .dependent = true},
-           p);
   };
   with_half_type("moe_experts_small", dtype, [&]<class T>() {
     if (p.tokens <= 8) return run.template operator()<T, MoeBatch<8, kMostSmallAssignments>>();
     run.template operator()<T, MoeBatch<16, kMostSmallAssignments>>();
   });
+  moe_experts_small_down(p, dtype, device);
 }
 
 }  // namespace gemma4

@@ -68,5 +68,7 @@ struct MoeExpertsSmallParams : MoeExpertsParams {
   int dense_blocks;  // the launcher's
 };
 void moe_experts_small(MoeExpertsSmallParams params, DType dtype, const Device& device);
+// Its last launch; in moe_experts.cu, whose last it is too, so that the kernel is compiled once.
+void moe_experts_small_down(const MoeExpertsParams& params, DType dtype, const Device& device);
 
 }  // namespace gemma4
