@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="use this build of the emulated kernels instead of making one",
     )
     parser.addoption(
+        "--one-schedule",
+        action="store_true",
+        help="run each call of an emulated kernel in one order of its threads, not in several",
+    )
+    parser.addoption(
         "--cuda-library",
         type=Path,
         help="read the kernels in this file instead of compiling them: a build for all GPUs",
@@ -34,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     emulated.given_library = config.getoption("--emulated-library")
+    if config.getoption("--one-schedule"):
+        del emulated.SCHEDULES[1:]
 
 
 def _backend(name: str) -> Backend:
