@@ -252,7 +252,7 @@ FAULTS = {
                 "if (has_newest) keys.load_offsets(0), keys.copy_k(0), ptx::cp_async_commit();",
             ),
         ],
-        "test_merges_of_merges[knots]": [
+        "test_merges_of_merges[emulated-knots]": [
             (
                 "attention/qkv_attention_decode.cuh",
                 "    __syncthreads();  // what all threads stored goes before the arrival\n",

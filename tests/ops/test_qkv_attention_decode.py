@@ -178,8 +178,8 @@ def test_ring_at_every_length(backend, length):
         assert_decoded(out, arguments, before, *rest, BF16)
 
 
-@pytest.fixture
-def large_card(monkeypatch):
+@pytest.fixture(params=["emulated"])
+def large_card(request, monkeypatch):
     """One that is given as many splits as there may be."""
     backend = emulated_backend()
     monkeypatch.setattr(emulated.control().settings, "sm_count", 132)
