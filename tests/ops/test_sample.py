@@ -135,8 +135,8 @@ def test_equals_go_to_the_lower_index(backend, dtype):
     assert drawn(backend, arguments).item() == 40
     arguments["logits"] = logits.new_zeros(1, 123)
     assert drawn(backend, arguments).item() == 0
-    # Of equals at the cut too: 4 of 100 are left to draw from.
-    arguments |= dict(temperature=1.0, top_k=4, logits=logits.new_zeros(1, 123))
+    # Of equals at the cut too: 4 of 128 are left to draw from, of which each thread has several.
+    arguments |= dict(temperature=1.0, top_k=4, logits=logits.new_zeros(1, 128))
     seen = set()
     for position in range(24):
         arguments["positions"][:] = position
