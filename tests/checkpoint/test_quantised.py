@@ -13,6 +13,8 @@ from support.packers import COMPRESSED, FORMATS, Made, Parts, Rng, w4a16
 from support.tiny import K_EQ_V, MOE, ids, tiny
 
 from gemma4 import Gemma4ForCausalLM
+from gemma4.checkpoint.packed import gathered, options_of, weight
+from gemma4.checkpoint.tensorfile import read_table
 
 load = Gemma4ForCausalLM.from_pretrained
 pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
@@ -81,6 +83,20 @@ def test_formats(name: str, tmp_path: Path) -> None:
     like.load_state_dict({k: torch.from_numpy(w).float() for k, w in dense.items()}, strict=False)
     given = ids(1, 9)
     torch.testing.assert_close(model(given).logits, like(given).logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of several pieces, the last one short."""
+    monkeypatch.setattr(weight, "PIECE_BYTES", 1)
+    config, pack = FORMATS[name]
+    parts, dense = pack(np.random.default_rng(0), 296, 96)
+    save_file({f"x.{role}": part for role, part in parts.items()}, tmp_path / "x.safetensors")
+    options = options_of({"quantization_config": config}, "config")
+    (packed,), _ = gathered(read_table(tmp_path / "x.safetensors"), options)
+    made, wanted = torch.empty(dense.shape), torch.from_numpy(dense)
+    packed.fill(made)
+    assert ((made.double() - wanted).abs() <= 3 * 2.0**-24 * wanted.abs().clamp_min(1e-3)).all()
 
 
 @pytest.mark.parametrize("name", ["w4a16 in rows", "nvfp4", "fp8 in rows"])

@@ -87,20 +87,21 @@ def gathered(
 
     Raises ValueError, naming file and tensor, for a weight in a form that is not known.
     """
-    entries = list(entries)
     modules: dict[str, dict[str, Entry]] = {}
+    others, passed_over = [], []
     for entry in entries:
         if match := ROLE.fullmatch(entry.name):
             modules.setdefault(match["module"], {})[match["role"]] = entry
+        elif PASSED_OVER.fullmatch(entry.name):
+            passed_over.append(entry)
+        else:
+            others.append(entry)
     plain: list[Entry | Packed] = []
-    passed_over = []
-    for entry in entries:
+    for entry in others:
         module, _, role = entry.name.rpartition(".")
         if role == "weight" and module in modules:
             modules[module][role] = entry
-        elif PASSED_OVER.fullmatch(entry.name):
-            passed_over.append(entry)
-        elif not ROLE.fullmatch(entry.name):
+        else:
             plain.append(entry)
     packed = [_packed(module, parts, options) for module, parts in modules.items()]
     return plain + packed, passed_over

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -35,10 +36,7 @@ class Turned(Packed):
         """The group of each column."""
         if "g_idx" not in self.parts:
             return torch.arange(columns) // (columns // self.groups)
-        group = self.read("g_idx").long()
-        if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < self.groups:
-            self.refuse("g_idx", f"number the {self.groups} groups", "one past them")
-        return group
+        return self.group_index("g_idx", self.groups)
 
     def made(self, code: Tensor, zero: Tensor, columns: int) -> Tensor:
         """Of codes [D, N] and zero points [groups, N]."""
@@ -60,8 +58,7 @@ class Gptq(Turned):
 
     def check(self) -> None:
         for role in ("qweight", "qzeros", "scales"):
-            if len(self.expect(role, ("I32", *FLOATS)).shape) != 2:
-                self.refuse(role, "have two dimensions", list(self.parts[role].shape))
+            self.expect_matrix(role, ("I32", *FLOATS))
         if self.bits not in (2, 4, 8):
             self.refuse("qzeros", "hold codes of 2, 4 or 8 bits", f"{self.bits} bits")
         rows, columns = self.shape
@@ -84,8 +81,7 @@ class Awq(Turned):
         return 8 * words, columns
 
     def check(self) -> None:
-        if len(self.expect("qweight", ("I32",)).shape) != 2:
-            self.refuse("qweight", "have two dimensions", list(self.parts["qweight"].shape))
+        self.expect_matrix("qweight", ("I32",))
         rows, columns = self.shape
         self.check_sides(rows, rows // 8, columns)
 
@@ -109,20 +105,19 @@ class Nf4(Packed):
     def state(self) -> str:
         return next(role for role in self.parts if role.startswith(self.STATE))
 
-    @property
+    @cached_property  # it stands in the file
     def said(self) -> dict[str, object]:
         try:
             said = json.loads(bytes(self.read(self.state).tolist()))
             return {name: said[name] for name in said}
         except (ValueError, TypeError, RecursionError):
             self.refuse(self.state, "hold a JSON object", "something else")
-            raise
 
-    def number(self, name: str, default: int | None = None) -> int:
-        value = self.said.get(name, default)
+    def number(self, name: str) -> int:
+        value = self.said.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.refuse(self.state, f"give {name} as a whole number", short(value))
-        return int(str(value))
+        return value
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,7 +128,6 @@ class Nf4(Packed):
             or not all(isinstance(size, int) and 0 < size < 2**31 for size in shape)
         ):
             self.refuse(self.state, "give the shape of a matrix", short(shape))
-            raise AssertionError
         return tuple(shape)
 
     def check(self) -> None:
@@ -152,22 +146,24 @@ class Nf4(Packed):
         self.expect("weight.nested_absmax", ("F32",), (outer,))
         self.expect("weight.nested_quant_map", ("F32",), (256,))
 
-    def absmax(self) -> Tensor:
+    def absmax(self, begin: int, end: int) -> Tensor:
+        """Of the blocks [begin, end)."""
         if "weight.nested_absmax" not in self.parts:
-            return self.numbers("weight.absmax")
-        outer = self.numbers("weight.nested_absmax")
-        code = self.read("weight.absmax").int()
+            return self.numbers("weight.absmax", begin, end)
+        size = self.number("nested_blocksize")
+        outer = self.numbers("weight.nested_absmax", begin // size, -(-end // size))
+        code = self.read("weight.absmax", begin, end).int()
         nested = self.numbers("weight.nested_quant_map")[code]
-        each = outer.repeat_interleave(self.number("nested_blocksize"))[: len(code)]
+        each = outer.repeat_interleave(size)[begin % size :][: end - begin]
         offset = self.said.get("nested_offset", 0.0)
         if not isinstance(offset, int | float) or not math.isfinite(offset):
             self.refuse(self.state, "give nested_offset as a number", short(offset))
-        return nested * each + float(str(offset))
+        return nested * each + offset
 
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
         first, last, size = begin * columns, end * columns, self.number("blocksize")
         # A multiple of 128 rows begins with a whole byte, but not always with a whole block.
         data = self.read("weight", first // 2, -(-last // 2)).flatten()
         values = self.numbers("weight.quant_map")[nibbles(data, True).int()][: last - first]
-        scale = self.absmax()[first // size : -(-last // size)].repeat_interleave(size)
+        scale = self.absmax(first // size, -(-last // size)).repeat_interleave(size)
         return (values * scale[first % size :][: last - first]).view(end - begin, columns)

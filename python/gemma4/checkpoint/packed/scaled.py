@@ -5,6 +5,7 @@ fp8 files with `weight_scale_inv`, torchao, bitsandbytes' int8 and Google's mobi
 """
 
 import math
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,7 @@ E2M1 = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
 class GroupedInts(Packed):
     """w = (code - 2^(bits-1) - zero) scale: codes in words, `weight_packed` [N, words]."""
 
-    @property
+    @cached_property  # it stands in the file
     def shape(self) -> tuple[int, ...]:
         self.expect("weight_shape", ("I64", "I32"), (2,))
         return tuple(self.read("weight_shape").tolist())
@@ -33,10 +34,10 @@ class GroupedInts(Packed):
 
     def check(self) -> None:
         rows, columns = self.shape
-        packed = self.expect("weight_packed", ("I32",))
-        if len(packed.shape) != 2 or packed.shape[0] != rows or not self.bits:
+        packed = self.expect_matrix("weight_packed", ("I32",))
+        if packed[0] != rows or not self.bits:
             wanted = f"hold [{rows}, {columns}] codes of 2, 4 or 8 bits, as weight_shape says"
-            self.refuse("weight_packed", wanted, list(packed.shape))
+            self.refuse("weight_packed", wanted, list(packed))
         scale = self.expect("weight_scale", FLOATS)
         groups = scale.shape[-1] if scale.shape else 0
         if scale.shape != (rows, groups) or not self.group_size(columns, groups):
@@ -59,9 +60,7 @@ class GroupedInts(Packed):
             words = self.read("weight_zero_point", begin // each, -(-end // each))
             zero = codes(words.T.contiguous(), bits).T[: end - begin].float()
         if "weight_g_idx" in self.parts:
-            group = self.read("weight_g_idx").long()
-            if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < scale.shape[1]:
-                self.refuse("weight_g_idx", f"number the {scale.shape[1]} groups", "one past them")
+            group = self.group_index("weight_g_idx", scale.shape[1])
             values -= 2 ** (bits - 1) if zero is None else zero[:, group]
             return values.mul_(scale[:, group])
         size = self.group_size(columns, scale.shape[1])
@@ -108,8 +107,7 @@ class Scaled(Packed):
         return ""
 
     def check(self) -> None:
-        if len(self.shape) != 2:
-            self.refuse(self.weight, "have two dimensions", list(self.shape))
+        self.expect_matrix(self.weight, ("I8", "F8_E4M3", "F8_E5M2"))
         scale = self.expect(self.scale, FLOATS)
         if not self.kind:
             wanted = f"be a scale of the tensor {list(self.shape)}, its rows, groups or blocks"
@@ -161,10 +159,8 @@ class Fp4(Packed):
         return 16 if self.parts["weight_scale"].dtype == "F8_E4M3" else 32
 
     def check(self) -> None:
-        if len(self.parts[self.weight].shape) != 2:
-            self.refuse(self.weight, "have two dimensions", list(self.parts[self.weight].shape))
+        self.expect_matrix(self.weight, ("U8",))
         rows, columns = self.shape
-        self.expect(self.weight, ("U8",))
         self.expect("weight_scale", ("F8_E4M3", "U8", "F8_E8M0"), (rows, -(-columns // self.group)))
         for role in ("weight_global_scale", "weight_scale_2"):
             if role in self.parts:
@@ -208,9 +204,7 @@ class LowBits(Packed):
         return len(shape) == 2 and rows == shape[0] and 8 * width in (2 * shape[1], 4 * shape[1])
 
     def check(self) -> None:
-        if len(self.shape) != 2:
-            self.refuse(self.weight, "have two dimensions", list(self.shape))
-        rows = self.shape[0]
+        rows, _ = self.expect_matrix(self.weight, ("U8",))
         self.expect(self.scale, FLOATS, (rows, 1), (rows,))
 
     def rows(self, begin: int, end: int, columns: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -89,7 +90,21 @@ class Packed(ABC):
             self.refuse(role, f"have shape {wanted}", list(part.shape))
         return part
 
-    def refuse(self, role: str, requirement: str, got: object) -> None:
+    def expect_matrix(self, role: str, dtypes: tuple[str, ...]) -> tuple[int, int]:
+        """The part's two sizes."""
+        shape = self.expect(role, dtypes).shape
+        if len(shape) != 2:
+            self.refuse(role, "have two dimensions", list(shape))
+        return shape[0], shape[1]
+
+    def group_index(self, role: str, groups: int) -> Tensor:
+        """The group of each column, where they are out of order."""
+        index = self.read(role).long()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
+            self.refuse(role, f"number the {groups} groups", "one past them")
+        return index
+
+    def refuse(self, role: str, requirement: str, got: object) -> NoReturn:
         part = self.parts[role]
         raise ValueError(f"{part.file}: tensor {part.name} must {requirement}, got {got}")
 
