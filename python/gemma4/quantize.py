@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint.folder import INDEX, TOKENIZER_FILES, WEIGHTS, owned_files, resolve
+from .checkpoint.folder import TOKENIZER_FILES, WEIGHTS, owned_files, resolve
 from .checkpoint.load import LAYER, OTHER_MODALITIES, read_sources
 from .checkpoint.packed import Packed
+from .checkpoint.save import shard_names, size_of, write_index
 from .checkpoint.tensorfile import Entry, read_rows, write_tensors
 from .files import Json, read_json, replacing, write_json
 
@@ -57,8 +58,8 @@ class Report:
         return math.sqrt(self.errors[key] / self.squares[key]) if self.squares[key] else 0.0
 
 
-# Codes [N, D] of a weight's rows, their scales, and whether they were found on a grid.
-Rounded = tuple[Tensor, Tensor, bool]
+# Codes [N, D] of a weight's rows, and their scales.
+Rounded = tuple[Tensor, Tensor]
 
 
 def on_grid(w: Tensor) -> Tensor | None:
@@ -94,12 +95,15 @@ def on_grid(w: Tensor) -> Tensor | None:
     return best.float()
 
 
-def round_4_bits(w: Tensor, grid: bool) -> Rounded:
-    """Codes -8..7 with a bf16 scale for 32 columns: the grid's, or those of the least error."""
+def round_4_bits(w: Tensor, step: Tensor | None) -> Rounded:
+    """Codes -8..7 with a bf16 scale for 32 columns: the grid's steps, or those of least error."""
     w = w.unflatten(1, (-1, GROUP))
-    step = on_grid(w) if grid else None
-    if step is not None:
-        return _codes(w, step, -8, 7).flatten(1), step, True
+    if step is None:
+        step = _best_step(w)
+    return _codes(w, step, -8, 7).flatten(1), step
+
+
+def _best_step(w: Tensor) -> Tensor:
     largest = w.abs().amax(-1)
     step, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for most in (7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0):
@@ -107,23 +111,23 @@ def round_4_bits(w: Tensor, grid: bool) -> Rounded:
         error = (_codes(w, trial, -8, 7) * trial[..., None] - w).square().sum(-1)
         step = torch.where(error < least, trial, step)
         least = torch.minimum(error, least)
-    return _codes(w, step, -8, 7).flatten(1), step, False
+    return step
 
 
 def _codes(w: Tensor, step: Tensor, least: int, most: int) -> Tensor:
     return (w / step[..., None]).round().clamp(least, most)
 
 
-def round_8_bits(w: Tensor, grid: bool) -> Rounded:
+def round_8_bits(w: Tensor, step: Tensor | None) -> Rounded:
     """Codes -127..127 with a bf16 scale for each row."""
     scale = _row_scale(w, 127)
-    return (w / scale).round().clamp(-127, 127), scale, False
+    return (w / scale).round().clamp(-127, 127), scale
 
 
-def round_fp8(w: Tensor, grid: bool) -> Rounded:
+def round_fp8(w: Tensor, step: Tensor | None) -> Rounded:
     """e4m3 with a bf16 scale for each row."""
     scale = _row_scale(w, 448)
-    return (w / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale, False
+    return (w / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def _row_scale(w: Tensor, most: int) -> Tensor:
@@ -135,7 +139,7 @@ def _row_scale(w: Tensor, most: int) -> Tensor:
 class Format:
     """How weights are rounded, and what a config says of it."""
 
-    rounded: Callable[[Tensor, bool], Rounded]
+    rounded: Callable[[Tensor, Tensor | None], Rounded]
     bits: int
     config: Json
     name: str
@@ -199,6 +203,8 @@ def quantize(
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     how, folder = FORMATS[format], resolve(source)
+    if folder.is_file():
+        raise ValueError(f"a folder of dense weights is quantised, not a .gguf file: {folder}")
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"a checkpoint is not quantised in place: {target} is the source")
     sources, _ = read_sources(folder)
@@ -260,23 +266,31 @@ def _rounded(
 ) -> Iterator[tuple[str, Tensor]]:
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{module}.weight must hold finite numbers to be quantised")
-    # All of a matrix is on the grid or none of it.
-    grid = how.bits == 4 and all(
-        on_grid(rows.float().unflatten(1, (-1, GROUP))) is not None
-        for rows in weight.split(PIECE_ROWS)
-    )
+    pieces = weight.split(PIECE_ROWS)
+    steps = _steps(pieces) if how.bits == 4 else None
     codes, scales = [], []
-    for rows in weight.split(PIECE_ROWS):
+    for i, rows in enumerate(pieces):
         w = rows.float()
-        code, scale, _ = how.rounded(w, grid)
+        code, scale = how.rounded(w, None if steps is None else steps[i])
         each = w.shape[1] // scale.shape[1]
         report.add(module, w, code.float() * scale.repeat_interleave(each, 1) - w)
         codes.append(code)
         scales.append(scale.bfloat16())
     report.tensors += 1
-    report.on_grid += grid
+    report.on_grid += steps is not None
     for role, tensor in how.tensors(torch.cat(codes), torch.cat(scales)).items():
         yield f"{module}.{role}", tensor
+
+
+def _steps(pieces: Iterable[Tensor]) -> list[Tensor] | None:
+    """Of all pieces of a matrix, or of none: all of it is on the grid or it is not."""
+    steps = []
+    for rows in pieces:
+        step = on_grid(rows.float().unflatten(1, (-1, GROUP)))
+        if step is None:
+            return None
+        steps.append(step)
+    return steps
 
 
 def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], report: Report) -> None:
@@ -290,22 +304,13 @@ def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], report: 
         held.clear()
 
     for name, tensor in tensors:
-        if held and sum(map(_bytes, held.values())) + _bytes(tensor) > SHARD_BYTES:
+        if held and sum(map(size_of, held.values())) + size_of(tensor) > SHARD_BYTES:
             write()
         held[name] = tensor
-        report.after_bytes += _bytes(tensor)
+        report.after_bytes += size_of(tensor)
     write()
-    if len(shards) == 1:
-        (staging / "shard-0").rename(staging / WEIGHTS)
-        return
-    table = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    files = shard_names(len(shards)) if len(shards) > 1 else [WEIGHTS]
+    for i, file in enumerate(files):
         (staging / f"shard-{i}").rename(staging / file)
-        table.update(dict.fromkeys(names, file))
-    metadata = {"total_size": report.after_bytes}
-    write_json(staging / INDEX, {"metadata": metadata, "weight_map": dict(sorted(table.items()))})
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    if len(shards) > 1:
+        write_index(staging, dict(zip(files, shards, strict=True)), report.after_bytes)

@@ -70,10 +70,9 @@ def score(
         window = torch.tensor([[*opening, *ids[begin : begin + step]]])
         if window.shape[1] < 2:
             break
-        both = zip(*(_logits(each, window) for each in models), strict=True)
-        for at, logits in enumerate(both):
-            targets = window[0, 1 + at * CHUNK_TOKENS :][:CHUNK_TOKENS]
-            totals += _sums([x[: len(targets)] for x in logits], targets)
+        made = (_logits(each, window) for each in models)
+        for targets, *logits in zip(window[0, 1:].split(CHUNK_TOKENS), *made, strict=True):
+            totals += _sums(logits, targets)
             tokens += len(targets)
             progress(tokens)
     nats, against_nats, agreed, divergence = totals.tolist()

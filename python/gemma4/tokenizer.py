@@ -97,7 +97,7 @@ class Gemma4Tokenizer:
     def _from_gguf(cls, path: Path) -> "Gemma4Tokenizer":
         file = gguf.read_shards(path)
         config = gguf.tokenizer_config_of(file)
-        templates, _ = _read_templates(path.parent / path.stem, config, path)
+        templates = _templates_of(config, path)
         return cls(gguf.backend_of(file), config, templates, str(path), str(path))
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -329,6 +329,11 @@ def _read_templates(folder: Path, config: Json, config_file: Path) -> tuple[dict
             return {"default": data.decode("utf-8")}, file
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} must be UTF-8: {error}") from None
+    return _templates_of(config, config_file), config_file
+
+
+def _templates_of(config: Json, config_file: Path) -> dict[str, str]:
+    """Those in a tokenizer_config.json."""
     found = config.get("chat_template")
     entries = found if isinstance(found, list) else []
     if isinstance(found, str):
@@ -348,7 +353,7 @@ def _read_templates(folder: Path, config: Json, config_file: Path) -> tuple[dict
                 f"got {short(entry)}"
             )
         templates[name] = text
-    return templates, config_file
+    return templates
 
 
 def _check_messages(messages: object) -> None:

@@ -15,6 +15,7 @@ from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo
 from gemma4.checkpoint.gguf.blocks import BLOCKS
 from gemma4.checkpoint.gguf.file import read_file
 from gemma4.cli import main
+from gemma4.quantize import quantize
 
 load = Gemma4ForCausalLM.from_pretrained
 pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
@@ -189,6 +190,12 @@ def test_any_damaged_byte_is_an_error_with_the_files_name_or_none(
             load(file)
         except (ValueError, FileNotFoundError) as error:
             assert "m.gguf" in str(error), at
+
+
+def test_a_file_is_not_quantised_again(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"not a \.gguf file: .*m\.gguf"):
+        quantize(tmp_path / "m.gguf", tmp_path / "made")
 
 
 def test_scales_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -58,9 +58,14 @@ def load(
 ) -> Model:
     """As `PreTrainedModel.from_pretrained`, for a model of class `cls`."""
     folder = resolve(path_or_repo_id)
-    config = Gemma4TextConfig.from_pretrained(folder)
+    if folder.is_file():
+        file = gguf.read_shards(folder)
+        config, passed_over = gguf.config_of(file), list[str]()
+        sources: list[Source] = [*gguf.sources_of(file)]
+    else:
+        config = Gemma4TextConfig.from_pretrained(folder)
+        sources, passed_over = read_sources(folder)
     dtype = _dtype(config.dtype if dtype is None else dtype)
-    sources, passed_over = read_sources(folder)
     check_sizes(folder, config, sources)
     with torch.device("meta"), _Unfilled():
         model = cls(config)
@@ -105,8 +110,6 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
 def read_sources(folder: Path) -> tuple[list[Source], list[str]]:
     """Every weight that a checkpoint's files hold, from their tables alone; and the names of what
     quantised files say of activations."""
-    if folder.is_file():
-        return [*gguf.sources_of(gguf.read_shards(folder))], []
     entries = []
     for file, promised in weight_files(folder).items():
         table = tensorfile.read_table(file)
@@ -308,9 +311,8 @@ def _read(
             where = torch.device(ple_device)
             pinned = where.type == "cpu" and device.type == "cuda"
         tensor, whole = None, parts.get(WHOLE)
-        in_place = isinstance(whole, Entry) and where.type == "cpu" and not pinned
-        if isinstance(whole, Entry) and in_place and whole.torch_dtype == dtype:
-            tensor = tensorfile.mapped(whole, memory)
+        if isinstance(whole, Entry) and where.type == "cpu" and not pinned:
+            tensor = tensorfile.mapped(whole, memory) if whole.torch_dtype == dtype else None
         if tensor is None:
             tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
             for part, source in parts.items():

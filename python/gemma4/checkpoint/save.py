@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +51,7 @@ def save_pretrained(
         for file, tensors in shards.items():
             write_tensors(staging / file, tensors)
         if len(shards) > 1:
-            total = sum(map(_size, state.values()))
-            names = {name: file for file, tensors in shards.items() for name in tensors}
-            table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-            write_json(staging / INDEX, table)
+            write_index(staging, shards, sum(map(size_of, state.values())))
 
 
 def _shards(state: dict[str, Tensor], most: int | str) -> dict[str, dict[str, Tensor]]:
@@ -62,18 +60,29 @@ def _shards(state: dict[str, Tensor], most: int | str) -> dict[str, dict[str, Te
     groups: list[dict[str, Tensor]] = [{}]
     used = 0
     for name, tensor in state.items():
-        if groups[-1] and used + _size(tensor) > most:
+        if groups[-1] and used + size_of(tensor) > most:
             groups.append({})
             used = 0
         groups[-1][name] = tensor
-        used += _size(tensor)
+        used += size_of(tensor)
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, 1)}
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
 
 
-def _size(tensor: Tensor) -> int:
+def shard_names(count: int) -> list[str]:
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Which of the files `shards` holds which tensors."""
+    names = {name: file for file, tensors in shards.items() for name in tensors}
+    table = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(names.items()))}
+    write_json(folder / INDEX, table)
+
+
+def size_of(tensor: Tensor) -> int:
+    """In bytes."""
     return tensor.numel() * tensor.element_size()
 
 

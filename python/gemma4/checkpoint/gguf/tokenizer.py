@@ -28,7 +28,7 @@ def backend_of(file: GgufFile) -> tokenizers.Tokenizer:
     if kind != "gemma4":
         raise ValueError(f"{file.path}: tokenizer.ggml.model must be gemma4, got {short(kind)}")
     tokens = _strings(file, "tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in _strings(file, "merges")]
+    merges = _strings(file, "merges")
     kinds = file.key("tokenizer.ggml.token_type", list)
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.token_type must be one for each token")
@@ -43,7 +43,7 @@ def backend_of(file: GgufFile) -> tokenizers.Tokenizer:
     try:
         model = models.BPE(
             vocab=vocabulary,
-            merges=[(one, other) for one, other in merges],
+            merges=[(one, other) for one, other in (merge.split(" ", 1) for merge in merges)],
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
