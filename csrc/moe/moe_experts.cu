@@ -13,14 +13,25 @@ bool is_small(int64_t tokens, int64_t k) {
   return tokens <= SmallBatch::kTokens && tokens * k <= SmallBatch::kAssignments;
 }
 
+// One that is dependent waits by itself, and so may start early behind a launch that lets it.
+template <class T, class W, class Batch>
+void launch_down(const char* name, bool dependent, const MoeExpertsParams& p,
+                 const Device& device) {
+  launch(device, name, moe_stream_down_kernel<T, W, Batch>,
+         {.grid = ceil_div(p.width, kStreamRows),
+          .block = kStreamWarps * 32,
+          .smem_bytes = sizeof(DownSmem<Batch>),
+          .dependent = dependent},
+         p);
+}
+
 template <class T, class W, class Batch>
 void launch_streamed(const MoeExpertsParams& p, const Device& device) {
   // At most kAssignments tiles.
   const Grid grid(ceil_div(p.hidden_width, kStreamRows), most_moe_tiles(p, Batch::kTokens));
   launch(device, "moe_experts, stream of gate_up", moe_stream_gate_up_kernel<T, W, Batch>, grid,
          kStreamWarps * 32, sizeof(GateUpSmem<T, Batch>), p);
-  launch(device, "moe_experts, stream of down", moe_stream_down_kernel<T, W, Batch>,
-         ceil_div(p.width, kStreamRows), kStreamWarps * 32, sizeof(DownSmem<Batch>), p);
+  launch_down<T, W, Batch>("moe_experts, stream of down", false, p, device);
 }
 
 template <class T, class W, int kRows>
@@ -46,12 +57,7 @@ bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
 
 void moe_experts_small_down(const MoeExpertsParams& p, DType dtype, const Device& device) {
   const auto run = [&]<class T, class Batch>() {
-    launch(device, "moe_experts_small, down", moe_stream_down_kernel<T, T, Batch>,
-           {.grid = ceil_div(p.width, kStreamRows),
-            .block = kStreamWarps * 32,
-            .smem_bytes = sizeof(DownSmem<Batch>),
-            .dependent = true},
-           p);
+    launch_down<T, T, Batch>("moe_experts_small, down", true, p, device);
   };
   with_half_type("moe_experts_small", dtype, [&]<class T>() {
     if (p.tokens <= SmallBatch::kTokens) return run.template operator()<T, SmallBatch>();

@@ -11,6 +11,13 @@ from ..reference import linear as reference
 MOST_TOKENS, MOST_NORMED_WIDTH, MOST_NORMED_ELEMENTS = 16, 6144, 40960
 
 
+def lies_ready(weight: Tensor) -> bool:
+    """Contiguous, and beginning on a multiple of 16 bytes: no kernel copies a layer."""
+    # The compiler knows no offsets; where the call runs it is asked again.
+    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
+    return weight.is_contiguous() and offset * weight.itemsize % 16 == 0
+
+
 def _unserved(
     x: Tensor,
     weight: Tensor,
@@ -42,9 +49,7 @@ def _unserved(
             f"its norms are for at most {MOST_NORMED_WIDTH} columns and "
             f"{MOST_NORMED_ELEMENTS} elements, got {list(x.shape)}"
         )
-    # The compiler knows no offsets; where the call runs it is asked again.
-    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
-    if not weight.is_contiguous() or offset % 8:
+    if not lies_ready(weight):
         return "weight is not contiguous, or does not begin on a multiple of 16 bytes"
     return None
 

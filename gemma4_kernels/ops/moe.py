@@ -6,7 +6,7 @@ from torch import Tensor
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, new
 from ..reference import moe as reference
-from .linear import MOST_NORMED_ELEMENTS, MOST_NORMED_WIDTH, MOST_TOKENS
+from .linear import MOST_NORMED_ELEMENTS, MOST_NORMED_WIDTH, MOST_TOKENS, lies_ready
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,11 +142,6 @@ def moe_experts(
 MOST_SMALL_EXPERTS, MOST_SMALL_ASSIGNMENTS = 128, 128
 
 
-def _lies_ready(weight: Tensor) -> bool:
-    """Contiguous, and beginning on a multiple of 16 bytes."""
-    return weight.is_contiguous() and weight.storage_offset() * weight.itemsize % 16 == 0
-
-
 def _open_unserved(
     x: Tensor,
     residual: Tensor,
@@ -169,7 +164,7 @@ def _open_unserved(
     rows = (residual, post_weight, norm_weight, expert_weight, router_scale, gate_up, router)
     if any(t.dtype != x.dtype for t in rows):
         return f"it is for tensors of the dtype of x, {x.dtype}, alone"
-    if not (_lies_ready(gate_up) and _lies_ready(router)):
+    if not (lies_ready(gate_up) and lies_ready(router)):
         return "gate_up or router is not contiguous, or does not begin on a multiple of 16 bytes"
     return None
 
@@ -250,7 +245,7 @@ def _experts_small_unserved(
         return f"it is for widths that are multiples of 8, got {shapes}"
     if any(t.dtype != x.dtype for t in (gate_up, down, logits, dense_x, dense)):
         return f"it is for tensors of the dtype of x, {x.dtype}, alone"
-    if not all(map(_lies_ready, (gate_up, down, dense))):
+    if not all(map(lies_ready, (gate_up, down, dense))):
         return "a weight is not contiguous, or does not begin on a multiple of 16 bytes"
     return None
 

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import disable_progress_bars
 
 import gemma4_kernels
 from gemma4_kernels.check import record, runner
 
-from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo, measure
-from ..checkpoint import resolve
+from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, measure
 from ..config import FULL
 from ..presets import RELEASED
-from ..quantize import quantize as quantized
-from ..score import score as scored
 from . import error_line
 from .answer import Answer, Clock
 from .arguments import SAMPLING, decoded
+from .models import append_line, check_devices, folder_of, load, name_of
+from .weights import quantize as quantize
+from .weights import score as score
 
 # Weights of fewer bytes than this may stay in a processor's caches, and memory is no limit.
 CACHED_BYTES = 1 << 28
@@ -34,8 +33,8 @@ SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf")
 
 def generate(args: argparse.Namespace) -> int:
     """Continues a prompt, or answers it with --chat."""
-    _check_devices(args)
-    folder = _folder(args.model)  # the prompt is checked before the weights, which take long
+    check_devices(args)
+    folder = folder_of(args.model)  # the prompt is checked before the weights, which take long
     config = Gemma4TextConfig.from_pretrained(folder)
     tokenizer = Gemma4Tokenizer.from_pretrained(folder)
     if args.chat:
@@ -44,24 +43,24 @@ def generate(args: argparse.Namespace) -> int:
     else:
         ids = tokenizer.encode(args.prompt, add_bos=True)
     _room(config, ids)
-    return 130 if _reply(args, _load(args, folder), tokenizer, ids).interrupted else 0
+    return 130 if _reply(args, load(args, folder), tokenizer, ids).interrupted else 0
 
 
 def chat(args: argparse.Namespace) -> None:
     """A conversation; what the cache holds of it is not run again."""
-    _check_devices(args)
+    check_devices(args)
     history = _system(args)
-    folder = _folder(args.model)
+    folder = folder_of(args.model)
     tokenizer = Gemma4Tokenizer.from_pretrained(folder)
     tokenizer.apply_chat_template([*history, {"role": "user", "content": "."}])  # fails early
-    model = _load(args, folder)
+    model = load(args, folder)
     # Rings of twice the window: an answer is taken back where its text does not become the tokens
     # that it was made of, and where its thoughts do not stay.
     rollback = model.config.sliding_window
     cache = Cache(model.config, 1, model.compute_dtype, model.device, rollback=rollback)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        print(f"{_name(args.model)}: /reset starts over, /exit or ctrl-d leaves", file=sys.stderr)
+        print(f"{name_of(args.model)}: /reset starts over, /exit or ctrl-d leaves", file=sys.stderr)
     for line in _lines(on_terminal):
         if line == "/exit":
             break
@@ -107,7 +106,7 @@ def info(args: argparse.Namespace) -> None:
         "ops": ", ".join(ops),
     }
     if args.model is not None:
-        rows |= _facts(_folder(args.model))
+        rows |= _facts(folder_of(args.model))
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
@@ -156,13 +155,13 @@ def _check_card(card: record.Card, device: torch.device, quiet: bool) -> dict[st
 def bench(args: argparse.Namespace) -> None:
     """Tokens per second of prompt and decode, and what memory and matrix products reach in the
     same process."""
-    _check_devices(args)
-    folder = _folder(args.model)
+    check_devices(args)
+    folder = folder_of(args.model)
     config = Gemma4TextConfig.from_pretrained(folder)
     positions, wanted = config.max_position_embeddings, args.prompt_tokens + args.new_tokens
     if wanted > positions:
         raise ValueError(f"{wanted} tokens do not fit the model's {positions} positions")
-    model = _load(args, folder)
+    model = load(args, folder)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (1, args.prompt_tokens), generator=draw)
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
@@ -172,7 +171,7 @@ def bench(args: argparse.Namespace) -> None:
         model.generate(ids.to(model.device), streamer=clock, **options)
     prompt, decode, first = zip(*(clock.rates() for clock in clocks[1:]), strict=True)
     size, dtype = _count(model.num_parameters()), str(model.dtype).removeprefix("torch.")
-    print(f"{_name(args.model)}: {size} parameters, {dtype}, {model.device}, {args.repeat} runs")
+    print(f"{name_of(args.model)}: {size} parameters, {dtype}, {model.device}, {args.repeat} runs")
     print(f"{'':12}{'tokens':>8}{'median':>12}{'least':>12}{'most':>12}")
     _row("prompt", args.prompt_tokens, prompt, "tok/s")
     _row("decode", args.new_tokens, decode, "tok/s")
@@ -190,7 +189,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.json:
         row = measure.machine(model.device) | {
             "kind": "model",
-            "model": _name(args.model),
+            "model": name_of(args.model),
             "dtype": dtype,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
@@ -203,99 +202,12 @@ def bench(args: argparse.Namespace) -> None:
             "copy_gb_s": copy / 1e9,
             "gemm_tflop_s": gemm / 1e12,
         }
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def score(args: argparse.Namespace) -> None:
-    """Bits per token of a text, and how far another model is from this one."""
-    _check_devices(args)
-    text = decoded(args.file.read_bytes(), str(args.file))
-    folders = [_folder(name) for name in (args.model, args.against) if name]
-    tokenizers = [Gemma4Tokenizer.from_pretrained(folder) for folder in folders]
-    ids, *twice = [tokenizer.encode(text, add_bos=False) for tokenizer in tokenizers]
-    if any(other != ids for other in twice):
-        raise ValueError(f"{args.model} and {args.against} cut {args.file} into unlike tokens")
-    model, *others = [_load(args, folder) for folder in folders]
-    against = others[0] if others else None
-    shown = sys.stderr.isatty()
-
-    def progress(done: int) -> None:
-        if shown:
-            print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr)
-
-    bos = tokenizers[0].bos_token_id
-    made = scored(model, ids, against, args.context, bos, progress)
-    if shown:
-        print(file=sys.stderr)
-    bytes_a_token = len(text.encode()) / made.tokens
-    scores = [(args.model, made.bits_per_token), (args.against, made.against_bits_per_token)]
-    for name, bits in scores[: len(folders)]:
-        print(f"{_name(name)}: {bits:.4f} bits a token, {bits / bytes_a_token:.4f} a byte")
-    print(f"{made.tokens} tokens, in pieces of {args.context}")
-    if against:
-        print(f"{made.agreed / made.tokens:.2%} the same first choice")
-        print(f"{made.divergence_bits:.5f} bits a token apart (KL divergence)")
-    if args.json:
-        row = {"model": args.model, "against": args.against, "context": args.context}
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row | asdict(made)) + "\n")
-
-
-def quantize(args: argparse.Namespace) -> None:
-    """Writes a checkpoint in 4 or 8 bits, and says what it cost."""
-    shown = sys.stderr.isatty()
-
-    def progress(name: str) -> None:
-        if shown:
-            print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
-
-    report = quantized(_folder(args.source), args.target, args.format, progress)
-    if shown:
-        print("\r\033[K", end="", file=sys.stderr)
-    for layer in report.squares:
-        print(f"{layer}: {report.relative(layer):.3%} error")
-    if report.on_grid:
-        print(
-            f"{report.on_grid} of {report.tensors} matrices lie on a grid of 4 bits: their codes "
-            "are recovered, not rounded anew"
-        )
-    print(f"{report.before_bytes / 1e9:.3f} GB became {report.after_bytes / 1e9:.3f}")
+        append_line(args.json, row)
 
 
 def _row(name: str, tokens: int, values: Sequence[float], unit: str) -> None:
     numbers = statistics.median(values), min(values), max(values)
     print(f"{name:12}{tokens:8}" + "".join(f"{x:12.1f}" for x in numbers) + f"  {unit}")
-
-
-def _name(model: str) -> str:
-    """What people call the model: the demo, a folder's own name, or a hub id."""
-    if Path(model) == demo.path():
-        return "demo"
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
-
-
-def _check_devices(args: argparse.Namespace) -> None:
-    for option, name in (("--device", args.device), ("--ple-device", args.ple_device)):
-        device = torch.device(name or "cpu")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"{option}: {name} is asked for, but torch sees no such device")
-
-
-def _folder(model: str) -> Path:
-    if not (sys.stderr.isatty() or Path(model).exists()):
-        disable_progress_bars()  # a download shows them even into a log
-    return resolve(model)
-
-
-def _load(args: argparse.Namespace, folder: Path) -> Gemma4ForCausalLM:
-    return Gemma4ForCausalLM.from_pretrained(
-        folder,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        ple_device=args.ple_device,
-        progress=sys.stderr.isatty(),
-    )
 
 
 def _reply(
