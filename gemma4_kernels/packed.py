@@ -1,0 +1,258 @@
+"""A weight of four or eight bits a number, in the order in which the kernels read it.
+
+w[n, d] = number(code[n, d]) · scale · row_scale[n], of which a scale or a row scale may be absent.
+
+Its dtypes say what it is:
+
+    codes                      numbers                scales
+    uint8, two codes each      code - 8               bfloat16 or float16, each for 32 columns
+    uint8, two codes each      e2m1                   float8_e4m3fn, each for 16 columns
+    uint8, two codes each      e2m1                   float8_e8m0fnu, each for 32 columns
+    int8 or float8_e4m3fn      the dtype's            bfloat16 or float16, each for 32 columns
+    int8 or float8_e4m3fn      the dtype's            float32, each for a tile
+    uint8, int8, float8_e4m3fn code - 8 or as above   none
+
+Weight [N, D] lies in tiles of 16 rows and 64 columns, [N / 16, D / 64] of them. A lane of a warp
+owns rows r and r + 8 of a tile, r = lane / 4, and of each half of 32 columns the 8 that begin with
+lane % 4 · 8: what it must have of the matrix operand of `mma.m16n8k16`, up to an order of columns
+that both operands share. Four bits: codes [..., 512], of each lane 16 bytes, [half, r or r + 8, 4
+bytes], in which columns 0 2 4 6 1 3 5 7 stand from the lowest four bits up, so that a shift and a
+mask give two neighbours in the halves of a word. Eight bits: codes [..., 1024], [half, lane, r or
+r + 8, 8 bytes]. Scales of a tile, [..., 32] or [..., 64]: [r, r or r + 8, columns].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference.common import check_same_device, check_shape
+
+ROWS, COLUMNS = 16, 64  # of a tile
+HALF_SCALES = (torch.bfloat16, torch.float16)
+# Columns that share a scale, by its dtype; float32 is a tile's.
+GROUPS = {
+    torch.bfloat16: 32,
+    torch.float16: 32,
+    torch.float8_e4m3fn: 16,
+    torch.float8_e8m0fnu: 32,
+}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+# The column of each four bits of a lane's 8, and where each column is.
+_ORDER, _PLACES = (0, 2, 4, 6, 1, 3, 5, 7), (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, D], or [E, N, D] of experts, as the module's docstring says.
+
+    codes [..., N / 16, D / 64, 512 or 1024]; scales [..., N / 16, D / 64, 32 or 64], or float32
+    [..., N / 16, D / 64]; row_scales [..., N] float32.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    row_scales: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (..., N, D)."""
+        *experts, rows, columns, _ = self.codes.shape
+        return (*experts, rows * ROWS, columns * COLUMNS)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.codes, self.scales, self.row_scales
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        return self._each(lambda part: part.to(device))
+
+    def __getitem__(self, expert: int) -> "PackedWeight":
+        """One expert's weight."""
+        return self._each(lambda part: part[expert])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedWeight":
+        scales, row_scales = (None if p is None else change(p) for p in self.parts[1:])
+        return PackedWeight(change(self.codes), scales, row_scales)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) of a weight [N, D], float32; both are multiples of 16, or end is N."""
+        tiles = slice(begin // ROWS, -(-end // ROWS))
+        codes = self.codes[tiles]
+        values = _numbers(codes, self.scales)
+        if self.scales is not None:
+            scales = self.scales[tiles].float()
+            if self.scales.dtype == torch.float32:
+                values = values.unflatten(0, (-1, ROWS)).unflatten(-1, (-1, COLUMNS))
+                values = (values * scales[:, None, :, None]).flatten(2).flatten(0, 1)
+            else:
+                group = GROUPS[self.scales.dtype]
+                values = values.unflatten(-1, (-1, group)) * _untiled_scales(scales)[..., None]
+                values = values.flatten(-2)
+        if self.row_scales is not None:
+            values = values * self.row_scales[begin:end, None]
+        return values
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight itself; products are made in float32 and rounded once."""
+        if self.codes.ndim == 4:
+            return torch.stack([self[e].dense(dtype) for e in range(len(self.codes))])
+        return self.rows(0, self.shape[0]).to(dtype)
+
+
+def pack(
+    codes: Tensor, scales: Tensor | None = None, row_scales: Tensor | None = None
+) -> PackedWeight:
+    """Packs codes [..., N, D] that lie in rows: uint8 of four bits each, int8 or float8_e4m3fn.
+
+    scales [..., N, D / 32 or 16], or float32 [..., N / 16, D / 64]; row_scales [..., N] float32.
+    Raises ValueError where N is no multiple of 16, D none of 64, or the parts do not go together.
+    """
+    *_, rows, columns = codes.shape
+    if rows % ROWS or columns % COLUMNS or not rows or not columns:
+        raise ValueError(
+            f"a packed weight must have rows in multiples of {ROWS} and columns in multiples of "
+            f"{COLUMNS}, got {list(codes.shape)}"
+        )
+    tiles = codes.view(torch.uint8).unflatten(-1, (-1, 2, 4, 8)).unflatten(-5, (-1, 2, 8))
+    # Now [..., row tile, r or r + 8, r, column tile, half, lane % 4, column].
+    lead = list(range(tiles.ndim - 7))
+    t, hi, r, c, half, q, j = (len(lead) + i for i in range(7))
+    if codes.dtype == torch.uint8:
+        tiles = tiles.permute(*lead, t, c, r, q, half, hi, j)[..., _ORDER]
+        packed = (tiles[..., 0::2] | tiles[..., 1::2] << 4).flatten(-5)
+    else:
+        packed = tiles.permute(*lead, t, c, half, r, q, hi, j).flatten(-5).view(codes.dtype)
+    if scales is not None and scales.dtype in GROUPS:
+        each = COLUMNS // GROUPS[scales.dtype]
+        scales = scales.contiguous()
+        raw = scales.view(torch.uint8) if scales.itemsize == 1 else scales
+        raw = raw.unflatten(-1, (-1, each)).unflatten(-3, (-1, 2, 8))
+        n = raw.ndim - 5
+        raw = raw.permute(*range(n), n, n + 3, n + 2, n + 1, n + 4).flatten(-3)
+        scales = raw.contiguous().view(scales.dtype)
+    weight = PackedWeight(packed.contiguous(), scales, row_scales)
+    check("weight", *weight.parts)
+    return weight
+
+
+def join(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """The weights [N, D] of one form, one below the other; ValueError where they differ in form.
+
+    Row scales that only some of them have are 1 for the others.
+    """
+    first = weights[0]
+
+    def form(weight: PackedWeight) -> tuple[object, ...]:
+        scales = weight.scales
+        return weight.codes.dtype, None if scales is None else scales.dtype, weight.shape[-1]
+
+    if any(form(weight) != form(first) for weight in weights):
+        raise ValueError(
+            f"weights that are joined must have one form, got {list(map(form, weights))}"
+        )
+    row_scales = None
+    if any(weight.row_scales is not None for weight in weights):
+        row_scales = torch.cat(
+            [
+                first.codes.new_ones(weight.shape[-2], dtype=torch.float32)
+                if weight.row_scales is None
+                else weight.row_scales
+                for weight in weights
+            ]
+        )
+    scales = [weight.scales for weight in weights if weight.scales is not None]
+    return PackedWeight(
+        _cat([weight.codes for weight in weights]), _cat(scales) if scales else None, row_scales
+    )
+
+
+def check(name: str, codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> None:
+    """TypeError or ValueError where these are no packed weight, in the words of an op's check."""
+    if codes.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+        raise TypeError(
+            f"{name} must hold codes in uint8, int8 or float8_e4m3fn, got {codes.dtype}"
+        )
+    four = codes.dtype == torch.uint8
+    if codes.ndim not in (3, 4) or codes.shape[-1] != (512 if four else 1024):
+        size = 512 if four else 1024
+        raise ValueError(f"{name} must be [..., N / 16, D / 64, {size}], got {list(codes.shape)}")
+    *tiles, _ = codes.shape
+    if scales is not None:
+        allowed = (*HALF_SCALES, *((torch.float8_e4m3fn, torch.float8_e8m0fnu) if four else ()))
+        allowed = allowed if four else (*allowed, torch.float32)
+        if scales.dtype not in allowed:
+            raise TypeError(
+                f"{name}_scales must be {' or '.join(map(str, allowed))} for codes in "
+                f"{codes.dtype}, got {scales.dtype}"
+            )
+        group = GROUPS.get(scales.dtype)
+        want = tiles if group is None else [*tiles, ROWS * COLUMNS // group]
+        check_shape(f"{name}_scales", scales, tuple(want))
+        check_same_device(f"{name}_scales", scales, name, codes)
+    if row_scales is not None:
+        if row_scales.dtype != torch.float32:
+            raise TypeError(f"{name}_row_scales must be float32, got {row_scales.dtype}")
+        check_shape(f"{name}_row_scales", row_scales, (*tiles[:-2], tiles[-2] * ROWS))
+        check_same_device(f"{name}_row_scales", row_scales, name, codes)
+
+
+def untiled(weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """Codes [..., N, D] in rows and scales as `pack` takes them: its inverse."""
+    scales = weight.scales
+    if scales is not None and scales.dtype in GROUPS:
+        scales = _untiled_scales(scales)
+    return _untiled_codes(weight.codes), scales
+
+
+def _untiled_codes(codes: Tensor) -> Tensor:
+    *lead, rows, columns, _ = codes.shape
+    shape = (*lead, rows * ROWS, columns * COLUMNS)
+    n = len(lead)
+    t, c = n, n + 1
+    if codes.dtype == torch.uint8:
+        raw = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        raw = raw.unflatten(-1, (8, 4, 2, 2, 8))[..., _PLACES]  # [..., r, q, half, hi, column]
+        r, q, half, hi, j = (n + 2 + i for i in range(5))
+    else:
+        raw = codes.view(torch.uint8).unflatten(-1, (2, 8, 4, 2, 8))
+        half, r, q, hi, j = (n + 2 + i for i in range(5))
+    raw = raw.permute(*range(n), t, hi, r, c, half, q, j).reshape(shape)
+    return raw if codes.dtype == torch.uint8 else raw.view(codes.dtype)
+
+
+def _untiled_scales(scales: Tensor) -> Tensor:
+    """[..., N / 16, D / 64, 16 n] to [..., N, D / 64 n]."""
+    raw = scales.view(torch.uint8) if scales.itemsize == 1 else scales
+    raw = raw.unflatten(-1, (8, 2, -1))
+    n = raw.ndim - 5
+    raw = raw.permute(*range(n), n, n + 3, n + 2, n + 1, n + 4)
+    raw = raw.flatten(-2).flatten(-4, -2)
+    return raw.contiguous().view(scales.dtype)
+
+
+def _numbers(codes: Tensor, scales: Tensor | None) -> Tensor:
+    """What the codes [N / 16, D / 64, ...] stand for, [N, D] float32."""
+    raw = _untiled_codes(codes)
+    if codes.dtype != torch.uint8:
+        return raw.float()
+    if scales is None or scales.dtype in HALF_SCALES:
+        return raw.float() - 8
+    return E2M1.to(raw.device)[raw.int()]
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat, of dtypes that it does not know too."""
+    if parts[0].itemsize > 1:
+        return torch.cat(list(parts))
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

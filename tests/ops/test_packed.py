@@ -1,0 +1,134 @@
+"""The packed form of a weight: what goes in comes out, in the order that the kernels read."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4_kernels import packed
+from gemma4_kernels.packed import E2M1, PackedWeight, join, pack, untiled
+
+BF16, FP16, E4M3, E8M0 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e8m0fnu
+FORMS = [
+    *((torch.uint8, scale) for scale in (BF16, FP16, E4M3, E8M0, None)),
+    *(
+        (codes, scale)
+        for codes in (torch.int8, E4M3)
+        for scale in (BF16, FP16, torch.float32, None)
+    ),
+]
+
+
+def draw(codes_dtype, scales_dtype, *shape: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Codes and scales in rows, and row scales."""
+    generator = torch.Generator().manual_seed(3)
+    *lead, rows, columns = shape
+
+    def integers(low: int, high: int, *size: int) -> Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator) + 0.1
+
+    if codes_dtype == torch.uint8:
+        codes = integers(0, 16, *shape).to(torch.uint8)
+    elif codes_dtype == torch.int8:
+        codes = integers(-128, 128, *shape).to(torch.int8)
+    else:
+        codes = (normal(*shape) * 50).to(E4M3)
+    scales = None
+    if scales_dtype == torch.float32:
+        scales = normal(*lead, rows // 16, columns // 64)
+    elif scales_dtype == E8M0:
+        scales = integers(120, 130, *lead, rows, columns // 32).to(torch.uint8).view(E8M0)
+    elif scales_dtype is not None:
+        group = 16 if scales_dtype == E4M3 else 32
+        scales = normal(*lead, rows, columns // group).abs().to(scales_dtype)
+    return codes, scales, normal(*lead, rows)
+
+
+def formula(codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Tensor:
+    """The weight in float64, element by element."""
+    if codes.dtype != torch.uint8:
+        w = codes.double()
+    elif scales is not None and scales.dtype in (E4M3, E8M0):
+        w = E2M1.double()[codes.long()]
+    else:
+        w = codes.double() - 8
+    *_, rows, columns = w.shape
+    n, d = torch.arange(rows)[:, None], torch.arange(columns)
+    if scales is not None:
+        if scales.dtype == torch.float32:
+            w = w * scales.double()[..., n // 16, d // 64]
+        else:
+            group = 16 if scales.dtype == E4M3 else 32
+            w = w * scales.to(torch.float64)[..., n, d // group]
+    return w if row_scales is None else w * row_scales.double()[..., None]
+
+
+@pytest.mark.parametrize(("codes_dtype", "scales_dtype"), FORMS)
+@pytest.mark.parametrize("shape", [(16, 64), (48, 192), (3, 32, 128)])
+def test_comes_out(codes_dtype, scales_dtype, shape) -> None:
+    codes, scales, row_scales = draw(codes_dtype, scales_dtype, *shape)
+    weight = pack(codes, scales, row_scales)
+    assert weight.shape == shape
+    torch.testing.assert_close(
+        weight.dense().double(), formula(codes, scales, row_scales), rtol=3e-7, atol=0
+    )
+    back, back_scales = untiled(weight)
+    assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+    if scales is not None:
+        assert torch.equal(back_scales.view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_a_lane_has_its_rows_and_columns() -> None:
+    """The place of each code, spelled out as a kernel computes it."""
+    codes, scales, _ = draw(torch.uint8, BF16, 32, 128)
+    weight = pack(codes, scales)
+    wide, scale, _ = draw(torch.int8, torch.float32, 32, 128)
+    bytes_ = pack(wide, scale)
+    for row in range(32):
+        for column in range(128):
+            r, hi, half, q, j = (
+                row % 8,
+                row // 8 % 2,
+                column // 32 % 2,
+                column % 32 // 8,
+                column % 8,
+            )
+            lane = r * 4 + q
+            tile = weight.codes[row // 16, column // 64]
+            word = int.from_bytes(
+                bytes(tile[lane * 16 + (half * 2 + hi) * 4 :][:4].tolist()), "little"
+            )
+            # Column 2 i of the eight is in the low half of (word >> 4 i), 2 i + 1 in the high one.
+            assert word >> (4 * (j // 2) + 16 * (j % 2)) & 15 == codes[row, column]
+            at = half * 512 + lane * 16 + hi * 8 + j
+            assert bytes_.codes[row // 16, column // 64, at] == wide[row, column]
+            assert (
+                weight.scales[row // 16, column // 64, r * 4 + hi * 2 + half]
+                == (scales[row, column // 32])
+            )
+
+
+def test_join() -> None:
+    one = pack(*draw(torch.int8, BF16, 16, 64))
+    two = pack(*draw(torch.int8, BF16, 32, 64)[:2])
+    joined = join([one, two])
+    assert torch.equal(joined.dense(), torch.cat([one.dense(), two.dense()]))
+    with pytest.raises(ValueError, match="one form"):
+        join([one, pack(*draw(torch.uint8, BF16, 16, 64))])
+
+
+def test_refusals() -> None:
+    codes, scales, row_scales = draw(torch.uint8, BF16, 16, 64)
+    with pytest.raises(ValueError, match=r"multiples of 64, got \[16, 32\]"):
+        pack(codes[:, :32])
+    with pytest.raises(ValueError, match=r"weight_scales must have shape \[1, 1, 32\]"):
+        pack(codes, scales[:, :1].repeat(1, 4))
+    with pytest.raises(TypeError, match=r"weight_scales must be .* got torch.float32"):
+        pack(codes, scales.float())
+    with pytest.raises(ValueError, match="weight_row_scales must have shape"):
+        pack(codes, scales, row_scales[:8])
+    with pytest.raises(TypeError, match="codes in uint8, int8 or float8_e4m3fn"):
+        packed.check("weight", codes.float(), None, None)
+    assert isinstance(pack(codes, scales), PackedWeight)
