@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, opset
 from .packed import PackedWeight
 
 NAMES = ("codes", "scales", "row_scales")
@@ -63,6 +63,12 @@ class PackedParameter(nn.Module):
         return self
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether compiled kernels run on this device."""
+    kernels = opset.kernels
+    return bool(kernels.names) and kernels.covers(device)
+
+
 def product(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., D] times the transpose of a weight [N, D], dense or packed, plus the bias."""
     if isinstance(weight, Tensor):
@@ -102,6 +108,7 @@ class PackedEmbedding(nn.Embedding):
     """Rows of a packed table W [N, D], in `dtype`, times `scale`; only these rows are unpacked."""
 
     weight: PackedParameter  # type: ignore[assignment]
+    like: Tensor
     PARTS: ClassVar = {"weight": PackedParameter}
 
     def __init__(

@@ -22,7 +22,7 @@ from gemma4_kernels.ops.linear import linear_small_pays
 from gemma4_kernels.ops.moe import moe_small_pays
 
 from .layers import DecoderLayer, call_layer
-from .modules import RMSNorm
+from .modules import RMSNorm, Weight
 from .steps import DecodePlan
 
 
@@ -54,7 +54,7 @@ class Residual:
     def times(
         self,
         norm: RMSNorm | None,
-        weight: Tensor,
+        weight: Weight,
         *,
         factor: Tensor | None = None,
         gated: bool = False,
@@ -115,21 +115,23 @@ def run(
 
 def head(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> Tensor:
     """norm(x) through a plain linear layer, in one launch where that pays."""
+    weight = _joined(plan, linear)
     if id(linear) not in plan.fitting:
-        plan.fitting[id(linear)] = _head_fits(residual, norm, linear, plan)
+        plan.fitting[id(linear)] = weight is not None and _head_fits(residual, norm, weight, plan)
     if plan.fitting[id(linear)]:
-        assert isinstance(norm, RMSNorm)  # the head fits
-        return residual.times(norm, linear.weight)[0]
+        assert isinstance(norm, RMSNorm) and weight is not None  # the head fits
+        return residual.times(norm, weight)[0]
     logits: Tensor = linear(normed(residual, norm, plan))
     return logits
 
 
-def _head_fits(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> bool:
-    if not plan.plain(norm, RMSNorm) or linear.bias is not None:
+def _head_fits(residual: Residual, norm: nn.Module, weight: Weight, plan: DecodePlan) -> bool:
+    if not plan.plain(norm, RMSNorm):
         return False
     alike = residual.norm is None or residual.norm.eps == norm.eps
-    same = {residual.x.dtype} == {norm.weight.dtype, linear.weight.dtype}
-    return alike and same and linear_small_pays(residual.x, linear.weight, norm.weight, False)
+    dense = {weight.dtype} if isinstance(weight, Tensor) else set()
+    same = {residual.x.dtype} == {norm.weight.dtype} | dense
+    return alike and same and linear_small_pays(residual.x, weight, norm.weight, False)
 
 
 def normed(residual: Residual, norm: nn.Module, plan: DecodePlan) -> Tensor:
@@ -166,7 +168,7 @@ def _fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
 
 def _products(
     layer: DecoderLayer, plan: DecodePlan
-) -> Iterator[tuple[Tensor | None, RMSNorm | None, bool]]:
+) -> Iterator[tuple[Weight | None, RMSNorm | None, bool]]:
     """Weight, norm before it, whether it is gated; no weight where one product cannot be made."""
     attention, mlp = layer.self_attn, layer.mlp
     yield _joined(plan, *attention.linears), layer.input_layernorm, False
@@ -184,17 +186,15 @@ def _experts_fit(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
     mlp, experts = layer.mlp, layer.experts
     gate_up, down = _joined(plan, mlp.gate_proj, mlp.up_proj), _joined(plan, mlp.down_proj)
     router = _joined(plan, layer.router.proj)
-    if gate_up is None or down is None or router is None:
+    if gate_up is None or down is None or not isinstance(router, Tensor):
         return False
     opening = _opening(layer, x_TD, x_TD, gate_up, router)
-    return moe_small_pays(
-        opening, (experts.gate_up_proj, experts.down_proj), layer.router.top_k, down
-    )
+    return moe_small_pays(opening, experts.weights, layer.router.top_k, down)
 
 
 def _opening(
-    layer: DecoderLayer, branch_TD: Tensor, x_TD: Tensor, gate_up: Tensor, router: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layer: DecoderLayer, branch_TD: Tensor, x_TD: Tensor, gate_up: Weight, router: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Weight, Tensor, Tensor, Tensor]:
     """What `ops.moe_open` is given."""
     norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
     expert_norm = layer.pre_feedforward_layernorm_2
@@ -207,24 +207,24 @@ def _with_experts(
     layer: DecoderLayer,
     branch_TD: Tensor,
     x_TD: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    router: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    router: Weight,
 ) -> tuple[Tensor, Two]:
     """x after attention, whose output comes as the branch, and what is to be added to it."""
+    assert isinstance(router, Tensor)  # the experts fit
     opening = _opening(layer, branch_TD, x_TD, gate_up, router)
     eps = layer.post_attention_layernorm.eps
     dense_x, logits_TE, expert_x, x_TD = ops.moe_open(*opening, eps)
     experts, scale, k = layer.experts, layer.router.per_expert_scale, layer.router.top_k
-    weights = experts.gate_up_proj, experts.down_proj
     routed_TD, dense_TD = ops.moe_experts_small(
-        expert_x, *weights, logits_TE, scale, k, dense_x, down
+        expert_x, *experts.weights, logits_TE, scale, k, dense_x, down
     )
     norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
     return x_TD, Two(dense_TD, norms[0], routed_TD, norms[1])
 
 
-def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
+def _joined(plan: DecodePlan, *linears: nn.Linear) -> Weight | None:
     one = plan.joined(*linears)
     return None if one is None or one[1] is not None else one[0]
 
@@ -235,7 +235,7 @@ def step(
     """The layer, which `fits`; ple: the per-layer inputs [T, L, P] and which of them it takes."""
     attention, mlp = layer.self_attn, layer.mlp
 
-    def weight(*linears: nn.Linear) -> Tensor:
+    def weight(*linears: nn.Linear) -> Weight:
         one = _joined(plan, *linears)
         assert one is not None  # the layer fits
         return one

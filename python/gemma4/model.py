@@ -28,7 +28,7 @@ from .inputs import checked_shape, restarting
 from .layers import DecoderLayer, call_layer
 from .layout import Layout, make_layout
 from .loss import causal_lm_loss
-from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
+from .modules import LINEAR, RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
 from .recompute import CheckpointOptions, RunLayer, recomputing
 from .steps import CachePlan, DecodePlan, PackedPlan, refuse_gradient
@@ -149,7 +149,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
         0."""
         stack, head, cap = self.model, self.lm_head, self.config.final_logit_softcapping
         plain = plan.plain(self, Gemma4ForCausalLM) and plan.plain(stack, Gemma4TextModel)
-        if not (plain and plan.plain(head, nn.Linear)):
+        if not (plain and plan.plain(head, LINEAR)):
             return self(ids_B[:, None], cache=plan).logits[:, -1], 0.0
         plan.keys = {}
         x_TD, ple_TLP = first_inputs(stack, plan, ids_B[:, None])
@@ -161,7 +161,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
     def logits(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """[T, D] normed hidden states to soft-capped logits [T, V]."""
         head = self.lm_head
-        logits = head(x_TD) if is_plain(head, nn.Linear) else layout.call(head, x_TD)
+        logits = head(x_TD) if is_plain(head, LINEAR) else layout.call(head, x_TD)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else ops.softcap(logits, cap)
 
