@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import ops
+from gemma4_kernels.packed_linear import PackedEmbedding
 
 from .modules import EMBEDDING, LINEAR, RMSNorm, RotaryEmbedding, ScaledEmbedding
 from .steps import PackedPlan
