@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma4_kernels.packed import COLUMNS, GROUPS, HALF_SCALES, ROWS, PackedWeight, pack
-from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear, PackedParameter
+from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear
 
 from ..experts import Experts, Router
 from ..modules import ScaledEmbedding
@@ -118,8 +118,7 @@ def install(model: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtyp
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, Experts):
-        delattr(module, leaf)  # torch puts no module in a parameter's place
-        setattr(module, leaf, PackedParameter(weight))
+        module.pack(leaf, weight)
         return
     parent, _, own = path.rpartition(".")
     new: nn.Module
