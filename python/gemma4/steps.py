@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
 from gemma4_kernels.fusion import M, is_plain, why_not_fused
+from gemma4_kernels.joined import joined
 from gemma4_kernels.ops.attention import MOST_GROUP
 from gemma4_kernels.reference.attention import COUNTERS
 
 from .cache import PAGE_SIZE, Cache
 from .layout import Layout, cumulative
-from .modules import joined
 
 # The caches of k and v, and which of their slots, over all rows, the new tokens take.
 Slots: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -116,7 +116,7 @@ class PackedPlan:
         return why_not_fused(module, cls) is None
 
     def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
-        """As `modules.joined`."""
+        """As `gemma4_kernels.joined`."""
         return joined(*linears)
 
     def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
