@@ -30,6 +30,7 @@ from torch import Tensor
 from .reference.common import check_same_device, check_shape
 
 ROWS, COLUMNS = 16, 64  # of a tile
+CODES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 HALF_SCALES = (torch.bfloat16, torch.float16)
 # Columns that share a scale, by its dtype; float32 is a tile's.
 GROUPS = {
@@ -179,7 +180,7 @@ def join(weights: Sequence[PackedWeight]) -> PackedWeight:
 
 def check(name: str, codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> None:
     """TypeError or ValueError where these are no packed weight, in the words of an op's check."""
-    if codes.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+    if codes.dtype not in CODES:
         raise TypeError(
             f"{name} must hold codes in uint8, int8 or float8_e4m3fn, got {codes.dtype}"
         )

@@ -8,12 +8,14 @@
 namespace binding {
 namespace {
 
-std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor residual,
+std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor weight_scales,
+                                        OptionalTensor weight_row_scales, OptionalTensor residual,
                                         OptionalTensor post_weight, OptionalTensor scale,
                                         OptionalTensor norm_weight, OptionalTensor factor,
                                         OptionalTensor x_weight, OptionalTensor other,
                                         OptionalTensor other_weight, double eps, bool gated) {
   Call call(x);
+  STD_TORCH_CHECK(!weight_scales && !weight_row_scales, "there is no kernel for packed weights");
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be [T, D] and weight [N, D]");
   const int64_t tokens = x.size(0), width = x.size(1), rows = weight.size(0) / (gated ? 2 : 1);
   const bool normed = residual || norm_weight;

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import emulated, float64
 from support.backends import BF16, FP16, FP32, FP64
-from support.cases import BRANCHES, under_autocast
+from support.cases import BRANCHES, public, under_autocast
 from support.expect import assert_close_to_float64
 from support.marks import needs_compiler
 from support.samples import samples
@@ -18,7 +18,7 @@ import gemma4_kernels
 from gemma4_kernels import opset
 
 PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts", "linear_small")
-PRODUCTS += ("moe_open", "moe_experts_small")
+PRODUCTS += ("linear_packed", "moe_open", "moe_experts_small")
 
 
 def mixed(name, dtype=BF16, grad=False, case="usual"):
@@ -82,7 +82,7 @@ def test_compiles_without_graph_breaks(device_backend, name, active, training):
 
     def call(arguments):
         with autocast(device) if active else contextlib.nullcontext():
-            return function(**arguments)
+            return function(**public(name, arguments))
 
     torch.compiler.reset()
     torch.manual_seed(1)
@@ -258,7 +258,7 @@ def test_fakes_inside_autocast(name):
     arguments, function = mixed(name), getattr(gemma4_kernels, name)
     on_meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
     with autocast():
-        fakes = function(**on_meta)
-    expected = function(**arguments)
+        fakes = function(**public(name, on_meta))
+    expected = function(**public(name, arguments))
     for fake, e in zip(flat(fakes), flat(expected), strict=True):
         assert fake.is_meta and fake.shape == e.shape and fake.dtype == e.dtype

@@ -13,9 +13,12 @@ from torch import Tensor
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.ops.linear import parts_of
 from gemma4_kernels.ops.logits import sample_counters
+from gemma4_kernels.packed import CODES, PackedWeight
 from gemma4_kernels.reference.attention import COUNTERS
 
+from . import packed
 from .backends import FP32, Backend, in_dtypes
 
 Arguments = dict[str, Any]
@@ -44,7 +47,29 @@ def complete(op: str, arguments: Arguments) -> Arguments:
     public = getattr(gemma4_kernels, op, None)  # a backward has none
     parameters = inspect.signature(public).parameters.values() if public else ()
     given = {p.name: p.default for p in parameters} | arguments
+    for name in packable(op):
+        if f"{name}_scales" not in arguments:
+            given |= zip(_parts(name), parts_of(given[name]), strict=True)
     return {name: given[name] for name in opset.OPS[op].names}
+
+
+def packable(op: str) -> list[str]:
+    """The weights of an op that may be packed."""
+    return [n for n in opset.OPS[op].names if f"{n}_row_scales" in opset.OPS[op].names]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_scales", f"{name}_row_scales"
+
+
+def public(op: str, arguments: Arguments) -> Arguments:
+    """All that the schema names as the public function takes it: a packed weight is one."""
+    given = dict(arguments)
+    for name in packable(op):
+        codes, *scales = (given.pop(part) for part in _parts(name))
+        is_packed = getattr(codes, "dtype", None) in CODES or scales != [None, None]
+        given[name] = PackedWeight(codes, *scales) if is_packed else codes
+    return given
 
 
 def rms_norm(
@@ -139,6 +164,13 @@ def geglu(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
     return {"gate_up": b.randn(*shape[:-1], 2 * shape[-1], dtype=dtype, std=2.0)}
 
 
+def linear_packed(
+    b: Backend, tokens: int, width: int, rows: int, *, dtype: torch.dtype = FP32, **form: Any
+) -> Arguments:
+    weight = packed.weight(rows, width, **form).to(b.device)
+    return {"x": b.randn(tokens, width, dtype=dtype, std=2.0), "weight": weight}
+
+
 def linear_small(
     b: Backend,
     tokens: int,
@@ -146,9 +178,10 @@ def linear_small(
     rows: int,
     *parts: str,
     dtype: torch.dtype = FP32,
+    form: dict[str, Any] | None = None,
 ) -> Arguments:
     """To so many rows of y, with the arguments that `parts` names; "gated" is one, and a residual
-    brings its post_weight, another branch both weights."""
+    brings its post_weight, another branch both weights. `form` is a packed weight's."""
     gated = "gated" in parts
     given = {"x", "weight", *parts} | ({"post_weight"} if "residual" in parts else set())
     given |= {"x_weight", "other_weight"} if "other" in parts else set()
@@ -164,6 +197,8 @@ def linear_small(
         "other": b.randn(tokens, width, dtype=dtype),
         "other_weight": b.weight(width, dtype=dtype),
     }
+    if form is not None:
+        made["weight"] = packed.weight(rows * (1 + gated), width, **form).to(b.device)
     return {n: x for n, x in made.items() if n in given} | {"gated": gated}
 
 

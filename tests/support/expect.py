@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma4_kernels.packed import PackedWeight
+
 
 def assert_close_to_float64(
     actual: Tensor,
@@ -73,6 +75,8 @@ def assert_refused(
 
 
 def _swap_device(value: Any) -> Any:
+    if isinstance(value, PackedWeight):
+        return PackedWeight(*map(_swap_device, value.parts))
     if not isinstance(value, Tensor):
         return value
     return torch.zeros_like(value, device="cpu") if value.is_meta else value.to("meta")

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_kernels.packed import PackedWeight
+
+from . import packed
+
 
 def _formula(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives the formula its tensors on the CPU, the floating ones in float64."""
+    """Gives the formula its tensors on the CPU, the floating ones in float64, packed ones dense."""
 
     def convert(value: Any) -> Any:
+        if isinstance(value, PackedWeight):
+            return packed.dense(value.to("cpu"))
         if not isinstance(value, Tensor):
             return value
         return (value.double() if value.is_floating_point() else value).cpu()
@@ -95,6 +101,11 @@ def geglu(gate_up, dtype=None):
     width = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :width], gate_up[..., width:]
     return _round(_round(gelu_tanh(gate), dtype) * up, dtype)
+
+
+@_formula
+def linear_packed(x, weight, dtype=None):
+    return _round(x @ _round(weight, dtype).T, dtype)
 
 
 @_formula

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cases
 from .backends import BF16, EAGER, FP32, Backend
-from .cases import Arguments, complete
+from .cases import Arguments, complete, public
 
 Cases = dict[str, Arguments]
 
@@ -174,6 +174,16 @@ def qkv_attention_decode(b: Leaves) -> Cases:
 OPEN = ("residual", "post_weight", "scale", "norm_weight")
 
 
+def linear_packed(b: Leaves) -> Cases:
+    eight = {"codes": torch.int8, "scales": None}
+    return {
+        "usual": cases.linear_packed(b, 3, 64, 32),
+        "eight bits": cases.linear_packed(b, 2, 128, 16, **eight),
+        "transposed": cases.linear_packed(b, 3, 64, 16) | {"x": b.turned(3, 64)},
+        "empty": cases.linear_packed(b, 0, 64, 16),
+    }
+
+
 def linear_small(b: Leaves) -> Cases:
     turned = {"x": b.turned(3, 8), "weight": b.turned(6, 8), "residual": b.turned(3, 8)}
     return {
@@ -182,6 +192,7 @@ def linear_small(b: Leaves) -> Cases:
         "gated": cases.linear_small(b, 3, 8, 6, "norm_weight", "gated"),
         "two branches": cases.linear_small(b, 3, 8, 6, *OPEN, "other"),
         "odd": cases.linear_small(b, 2, 7, 5, *OPEN),
+        "packed": cases.linear_small(b, 2, 64, 32, "norm_weight", "gated", form={}),
         "transposed": cases.linear_small(b, 3, 8, 6, *OPEN) | turned,
         "empty": cases.linear_small(b, 0, 8, 6, *OPEN),
     }
@@ -275,7 +286,7 @@ def ple_gate(b: Leaves) -> Cases:
 SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
-        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
+        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_packed, linear_small),
         *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
         *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
     )
@@ -284,6 +295,10 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
 
 def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+# With scales of both kinds.
+PACKED = {"row_scales": True}
 
 
 def served(op: str) -> Arguments:
@@ -307,8 +322,11 @@ def served(op: str) -> Arguments:
     if op == "qkv_attention_decode":
         options = dict(dtype=BF16, window=4, softcap=30.0, block_table=ints([0], [1]))
         return complete(op, cases.qkv_attention_decode(b, (3, 8), 8, 4, 2, 64, **options))
+    if op == "linear_packed":
+        return complete(op, cases.linear_packed(b, 3, 64, 16, **PACKED, dtype=BF16))
     if op == "linear_small":
-        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
+        parts = *OPEN, "other", "factor"
+        return complete(op, cases.linear_small(b, 3, 64, 16, *parts, form=PACKED, dtype=BF16))
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
@@ -334,7 +352,7 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
     copies = {
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
-    result = getattr(backend.ops, op)(**copies)
+    result = getattr(backend.ops, op)(**public(op, copies))
     caches = op in ("qkv_norm_rope_cache", "qkv_attention_decode")
     written = [copies[n] for n in ("k_cache", "v_cache") if caches]
     written += [copies[n] for n in ("ids", "done", "counters") if op == "sample"]

@@ -78,7 +78,7 @@ def _close_into_gate(
         return None
     x, old, times = (t.flatten(0, -2) for t in (branch, residual, factor))
     opening = old, post.weight, None, None, times, None, None, None
-    args = (x, linear.weight, *opening, post.eps, False)
+    args = (x, linear.weight, None, None, *opening, post.eps, False)
     trained = opset.needs_grad(*args) or torch.is_autocast_enabled(device.type)
     if linear.bias is not None or trained or not opset.OPS["linear_small"].pays(args):
         return None
