@@ -142,7 +142,7 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             other = draw.strided(tokens, width) if two else None
             x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
             norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
-            yield x, weight, *norms, EPS, gated
+            yield x, weight, None, None, *norms, EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:
