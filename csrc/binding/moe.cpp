@@ -30,8 +30,12 @@ std::tuple<Tensor, Tensor> moe_route(Tensor logits, Tensor per_expert_scale, int
   return {weights, experts};
 }
 
-Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights) {
+Tensor moe_experts(Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
+                   OptionalTensor gate_up_row_scales, Tensor down, OptionalTensor down_scales,
+                   OptionalTensor down_row_scales, Tensor experts, Tensor weights) {
   Call call(x);
+  STD_TORCH_CHECK(!gate_up_scales && !gate_up_row_scales && !down_scales && !down_row_scales,
+                  "there is no kernel for packed experts");
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && experts.dim() == 2,
                   "x must be [T, D], down [E, D, F] and experts [T, K]");
   const int64_t tokens = x.size(0), width = x.size(1), k = experts.size(1);
@@ -82,6 +86,8 @@ Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, Tensor post_weight,
                                                     Tensor norm_weight, Tensor gate_up,
+                                                    OptionalTensor gate_up_scales,
+                                                    OptionalTensor gate_up_row_scales,
                                                     Tensor expert_weight, Tensor router_scale,
                                                     Tensor router, double eps) {
   Call call(x);
@@ -132,9 +138,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, T
   return {hidden, logits, expert_x, new_residual};
 }
 
-std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor down, Tensor logits,
-                                             Tensor per_expert_scale, int64_t k, Tensor dense_x,
-                                             Tensor dense) {
+std::tuple<Tensor, Tensor> moe_experts_small(
+    Tensor x, Tensor gate_up, OptionalTensor gate_up_scales, OptionalTensor gate_up_row_scales,
+    Tensor down, OptionalTensor down_scales, OptionalTensor down_row_scales, Tensor logits,
+    Tensor per_expert_scale, int64_t k, Tensor dense_x, Tensor dense, OptionalTensor dense_scales,
+    OptionalTensor dense_row_scales) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && logits.dim() == 2 && dense.dim() == 2,
                   "x must be [T, D], down [E, D, F], logits [T, E] and dense [D, N]");
