@@ -14,7 +14,7 @@ from torch import Tensor
 import gemma4_kernels
 from gemma4_kernels import opset
 from gemma4_kernels.ops.logits import sample_counters
-from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.reference.decode import COUNTERS
 
 from .backends import FP32, Backend, in_dtypes
 
