@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gemma4_kernels import extension, ops
 from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
-from gemma4_kernels.packed_linear import LINEAR
+from gemma4_kernels.packed_linear import LINEAR, PackedLinear, PackedParameter
 
 from . import decode_layers
 from .base import PreTrainedModel
@@ -61,8 +61,13 @@ class Gemma4ForCausalLM(PreTrainedModel):
 
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if the config says so; nothing else does."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.config.tie_word_embeddings:
+            return
+        weight = self.model.embed_tokens.weight
+        if isinstance(weight, PackedParameter):
+            self.lm_head = PackedLinear(weight)
+        else:
+            self.lm_head.weight = weight
 
     def loaded(self, folder: Path) -> None:
         self.tie_weights()

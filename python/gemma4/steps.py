@@ -16,17 +16,11 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
-<<<<<<< HEAD
 from gemma4_kernels.fusion import Classes, M, is_plain, why_not_fused
 from gemma4_kernels.joined import joined
-from gemma4_kernels.ops.attention import MOST_GROUP
-from gemma4_kernels.packed import Weight
-from gemma4_kernels.reference.attention import COUNTERS
-=======
-from gemma4_kernels.fusion import M, is_plain, why_not_fused
 from gemma4_kernels.ops.decode import MOST_GROUP
+from gemma4_kernels.packed import Weight
 from gemma4_kernels.reference.decode import COUNTERS
->>>>>>> cache8
 
 from .cache import PAGE_SIZE, Cache
 from .layout import Layout, cumulative
