@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "packed.h"
 
 namespace gemma4 {
 
