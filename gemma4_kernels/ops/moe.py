@@ -13,6 +13,7 @@ from .linear import (
     MOST_NORMED_WIDTH,
     MOST_TOKENS,
     lies_ready,
+    packed_unserved,
     parts_of,
 )
 
