@@ -158,12 +158,12 @@ def pack(
     packed = tiles.view(*codes.shape[:-2], *tiles.shape[1:]).to(codes.device)
     if scales is not None and scales.dtype in GROUPS:
         each = COLUMNS // GROUPS[scales.dtype]
-        scales = scales.contiguous()
-        raw = scales.view(torch.uint8) if scales.itemsize == 1 else scales
-        raw = raw.unflatten(-1, (-1, each)).unflatten(-3, (-1, 2, 8))
-        n = raw.ndim - 5
-        raw = raw.permute(*range(n), n, n + 3, n + 2, n + 1, n + 4).flatten(-3)
-        scales = raw.contiguous().view(scales.dtype)
+        raw = scales.cpu().contiguous().view(torch.uint8 if scales.itemsize == 1 else torch.int16)
+        *lead, height, groups = scales.shape
+        split = raw.numpy().reshape(-1, height // ROWS, 2, 8, groups // each, each)
+        tiles = torch.from_numpy(np.ascontiguousarray(split.transpose(0, 1, 4, 3, 2, 5)))
+        tiles = tiles.view(*lead, height // ROWS, groups // each, ROWS * each)
+        scales = tiles.view(scales.dtype).to(scales.device)
     weight = PackedWeight(packed, scales, row_scales)
     check("weight", *weight.parts)
     return weight
@@ -176,10 +176,14 @@ def _words(codes: Tensor) -> Words:
     if codes.dtype == torch.uint8:
         codes = (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32)
     # From 0 1 2 3 4 5 6 7 to 0 2 1 3 4 6 5 7, and by bytes on to 0 2 4 6 1 3 5 7.
-    words: Words = codes.cpu().numpy()
+    words: Words = codes.cpu().numpy().copy()
     for bits, mask in ((4, 0x00F000F0), (8, 0x0000FF00)):
-        unlike = (words >> bits ^ words) & mask
-        words = words ^ unlike ^ unlike << bits
+        unlike = words >> bits
+        unlike ^= words
+        unlike &= mask
+        words ^= unlike
+        unlike <<= bits
+        words ^= unlike
     return words
 
 

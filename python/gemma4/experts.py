@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.fusion import is_plain
-from gemma4_kernels.packed import Weight
+from gemma4_kernels.packed import PackedWeight, Weight
 from gemma4_kernels.packed_linear import PackedParameter, product
 
 from .config import Gemma4TextConfig
@@ -43,13 +43,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' weights, [E, 2F, D] gate rows first and [E, D, F], dense or packed."""
+    """The experts' weights, [E, 2F, D] gate rows first and [E, D, F].
 
-    gate_up_proj: nn.Parameter | PackedParameter
-    down_proj: nn.Parameter | PackedParameter
+    A packed one is a module, and no longer called a projection: adapters of the linear layers of
+    that name would take it for one.
+    """
+
     PARTS: ClassVar = {
         "act_fn": GELUTanh,
-        **dict.fromkeys(("gate_up_proj", "down_proj"), PackedParameter),
+        **dict.fromkeys(("gate_up_packed", "down_packed"), PackedParameter),
     }
 
     def __init__(self, config: Gemma4TextConfig):
@@ -65,11 +67,17 @@ class Experts(nn.Module):
     @property
     def weights(self) -> tuple[Weight, Weight]:
         """gate_up and down."""
-        one, other = (
-            weight() if isinstance(weight, PackedParameter) else weight
-            for weight in (self.gate_up_proj, self.down_proj)
-        )
-        return one, other
+        return self._weight("gate_up"), self._weight("down")
+
+    def _weight(self, name: str) -> Weight:
+        held = self._modules.get(f"{name}_packed")
+        weight: Weight = getattr(self, f"{name}_proj") if held is None else held()
+        return weight
+
+    def pack(self, name: str, weight: PackedWeight) -> None:
+        """Puts a packed weight in the place of the parameter `name`."""
+        delattr(self, name)
+        setattr(self, name.replace("_proj", "_packed"), PackedParameter(weight))
 
     def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         gate_up, down = self.weights

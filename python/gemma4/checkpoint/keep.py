@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from gemma4_kernels.packed import COLUMNS, GROUPS, HALF_SCALES, ROWS, PackedWeight, pack
-from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear, PackedParameter
+from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear
 
 from ..experts import Experts, Router
 from ..modules import ScaledEmbedding
@@ -43,27 +44,39 @@ def read(
     """A weight [..., N, D] of sources, each the rows from a number on; None where no packed form
     holds its numbers, or it has no whole tiles.
 
-    No more than a piece of it is in memory beside what becomes of it.
+    No more than a piece for each thread is in memory beside what becomes of it.
     """
     rows, columns = shape[-2:]
     if rows % ROWS or columns % COLUMNS:
         return None
-    whole: PackedWeight | None = None
+    pieces = []
     for source, first in sources:
         count = math.prod(source.shape[:-1])
         if count % ROWS:
             return None
-        for begin, end in source.pieces(count, columns, ROWS):
-            quants = source.quants(begin, end, columns)
-            if quants is None:
-                return None
-            piece = pack(*quants)
-            if whole is None:
-                whole = _like(piece, shape, device, pinned)
-            if _form(piece) != _form(whole):
-                return None
-            _put(whole, piece, first + begin, first + end)
-    return whole
+        pieces += [(source, first, *ends) for ends in source.pieces(count, columns, ROWS)]
+
+    def made(source: Packed, begin: int, end: int) -> PackedWeight | None:
+        quants = source.quants(begin, end, columns)
+        return None if quants is None else pack(*quants)
+
+    source, first, begin, end = pieces[0]
+    piece = made(source, begin, end)
+    if piece is None:
+        return None
+    whole = _like(piece, shape, device, pinned)
+    _put(whole, piece, first + begin, first + end)
+
+    def put(job: tuple[Packed, int, int, int]) -> bool:
+        source, first, begin, end = job
+        piece = made(source, begin, end)
+        if piece is None or _form(piece) != _form(whole):
+            return False
+        _put(whole, piece, first + begin, first + end)
+        return True
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return whole if all(pool.map(put, pieces[1:])) else None
 
 
 def _form(weight: PackedWeight) -> list[torch.dtype | None]:
@@ -105,8 +118,7 @@ def install(model: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtyp
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, Experts):
-        delattr(module, leaf)  # torch puts no module in a parameter's place
-        setattr(module, leaf, PackedParameter(weight))
+        module.pack(leaf, weight)
         return
     parent, _, own = path.rpartition(".")
     new: nn.Module

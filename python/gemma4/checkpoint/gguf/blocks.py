@@ -7,6 +7,7 @@ what ggml itself makes of them.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,26 +109,25 @@ def q6_k(x: Tensor) -> Tensor:
     return code.mul_(scale[..., None]).flatten(1)
 
 
-def _shifted(words: Tensor, bits: int) -> Tensor:
-    """words >> bits, of which numpy makes whole vectors."""
-    return torch.from_numpy(words.numpy() >> bits)
-
-
 def _words(data: Tensor) -> Tensor:
-    """Words of eight codes, [M, 4], of which the first 16 stand in the low halves of 16 bytes."""
-    data = data.contiguous().view(torch.int64)
-    words = []
-    for half in (data, _shifted(data, 4)):
+    """Words of eight codes, [M, 4], of which the first 16 stand in the low halves of 16 bytes.
+
+    In numpy, which shifts whole vectors where torch goes number by number.
+    """
+    bytes_ = np.ascontiguousarray(data.numpy()).view(np.int64)
+    words = np.empty((len(bytes_), 4), np.int32)
+    for half in (0, 1):
         # Eight codes in eight bytes move together, two and two and two.
-        code = half & 0x0F0F0F0F0F0F0F0F
-        code = (code | _shifted(code, 4)) & 0x00FF00FF00FF00FF
-        code = (code | _shifted(code, 8)) & 0x0000FFFF0000FFFF
-        words.append((code | _shifted(code, 16)).to(torch.int32))
-    return torch.cat(words, 1)
+        code = (bytes_ >> 4 * half) & 0x0F0F0F0F0F0F0F0F
+        for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF)):
+            code |= code >> shift
+            code &= mask
+        words[:, 2 * half : 2 * half + 2] = code.astype(np.int32)
+    return torch.from_numpy(words)
 
 
 def _d(blocks: Tensor) -> Tensor:
-    return blocks[:, :2].contiguous().view(torch.float16)
+    return blocks.view(torch.float16)[:, :1].contiguous()
 
 
 # Codes and scales of blocks, [M, words or values] and [M, 1], for what the kernels multiply.
