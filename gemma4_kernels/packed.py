@@ -130,6 +130,9 @@ class PackedWeight:
         return self.rows(0, self.shape[0]).to(dtype)
 
 
+Weight: TypeAlias = Tensor | PackedWeight
+
+
 def pack(
     codes: Tensor, scales: Tensor | None = None, row_scales: Tensor | None = None
 ) -> PackedWeight:

@@ -14,7 +14,7 @@ from .. import reference
 from ..ops.attention import HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
-from ..reference.attention import COUNTERS
+from ..reference.decode import COUNTERS
 
 HOST = torch.device("cpu")
 EPS = 1e-6

@@ -40,6 +40,8 @@ def _packed_unserved(
 ) -> str | None:
     if x.ndim != 2 or weight.ndim != 3:
         return f"it is for x [T, D] and one weight, got {list(x.shape)}, {list(weight.shape)}"
+    if x.shape[0] > MOST_TOKENS:
+        return f"it is for at most {MOST_TOKENS} tokens, got {x.shape[0]}"
     return packed_unserved("weight", weight, weight_scales, weight_row_scales)
 
 
@@ -102,8 +104,6 @@ def _unserved(
         return f"it is for at most {MOST_TOKENS} tokens, got {tokens}"
     if width % 8 or rows % (16 if gated else 8):
         return f"it is for widths that are multiples of 8, got {list(weight.shape)}"
-    if is_packed:
-        return "it is for dense weights"
     if is_packed and gated and rows % 32:
         return (
             f"a gated packed weight must have two halves of whole tiles, got {list(weight.shape)}"

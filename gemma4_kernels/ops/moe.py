@@ -13,6 +13,7 @@ from .linear import (
     MOST_NORMED_WIDTH,
     MOST_TOKENS,
     lies_ready,
+    packed_unserved,
     parts_of,
 )
 
@@ -86,7 +87,10 @@ def _packed_unserved(**weights: reference.Parts) -> str | None:
     if not all(map(is_packed, weights.values())):
         *others, last = weights
         return f"it is for {', '.join(others)} and {last} that are all packed or all dense"
-    return "there is none for packed weights"
+    for name, parts in weights.items():
+        if reason := packed_unserved(name, *parts):
+            return reason
+    return None
 
 
 def _experts_unserved(
@@ -201,7 +205,7 @@ def _open_unserved(
 ) -> str | None:
     parts = gate_up, gate_up_scales, gate_up_row_scales
     if is_packed(parts):
-        return _packed_unserved(gate_up=parts)
+        return "there is none for packed weights"
     if x.ndim != 2 or gate_up.ndim != 2 or router.ndim != 2:
         return "it is for x [T, D], gate_up [2F, D] and router [E, D]"
     tokens, width = x.shape
@@ -295,7 +299,7 @@ def _experts_small_unserved(
         "dense": (dense, dense_scales, dense_row_scales),
     }
     if any(map(is_packed, weights.values())):
-        return _packed_unserved(**weights)
+        return "there is none for packed weights"
     if x.ndim != 2 or down.ndim != 3 or dense.ndim != 2:
         return "it is for x [T, D], down [E, D, F] and dense [D, N]"
     tokens, num_experts = x.shape[0], down.shape[0]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import ops
-from gemma4_kernels.packed_linear import PackedEmbedding
+from gemma4_kernels.packed_linear import LINEAR, PackedEmbedding
 
-from .modules import EMBEDDING, LINEAR, RMSNorm, RotaryEmbedding, ScaledEmbedding
+from .modules import EMBEDDING, RMSNorm, RotaryEmbedding, ScaledEmbedding
 from .steps import PackedPlan
 
 if TYPE_CHECKING:

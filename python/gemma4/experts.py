@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.fusion import is_plain
-from gemma4_kernels.packed import PackedWeight
+from gemma4_kernels.packed import PackedWeight, Weight
 from gemma4_kernels.packed_linear import PackedParameter, product
 
 from .config import Gemma4TextConfig
-from .modules import GELUTanh, UnscaledRMSNorm, Weight, linear
+from .modules import GELUTanh, UnscaledRMSNorm, linear
 
 
 class Router(nn.Module):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import cosines_and_sines, gelu_mul
 from gemma4_kernels.fusion import is_plain
-from gemma4_kernels.packed_linear import product
+from gemma4_kernels.packed_linear import LINEAR, product
 
 from .config import FULL, Gemma4TextConfig
 from .experts import Experts, Router
 from .layout import Layout
-from .modules import LINEAR, GELUTanh, RMSNorm, UnscaledRMSNorm, linear, rotated
+from .modules import GELUTanh, RMSNorm, UnscaledRMSNorm, linear, rotated
 from .steps import DecodePlan, Keys, PackedPlan
 
 # The layout of the last columns, and which of the packed tokens these are.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gemma4_kernels import extension, ops
 from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
-from gemma4_kernels.packed_linear import PackedLinear, PackedParameter
+from gemma4_kernels.packed_linear import LINEAR, PackedLinear, PackedParameter
 
 from . import decode_layers
 from .base import PreTrainedModel
@@ -29,7 +29,7 @@ from .inputs import checked_shape, restarting
 from .layers import DecoderLayer, call_layer
 from .layout import Layout, make_layout
 from .loss import causal_lm_loss
-from .modules import LINEAR, RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
+from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
 from .recompute import CheckpointOptions, RunLayer, recomputing
 from .steps import CachePlan, DecodePlan, PackedPlan, refuse_gradient

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
 from gemma4_kernels.fusion import Classes, M, is_plain, why_not_fused
-from gemma4_kernels.ops.attention import MOST_GROUP
-from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.joined import joined
+from gemma4_kernels.ops.decode import MOST_GROUP
+from gemma4_kernels.packed import Weight
+from gemma4_kernels.reference.decode import COUNTERS
 
 from .cache import PAGE_SIZE, Cache
 from .layout import Layout, cumulative
-from .modules import Weight, joined
 
 # The caches of k and v, and which of their slots, over all rows, the new tokens take.
 Slots: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -119,7 +120,7 @@ class PackedPlan:
         return why_not_fused(module, cls) is None
 
     def joined(self, *linears: nn.Linear) -> tuple[Weight, Tensor | None] | None:
-        """As `modules.joined`."""
+        """As `gemma4_kernels.joined`."""
         return joined(*linears)
 
     def call(self, module: nn.Module, cls: Classes, x: Tensor) -> Tensor:
