@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const T* x = static_cast<const T*>(kGateUp ? p.x : p.hidden);
   const int64_t x_stride = kGateUp ? p.x_stride : p.hidden_width;
-  const W* weights = static_cast<const W*>(kGateUp ? p.gate_up : p.down) +
+  const W* weights = static_cast<const W*>((kGateUp ? p.gate_up : p.down).codes) +
                      (kGateUp ? 2 : 1) * int64_t{tile.expert} * out_width * width;
   const auto load_stage = [&](auto& stage, int step) {
     const int first = step * kTileColumns;

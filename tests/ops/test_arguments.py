@@ -78,7 +78,7 @@ TAKEN = {
     },
     "linear_packed": {"x": ("+1 at 0", "0 at 0")},
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
-    "moe_open": {"gate_up": ("0 at 0",), "router": ("+1 at 0", "0 at 0")},
+    "moe_open": {"router": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
     "sample": {
         "logits": ("+1 at 1",),

@@ -127,7 +127,7 @@ def test_gradients_have_the_dtypes_of_the_inputs(backend, name):
     arguments = on(backend, mixed(name, grad=True))
     if name == "moe_route":  # every expert is chosen, so no choice hangs on a rounding
         arguments["k"] = arguments["logits"].shape[1]
-    outputs = getattr(backend.ops, name)(**arguments)
+    outputs = getattr(backend.ops, name)(**public(name, arguments))
     actual = gradients(outputs, arguments)
     exact = {
         key: value.detach().double().cpu().requires_grad_() if is_leaf(value) else value
@@ -136,7 +136,7 @@ def test_gradients_have_the_dtypes_of_the_inputs(backend, name):
     torch.manual_seed(2)
     numbers = [x for x in flat(outputs) if x.requires_grad]
     grads = [torch.randn_like(x).double().cpu() for x in numbers]
-    formula = flat(getattr(float64, name)(**exact))
+    formula = flat(getattr(float64, name)(**public(name, exact)))
     leaves = [value for value in exact.values() if is_leaf(value)]
     wanted = [x for x in formula if x.requires_grad]
     expected = torch.autograd.grad(wanted, leaves, grads, materialize_grads=True)
@@ -224,7 +224,7 @@ def test_gradients_through_the_casts_of_attention(backend):
 @pytest.mark.parametrize("weights", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("x", [FP32, FP16, BF16], ids=str)
 def test_experts_multiply_in_autocasts_dtype(backend, x, weights):
-    arguments = on(backend, mixed("moe_experts", x))
+    arguments = public("moe_experts", on(backend, mixed("moe_experts", x)))
     arguments |= {key: arguments[key].to(weights) for key in ("gate_up", "down")}
     with autocast(backend.device):
         actual = backend.ops.moe_experts(**arguments)
@@ -236,7 +236,7 @@ def test_experts_multiply_in_autocasts_dtype(backend, x, weights):
 
 def test_gradients_of_fp32_experts(backend):
     """They come in fp32, and the fp32 x of the autocast region gets its own."""
-    arguments = on(backend, mixed("moe_experts", FP32, grad=True))
+    arguments = public("moe_experts", on(backend, mixed("moe_experts", FP32, grad=True)))
     with autocast(backend.device):
         y = backend.ops.moe_experts(**arguments)
     grad = torch.randn_like(y)

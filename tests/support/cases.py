@@ -16,7 +16,7 @@ from gemma4_kernels import opset
 from gemma4_kernels.ops.linear import parts_of
 from gemma4_kernels.ops.logits import sample_counters
 from gemma4_kernels.packed import CODES, PackedWeight
-from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.reference.decode import COUNTERS
 
 from . import packed
 from .backends import FP32, Backend, in_dtypes
@@ -293,6 +293,20 @@ def moe_route(
     return {"logits": logits, "per_expert_scale": scale, "k": k}
 
 
+# What packed.weight is told of a packed weight; None: dense.
+Form = dict[str, Any] | None
+
+
+def _weight(
+    b: Backend, *shape: int, form: Form, dtype: torch.dtype, std: float | None = None
+) -> Tensor | PackedWeight:
+    """Of the deviation D^-½ unless given."""
+    std = max(shape[-1], 1) ** -0.5 if std is None else std
+    if form is None:
+        return b.randn(*shape, dtype=dtype, std=std)
+    return packed.weight(*shape, std=std, **form).to(b.device)
+
+
 def moe_experts(
     b: Backend,
     tokens: int,
@@ -302,15 +316,19 @@ def moe_experts(
     hidden: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
+    down_form: Form = None,
 ) -> Arguments:
-    """Random experts of each token; the weights are no narrower than fp32."""
+    """Random experts of each token; the routing weights are no narrower than fp32. gate_up, and
+    down unless it has its own, are packed in a form."""
     chosen = torch.rand(tokens, experts).argsort(-1)[:, :k].int()
-    gate_up = b.randn(experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
+    shape, std = (experts, 2 * hidden, width), 1.5 * width**-0.5
+    gate_up = _weight(b, *shape, form=form, dtype=dtype, std=std)
     wide = torch.promote_types(dtype, FP32)
     return {
         "x": b.randn(tokens, width, dtype=dtype),
         "gate_up": gate_up,
-        "down": b.randn(experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5),
+        "down": _weight(b, experts, width, hidden, form=down_form or form, dtype=dtype),
         "experts": b.to(chosen),
         "weights": b.randn(tokens, k, dtype=wide, mean=0.7, std=0.2),
     }
@@ -324,14 +342,14 @@ def moe_open(
     experts: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
 ) -> Arguments:
-    """To so many rows of hidden."""
-    std = max(width, 1) ** -0.5
+    """To so many rows of hidden, whose weight may be packed."""
     return {
         "x": b.randn(tokens, width, dtype=dtype, std=2.0),
         "residual": b.randn(tokens, width, dtype=dtype, std=3.0),
         **{name: b.weight(width, dtype=dtype) for name in ("post_weight", "norm_weight")},
-        "gate_up": b.randn(2 * rows, width, dtype=dtype, std=std),
+        "gate_up": _weight(b, 2 * rows, width, form=form, dtype=dtype),
         **{name: b.weight(width, dtype=dtype) for name in ("expert_weight", "router_scale")},
         "router": b.randn(experts, width, dtype=dtype),
     }
@@ -347,13 +365,14 @@ def moe_experts_small(
     dense: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
 ) -> Arguments:
-    """The dense branch of this width."""
-    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype)
+    """The dense branch of this width; all weights are packed or none."""
+    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype, form=form)
     return {name: arguments[name] for name in ("x", "gate_up", "down")} | {
         **moe_route(b, tokens, experts, k, dtype=dtype),
         "dense_x": b.randn(tokens, dense, dtype=dtype),
-        "dense": b.randn(width, dense, dtype=dtype, std=max(dense, 1) ** -0.5),
+        "dense": _weight(b, width, dense, form=form, dtype=dtype),
     }
 
 

@@ -233,8 +233,9 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
         row = torch.zeros_like(x[t])
         for slot, e in enumerate(chosen):
             if 0 <= e < down.shape[0]:
-                hidden = geglu(_round(gate_up[e] @ x[t], dtype), dtype)
-                row = row + weights[t, slot] * _round(down[e] @ hidden, dtype)
+                hidden = geglu(_round(_round(gate_up[e], dtype) @ x[t], dtype), dtype)
+                made = _round(_round(down[e], dtype) @ hidden, dtype)
+                row = row + weights[t, slot] * made
         rows.append(_round(row, dtype))
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
@@ -247,7 +248,7 @@ def moe_open(
     wide = wide or dtype
     r, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps, dtype, wide)
     expert_x, router_x = moe_norm(r, expert_weight, router_scale, eps, wide)
-    hidden = geglu(_round(_round(y, dtype) @ gate_up.T, dtype), dtype)
+    hidden = geglu(_round(_round(y, dtype) @ _round(gate_up, dtype).T, dtype), dtype)
     return hidden, _round(_round(router_x, dtype) @ router.T, dtype), expert_x, r
 
 
@@ -255,7 +256,7 @@ def moe_open(
 def moe_experts_small(x, gate_up, down, logits, per_expert_scale, k, dense_x, dense, dtype=None):
     weights, experts = moe_route(logits, per_expert_scale, k)
     y = moe_experts(x, gate_up, down, experts, weights, dtype)
-    return y, _round(dense_x @ dense.T, dtype)
+    return y, _round(dense_x @ _round(dense, dtype).T, dtype)
 
 
 @_formula

@@ -217,10 +217,12 @@ def moe_experts(b: Leaves) -> Cases:
     for name, x in transposed.items():
         turned = x.T.contiguous().T if name == "experts" else b.turned(*x.shape)
         transposed[name] = turned
-    int32 = make()
+    int32, eight = make(), {"codes": torch.int8}
     return {
         "usual": usual,
         "int32": int32 | {"experts": int32["experts"].int()},
+        "packed": cases.moe_experts(b, 2, 3, 2, 64, 64, dtype=b.drawn, form={}, down_form=eight),
+        "down packed": cases.moe_experts(b, 2, 3, 2, 64, 64, dtype=b.drawn, down_form=eight),
         "transposed": transposed,
         "empty": make(0),
     }
@@ -231,6 +233,7 @@ def moe_open(b: Leaves) -> Cases:
     return {
         "usual": cases.moe_open(b, 3, 8, 3, 4),
         "odd": cases.moe_open(b, 2, 7, 3, 5),
+        "packed": cases.moe_open(b, 2, 64, 16, 5, form={}),
         "transposed": cases.moe_open(b, 3, 8, 3, 4) | turned,
         "empty": cases.moe_open(b, 0, 8, 3, 4),
     }
@@ -241,6 +244,7 @@ def moe_experts_small(b: Leaves) -> Cases:
     usual = cases.moe_experts_small(b, 3, 4, 2, 8, 3, 5, dtype=b.drawn)
     return {
         "usual": usual,
+        "packed": cases.moe_experts_small(b, 2, 3, 2, 64, 64, 64, dtype=b.drawn, form={}),
         "transposed": usual | turned,
         "empty": cases.moe_experts_small(b, 0, 4, 2, 8, 3, 5, dtype=b.drawn),
     }
@@ -330,12 +334,13 @@ def served(op: str) -> Arguments:
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
-        arguments = cases.moe_experts(b, 3, 4, 2, 64, 16, dtype=BF16)
+        arguments = cases.moe_experts(b, 3, 4, 2, 64, 64, dtype=BF16, form=PACKED)
         return complete(op, arguments | {"experts": ints([0, 3], [1, 2], [2, 0])})
     if op == "moe_open":
-        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16))
+        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16, form=PACKED))
     if op == "moe_experts_small":
-        return complete(op, cases.moe_experts_small(b, 3, 4, 2, 64, 16, 24, dtype=BF16))
+        sizes = 3, 4, 2, 64, 64, 128
+        return complete(op, cases.moe_experts_small(b, *sizes, dtype=BF16, form=PACKED))
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
