@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..opset import OPS
+from ..packed import CODES
 from .cases import CASES, HOST, Arguments, Draw
 
 
@@ -95,9 +96,15 @@ def _labels(names: list[str], arguments: Arguments, values: list[Tensor]) -> lis
 
 
 def _in_float64(names: list[str], arguments: Arguments) -> Arguments:
+    given = dict(zip(names, arguments, strict=True))
+    kept = {"inv_freq"}  # angles are fp32 by definition
+    for name in names:
+        parts = name, f"{name}_scales", f"{name}_row_scales"
+        if parts[-1] in given and given[name].dtype in CODES:
+            kept |= set(parts)  # so are a packed weight's dtypes
+
     def convert(name: str, x: Any) -> Any:
-        # Angles are fp32 by definition.
-        wide = isinstance(x, Tensor) and x.is_floating_point() and name != "inv_freq"
+        wide = isinstance(x, Tensor) and x.is_floating_point() and name not in kept
         return x.double() if wide else x
 
     return tuple(map(convert, names, arguments))

@@ -12,7 +12,8 @@ Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device
 sentence names the argument, what it must be and what came.
 """
 
-from .attention import attention_decode, attention_prefill, qkv_attention_decode
+from .attention import attention_prefill
+from .decode import attention_decode, qkv_attention_decode
 from .linear import linear_packed, linear_small
 from .logits import sample, softcap, softcap_argmax
 from .mlp import geglu

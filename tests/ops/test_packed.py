@@ -21,6 +21,17 @@ def test_comes_out(codes_dtype, scales_dtype, shape) -> None:
     assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
     if scales is not None:
         assert torch.equal(back_scales.view(torch.uint8), scales.view(torch.uint8))
+    if len(shape) == 2:
+        some = torch.tensor([shape[0] - 1, 3, 8, 3, 0])
+        wanted = formula(codes, scales, row_scales)[some]
+        torch.testing.assert_close(weight.at(some).double(), wanted, rtol=3e-7, atol=0)
+
+
+def test_words_of_eight_codes() -> None:
+    codes, scales, _ = draw(torch.uint8, BF16, 32, 128)
+    words = sum(codes[:, j::8].long() << 4 * j for j in range(8))
+    made = pack(words.to(torch.uint32).view(torch.int32), scales)
+    assert torch.equal(made.codes, pack(codes, scales).codes)
 
 
 def test_a_lane_has_its_rows_and_columns() -> None:

@@ -16,7 +16,7 @@ from gemma4_kernels import opset
 from gemma4_kernels.ops.linear import parts_of
 from gemma4_kernels.ops.logits import sample_counters
 from gemma4_kernels.packed import CODES, PackedWeight
-from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.reference.decode import COUNTERS
 
 from . import packed
 from .backends import FP32, Backend, in_dtypes
