@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .ops.moe import moe_small_pays
+from .packed import Weight
 
 
 class Norm(Protocol):
@@ -53,7 +54,7 @@ class Residual:
     def times(
         self,
         norm: Norm | None,
-        weight: Tensor,
+        weight: Weight,
         *,
         factor: Tensor | None = None,
         gated: bool = False,
@@ -100,7 +101,6 @@ class ExpertsLayer(Protocol):
     """A layer with experts, its parts under transformers' names."""
 
     router: Any
-    experts: Any
     post_attention_layernorm: Any
     pre_feedforward_layernorm: Any
     pre_feedforward_layernorm_2: Any
@@ -114,33 +114,31 @@ class Branches:
     `ops.moe_open` and `ops.moe_experts_small`."""
 
     layer: ExpertsLayer
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     router: Tensor
+    experts: tuple[Weight, Weight]
     k: int
 
     def pay(self, x_TD: Tensor) -> bool:
         """Whether the two ops are no slower than their parts."""
-        experts = self.layer.experts
-        weights = experts.gate_up_proj, experts.down_proj
-        return moe_small_pays(self._opening(x_TD, x_TD), weights, self.k, self.down)
+        return moe_small_pays(self._opening(x_TD, x_TD), self.experts, self.k, self.down)
 
     def of(self, branch_TD: Tensor, x_TD: Tensor) -> tuple[Tensor, Two]:
         """x after attention, whose output comes as the branch, and what is to be added to it."""
         layer = self.layer
         eps = layer.post_attention_layernorm.eps
         dense_x, logits_TE, expert_x, x_TD = ops.moe_open(*self._opening(branch_TD, x_TD), eps)
-        experts, scale = layer.experts, layer.router.per_expert_scale
-        weights = experts.gate_up_proj, experts.down_proj
+        scale = layer.router.per_expert_scale
         routed_TD, dense_TD = ops.moe_experts_small(
-            expert_x, *weights, logits_TE, scale, self.k, dense_x, self.down
+            expert_x, *self.experts, logits_TE, scale, self.k, dense_x, self.down
         )
         norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
         return x_TD, Two(dense_TD, norms[0], routed_TD, norms[1])
 
     def _opening(
         self, branch_TD: Tensor, x_TD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Weight, Tensor, Tensor, Tensor]:
         """What `ops.moe_open` is given."""
         layer = self.layer
         norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm

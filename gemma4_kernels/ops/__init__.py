@@ -12,8 +12,9 @@ Errors, for all of them: TypeError for a dtype, ValueError for a shape, a device
 sentence names the argument, what it must be and what came.
 """
 
-from .attention import attention_decode, attention_prefill, qkv_attention_decode
-from .linear import linear_small
+from .attention import attention_prefill
+from .decode import attention_decode, qkv_attention_decode
+from .linear import linear_packed, linear_small
 from .logits import sample, softcap, softcap_argmax
 from .mlp import geglu
 from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
@@ -26,6 +27,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "geglu",
+    "linear_packed",
     "linear_small",
     "moe_experts",
     "moe_experts_small",

@@ -1,4 +1,4 @@
-"""Attention over packed sequences and over a cache."""
+"""Attention over packed sequences."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,13 @@ from ..reference import attention as reference
 
 # Those that csrc/attention has tiles for; its launchers refuse others, whoever calls.
 HEAD_DIMS = (64, 128, 256, 512)
-# Query heads that may share a KV head in `qkv_attention_decode`.
-MOST_GROUP = 16
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
+def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _head_dim_unserved(q: Tensor) -> str | None:
+def head_dim_unserved(q: Tensor) -> str | None:
     if q.shape[-1:] not in [(head_dim,) for head_dim in HEAD_DIMS]:
         return f"it is for head_dim {HEAD_DIMS}, got {list(q.shape)}"
     return None
@@ -25,14 +23,10 @@ def _head_dim_unserved(q: Tensor) -> str | None:
 
 def _prefill_unserved(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None) -> str | None:
     # Packed k and v of one step are copied where they do not fit; a cache would be at every step.
-    return _head_dim_unserved(q) or (None if block_table is None else _cache_unserved(k=k, v=v))
+    return head_dim_unserved(q) or (None if block_table is None else cache_unserved(k=k, v=v))
 
 
-def _decode_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    return _head_dim_unserved(q) or _cache_unserved(k_cache=k_cache, v_cache=v_cache)
-
-
-def _cache_unserved(**caches: Tensor) -> str | None:
+def cache_unserved(**caches: Tensor) -> str | None:
     layouts = []
     for name, x in caches.items():
         strides = [1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
@@ -52,7 +46,7 @@ def _cache_unserved(**caches: Tensor) -> str | None:
 
 def _packed_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     tokens = q.shape[0] if return_lse else 0
-    return new(q, *q.shape), new(q, q.shape[1], tokens, dtype=_lse_dtype(q))
+    return new(q, *q.shape), new(q, q.shape[1], tokens, dtype=lse_dtype(q))
 
 
 _attention_prefill_backward = Op(
@@ -63,7 +57,7 @@ _attention_prefill_backward = Op(
     reference.attention_prefill_backward,
     outputs=lambda q, k, v: (new(q, *q.shape), new(k, *k.shape), new(v, *v.shape)),
     dtypes=HALF,
-    unserved=_head_dim_unserved,
+    unserved=head_dim_unserved,
     gradient=NoGradient("second derivatives are not offered"),
 )
 
@@ -160,124 +154,3 @@ def attention_prefill(
         training or return_lse,
     )
     return out, lse if return_lse else None
-
-
-def _rows_out(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    batch, num_new, heads, _ = q.shape
-    lse_shape = (batch, heads, num_new if return_lse else 0)
-    return new(q, *q.shape), new(q, *lse_shape, dtype=_lse_dtype(q))
-
-
-_attention_decode = Op(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,"
-    " Tensor? block_table, float scale, int window, bool ring, float softcap, bool return_lse)"
-    " -> (Tensor, Tensor)",
-    reference.attention_decode,
-    check=reference.check_attention_decode,
-    outputs=_rows_out,
-    dtypes=HALF,
-    unserved=_decode_unserved,
-    gradient=NoGradient("it reads a cache; use attention_prefill for training"),
-)
-
-
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
-    return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of the last few tokens of each sequence over its cache.
-
-    q [B, N, H, C]; k_cache, v_cache [B, S, G, C] (position p in slot p, or p mod S with ring), or
-    pages [pages, page_size, G, C] with block_table [B, pages] integers; seq_lens [B] int32 counts
-    the keys of each row, its N new ones included; 0 leaves a row out. scale, window and softcap as
-    in `attention_prefill`; a ring needs a window, and S >= window + N - 1. Slots outside the
-    visible range are never used.
-
-    Returns out [B, N, H, C] and, unless return_lse is False, the log-sum-exp [B, H, N] in fp32.
-    Dtypes as in `attention_prefill`. Has no backward.
-
-    The eager twin raises ValueError for a seq_lens outside 0..S (in a ring: below 0); a kernel
-    takes the nearer of the two. That block_table names pages must hold on the device.
-    """
-    dtype = product_dtype(q)
-    if dtype is not None:
-        q, k_cache, v_cache = cast(dtype, q, k_cache, v_cache)
-    args = (q, k_cache, v_cache, seq_lens, block_table, scale, window, ring, softcap, return_lse)
-    out, lse = _attention_decode(*args)
-    return out, lse if return_lse else None
-
-
-def _qkv_unserved(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    if q.ndim == 3 and k_cache.ndim == 4 and q.shape[1] > MOST_GROUP * k_cache.shape[2]:
-        return f"at most {MOST_GROUP} query heads may share a KV head, got {list(q.shape)}"
-    return _decode_unserved(q, k_cache, v_cache)
-
-
-_qkv_attention_decode = Op(
-    "qkv_attention_decode(Tensor q, Tensor? k, Tensor? v, Tensor q_weight, Tensor? k_weight,"
-    " Tensor positions, Tensor inv_freq, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens,"
-    " Tensor? block_table, Tensor(c!) counters, float eps, float scale, int window, bool ring,"
-    " float softcap) -> Tensor",
-    reference.qkv_attention_decode,
-    check=reference.check_qkv_attention_decode,
-    outputs=lambda q: new(q, *q.shape),
-    dtypes=HALF,
-    beside=("q_weight", "k_weight"),
-    unserved=_qkv_unserved,
-)
-
-
-def qkv_attention_decode(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor | None = None,
-    *,
-    counters: Tensor,
-    eps: float = 1e-6,
-    scale: float = 1.0,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
-) -> Tensor:
-    """One new token of each sequence: `qkv_norm_rope`, its key into the cache, `attention_decode`.
-
-    q [B, H, C], k and v [B, G, C], q_weight, k_weight, positions [B], inv_freq and eps are those of
-    `qkv_norm_rope`; without k the caches hold the new key already (a layer that borrows them).
-    k_cache, v_cache, seq_lens [B], block_table, scale, window, ring and softcap are those of
-    `attention_decode`; seq_lens counts the new token, whose place is that of key seq_lens - 1. A
-    length of 0 leaves a row out: nothing is written. counters [B, G, 9] are int32 zeros and are so
-    again behind the call: one tensor serves all layers of a step.
-
-    Returns out [B, H, C] in the dtype of q, of which q, k and v are normed and rotated as the two
-    ops in a row make them. Has no backward.
-
-    The eager twin raises ValueError for a seq_lens outside 0..S (in a ring: below 0); a kernel
-    takes the nearer of the two, and writes no key that has no place.
-    """
-    # As in `qkv_norm_rope_cache`.
-    if needs_grad(q, k, v, q_weight, k_weight):
-        raise RuntimeError(
-            "qkv_attention_decode has no backward; use qkv_norm_rope and attention_prefill, or "
-            "torch.no_grad()"
-        )
-    cache = k_cache, v_cache, seq_lens, block_table, counters
-    options = eps, scale, window, ring, softcap
-    args = (q, k, v, q_weight, k_weight, positions, inv_freq, *cache, *options)
-    return _qkv_attention_decode(*args)

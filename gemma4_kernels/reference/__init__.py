@@ -15,6 +15,7 @@ Shape letters are those of `ops`, and R = H / G.
 """
 
 from .attention import *
+from .decode import *
 from .linear import *
 from .logits import *
 from .mlp import *

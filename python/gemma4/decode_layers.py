@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.ops.linear import linear_small_pays
+from gemma4_kernels.packed import Weight
 from gemma4_kernels.residual import Branches, Residual, Two
 
 from .layers import DecoderLayer, call_layer
@@ -42,21 +43,23 @@ def run(
 
 def head(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> Tensor:
     """norm(x) through a plain linear layer, in one launch where that pays."""
+    weight = _joined(plan, linear)
     if id(linear) not in plan.fitting:
-        plan.fitting[id(linear)] = _head_fits(residual, norm, linear, plan)
+        plan.fitting[id(linear)] = weight is not None and _head_fits(residual, norm, weight, plan)
     if plan.fitting[id(linear)]:
-        assert isinstance(norm, RMSNorm)  # the head fits
-        return residual.times(norm, linear.weight)[0]
+        assert isinstance(norm, RMSNorm) and weight is not None  # the head fits
+        return residual.times(norm, weight)[0]
     logits: Tensor = linear(normed(residual, norm, plan))
     return logits
 
 
-def _head_fits(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> bool:
-    if not plan.plain(norm, RMSNorm) or linear.bias is not None:
+def _head_fits(residual: Residual, norm: nn.Module, weight: Weight, plan: DecodePlan) -> bool:
+    if not plan.plain(norm, RMSNorm):
         return False
     alike = residual.norm is None or residual.norm.eps == norm.eps
-    same = {residual.x.dtype} == {norm.weight.dtype, linear.weight.dtype}
-    return alike and same and linear_small_pays(residual.x, linear.weight, norm.weight, False)
+    dense = {weight.dtype} if isinstance(weight, Tensor) else set()
+    same = {residual.x.dtype} == {norm.weight.dtype} | dense
+    return alike and same and linear_small_pays(residual.x, weight, norm.weight, False)
 
 
 def normed(residual: Residual, norm: nn.Module, plan: DecodePlan) -> Tensor:
@@ -96,7 +99,7 @@ def _fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
 
 def _products(
     layer: DecoderLayer, plan: DecodePlan
-) -> Iterator[tuple[Tensor | None, RMSNorm | None, bool]]:
+) -> Iterator[tuple[Weight | None, RMSNorm | None, bool]]:
     """Weight, norm before it, whether it is gated; no weight where one product cannot be made."""
     attention, mlp = layer.self_attn, layer.mlp
     yield _joined(plan, *attention.linears), layer.input_layernorm, False
@@ -114,12 +117,13 @@ def _branches(layer: DecoderLayer, plan: DecodePlan) -> Branches | None:
     mlp = layer.mlp
     gate_up, down = _joined(plan, mlp.gate_proj, mlp.up_proj), _joined(plan, mlp.down_proj)
     router = _joined(plan, layer.router.proj)
-    if gate_up is None or down is None or router is None:
+    if gate_up is None or down is None or not isinstance(router, Tensor):
         return None
-    return Branches(layer, gate_up, down, router, layer.router.top_k)
+    experts = layer.experts.weights
+    return Branches(layer, gate_up, down, router, experts, layer.router.top_k)
 
 
-def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
+def _joined(plan: DecodePlan, *linears: nn.Linear) -> Weight | None:
     one = plan.joined(*linears)
     return None if one is None or one[1] is not None else one[0]
 
@@ -130,7 +134,7 @@ def step(
     """The layer, which `fits`; ple: the per-layer inputs [T, L, P] and which of them it takes."""
     attention, mlp = layer.self_attn, layer.mlp
 
-    def weight(*linears: nn.Linear) -> Tensor:
+    def weight(*linears: nn.Linear) -> Weight:
         one = _joined(plan, *linears)
         assert one is not None  # the layer fits
         return one

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.common import cosines_and_sines
+from gemma4_kernels.packed_linear import PackedEmbedding
 
 from .config import FULL, SLIDING, Gemma4TextConfig
 
@@ -48,6 +49,10 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * torch.tensor(self.scale, dtype=self.weight.dtype)
+
+
+# What an embedding of the model may be.
+EMBEDDING: tuple[type[nn.Embedding], ...] = (ScaledEmbedding, PackedEmbedding)
 
 
 class GELUTanh(nn.Module):

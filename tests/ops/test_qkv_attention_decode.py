@@ -6,7 +6,7 @@ from support.expect import assert_close_to_float64, assert_refused
 from support.marks import all_dtypes, emulated_backend
 
 from gemma4_kernels import opset
-from gemma4_kernels.reference.attention import COUNTERS
+from gemma4_kernels.reference.decode import COUNTERS
 from gemma4_kernels.reference.traced import TRACED
 
 EPS = 1e-6

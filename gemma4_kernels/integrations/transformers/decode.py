@@ -21,9 +21,10 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from ... import ops
 from ...fusion import is_plain, why_called
 from ...joined import joined
-from ...ops.attention import MOST_GROUP
+from ...ops.decode import MOST_GROUP
 from ...ops.linear import MOST_TOKENS, linear_small_pays
-from ...reference.attention import COUNTERS
+from ...packed import Weight
+from ...reference.decode import COUNTERS
 from ...residual import Branches, Norm, Residual, Two
 from . import base, modules
 from .cache import RingLayer, as_pages, make_ring, pages_of, stored
@@ -198,7 +199,7 @@ def projected(x: Tensor, linear: nn.Module) -> Tensor:
     return y.view(*x.shape[:2], -1)
 
 
-def _weights(*linears: nn.Module) -> list[Tensor]:
+def _weights(*linears: nn.Module) -> list[Weight]:
     """Of all the linears as one where they lie so, else of each; none where a module is no plain
     linear without a bias."""
     plain: list[nn.Linear] = []
@@ -210,7 +211,7 @@ def _weights(*linears: nn.Module) -> list[Tensor]:
     return [linear.weight for linear in plain] if one is None else [one[0]]
 
 
-def _pay(x_TD: Tensor, norm: Norm, weights: Sequence[Tensor], gated: bool = False) -> bool:
+def _pay(x_TD: Tensor, norm: Norm, weights: Sequence[Weight], gated: bool = False) -> bool:
     pay = [linear_small_pays(x_TD, weight, norm.weight, gated) for weight in weights]
     return all(pay) and bool(pay)
 
@@ -345,7 +346,10 @@ def _branches(layer: "DecoderLayer", x_TD: Tensor) -> Branches | None:
     logits, k = _weights(router.proj), layer.config.top_k_experts
     if not chosen or len(gate_up) != 1 or not down or not logits or k is None:
         return None
-    branches = Branches(layer, gate_up[0], down[0], logits[0], k)
+    if not isinstance(logits[0], Tensor):
+        return None
+    weights = experts.gate_up_proj, experts.down_proj
+    branches = Branches(layer, gate_up[0], down[0], logits[0], weights, k)
     return branches if branches.pay(x_TD) else None
 
 

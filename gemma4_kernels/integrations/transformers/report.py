@@ -94,7 +94,8 @@ def _said_experts(layer: gemma4.Gemma4TextDecoderLayer, weight: Tensor) -> str:
         function, reason = instead
         return f"experts: {function.__name__} ({reason})"
     gate_up, down = found[0].gate_up_proj, found[0].down_proj
-    return _said("experts", chosen, "moe_experts", (gate_up[0], gate_up, down), weight)
+    args = gate_up[0], gate_up, None, None, down, None, None, None, None
+    return _said("experts", chosen, "moe_experts", args, weight)
 
 
 def _said(part: str, chosen: str, op: str, args: opset.Args, weight: Tensor) -> str:
