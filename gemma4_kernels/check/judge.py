@@ -96,8 +96,8 @@ def _labels(names: list[str], arguments: Arguments, values: list[Tensor]) -> lis
 
 def _in_float64(names: list[str], arguments: Arguments) -> Arguments:
     def convert(name: str, x: Any) -> Any:
-        # Angles are fp32 by definition.
-        wide = isinstance(x, Tensor) and x.is_floating_point() and name != "inv_freq"
-        return x.double() if wide else x
+        # Angles, codes and their scales are what they are by definition.
+        wide = isinstance(x, Tensor) and x.is_floating_point() and x.itemsize > 1
+        return x.double() if wide and name not in ("inv_freq", "k_scales", "v_scales") else x
 
     return tuple(map(convert, names, arguments))
