@@ -5,13 +5,14 @@ A fused op reads the parameters of several modules and calls none of them. Whate
 without a word, so an op takes the place of plain modules alone; others are called, one by one.
 """
 
-from typing import TypeGuard, TypeVar
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks_of_all
 
 M = TypeVar("M", bound=nn.Module)
+Classes: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -55,16 +56,16 @@ def why_seen(module: nn.Module, cls: type[nn.Module]) -> str | None:
 
 
 def why_not_plain(
-    module: nn.Module, cls: type[nn.Module], device: torch.device | None = None
+    module: nn.Module, cls: Classes, device: torch.device | None = None
 ) -> str | None:
     """What speaks against reading the parameters of `module` in place of calling it, or None.
 
-    A module is plain if it is exactly a `cls`, with no hooks of any kind (its own or all modules'),
-    no forward of its own (an offloading wrapper's, a compiled one), no parametrization, and
-    parameters that are ordinary tensors, on `device` if one is given. Costs 0.4 µs; asked anew at
-    every call, for tools put hooks on and take them off between any two.
+    A module is plain if it is exactly a `cls` (or one of them), with no hooks of any kind (its own
+    or all modules'), no forward of its own (an offloading wrapper's, a compiled one), no
+    parametrization, and parameters that are ordinary tensors, on `device` if one is given. Costs
+    0.4 µs; asked anew at every call, for tools put hooks on and take them off between any two.
     """
-    if type(module) is not cls:
+    if type(module) is not cls and not (type(cls) is tuple and type(module) in cls):
         return f"is a {type(module).__name__}"
     reason = why_called(module)
     if reason is not None:
@@ -79,21 +80,23 @@ def why_not_plain(
     return None
 
 
-def is_plain(module: nn.Module, cls: type[M], device: torch.device | None = None) -> TypeGuard[M]:
+def is_plain(
+    module: nn.Module, cls: type[M] | tuple[type[M], ...], device: torch.device | None = None
+) -> TypeGuard[M]:
     """Whether `why_not_plain` finds nothing."""
     return why_not_plain(module, cls, device) is None
 
 
-def why_not_fused(module: nn.Module, cls: type[nn.Module]) -> str | None:
+def why_not_fused(module: nn.Module, cls: Classes) -> str | None:
     """The same of `module` and of all its parts; None if all are plain.
 
-    cls.PARTS, where there is one, names the submodules and what each has to be.
+    PARTS of its class, where there is one, names the submodules and what each has to be.
     """
     reason = why_not_plain(module, cls)
     if reason is not None:
         return reason
     children = module.__dict__["_modules"]
-    for name, part in getattr(cls, "PARTS", {}).items():
+    for name, part in getattr(type(module), "PARTS", {}).items():
         child = children.get(name)
         if child is not None and (reason := why_not_fused(child, part)) is not None:
             return f"{name} {reason}"

@@ -23,13 +23,19 @@ r + 8, 8 bytes]. Scales of a tile, [..., 32] or [..., 64]: [r, r or r + 8, colum
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .reference.common import check_same_device, check_shape
 
+Words: TypeAlias = npt.NDArray[np.signedinteger]
+
 ROWS, COLUMNS = 16, 64  # of a tile
+CODES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 HALF_SCALES = (torch.bfloat16, torch.float16)
 # Columns that share a scale, by its dtype; float32 is a tile's.
 GROUPS = {
@@ -88,20 +94,34 @@ class PackedWeight:
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows [begin, end) of a weight [N, D], float32; both are multiples of 16, or end is N."""
         tiles = slice(begin // ROWS, -(-end // ROWS))
-        codes = self.codes[tiles]
-        values = _numbers(codes, self.scales)
-        if self.scales is not None:
-            scales = self.scales[tiles].float()
-            if self.scales.dtype == torch.float32:
-                values = values.unflatten(0, (-1, ROWS)).unflatten(-1, (-1, COLUMNS))
-                values = (values * scales[:, None, :, None]).flatten(2).flatten(0, 1)
-            else:
-                group = GROUPS[self.scales.dtype]
-                values = values.unflatten(-1, (-1, group)) * _untiled_scales(scales)[..., None]
-                values = values.flatten(-2)
-        if self.row_scales is not None:
-            values = values * self.row_scales[begin:end, None]
-        return values
+        scales = None if self.scales is None else self.scales[tiles]
+        if scales is not None and scales.dtype in GROUPS:
+            scales = _untiled_scales(scales)
+        elif scales is not None:
+            scales = scales.repeat_interleave(ROWS, 0)
+        row_scales = None if self.row_scales is None else self.row_scales[begin:end]
+        return _values(_untiled_codes(self.codes[tiles]), scales, row_scales)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """The rows [T, D] of a weight [N, D] at indices [T], float32."""
+        tile, r, hi = indices // ROWS, indices % 8, indices % ROWS // 8
+        codes = self.codes.view(torch.uint8)
+        if self.codes.dtype == torch.uint8:
+            lanes = codes.unflatten(-1, (8, 4, 2, 2, 4))[tile, :, r, :, :, hi]
+            # Now [T, D / 64, lane % 4, half, 4 bytes].
+            lanes = torch.stack([lanes & 15, lanes >> 4], -1).flatten(-2)[..., _PLACES]
+            raw = lanes.transpose(2, 3).flatten(1)
+        else:
+            lanes = codes.unflatten(-1, (2, 8, 4, 2, 8))[tile, :, :, r, :, hi]
+            raw = lanes.flatten(1).view(self.codes.dtype)
+        scales = self.scales
+        if scales is not None and scales.dtype in GROUPS:
+            small = scales.view(torch.uint8) if scales.itemsize == 1 else scales
+            scales = small.unflatten(-1, (8, 2, -1))[tile, :, r, hi].flatten(1).view(scales.dtype)
+        elif scales is not None:
+            scales = scales[tile]
+        row_scales = None if self.row_scales is None else self.row_scales[indices]
+        return _values(raw, scales, row_scales)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight itself; products are made in float32 and rounded once."""
@@ -110,40 +130,61 @@ class PackedWeight:
         return self.rows(0, self.shape[0]).to(dtype)
 
 
+Weight: TypeAlias = Tensor | PackedWeight
+
+
 def pack(
     codes: Tensor, scales: Tensor | None = None, row_scales: Tensor | None = None
 ) -> PackedWeight:
-    """Packs codes [..., N, D] that lie in rows: uint8 of four bits each, int8 or float8_e4m3fn.
+    """Packs codes [..., N, D] that lie in rows: uint8 of four bits each, int8 or float8_e4m3fn; or
+    int32 [..., N, D / 8], eight codes of four bits each, the lowest bits first.
 
     scales [..., N, D / 32 or 16], or float32 [..., N / 16, D / 64]; row_scales [..., N] float32.
     Raises ValueError where N is no multiple of 16, D none of 64, or the parts do not go together.
     """
-    *_, rows, columns = codes.shape
+    words = _words(codes)
+    rows, columns = words.shape[-2], words.shape[-1] * 8
     if rows % ROWS or columns % COLUMNS or not rows or not columns:
         raise ValueError(
             f"a packed weight must have rows in multiples of {ROWS} and columns in multiples of "
-            f"{COLUMNS}, got {list(codes.shape)}"
+            f"{COLUMNS}, got {[*words.shape[:-2], rows, columns]}"
         )
-    tiles = codes.view(torch.uint8).unflatten(-1, (-1, 2, 4, 8)).unflatten(-5, (-1, 2, 8))
-    # Now [..., row tile, r or r + 8, r, column tile, half, lane % 4, column].
-    lead = list(range(tiles.ndim - 7))
-    t, hi, r, c, half, q, j = (len(lead) + i for i in range(7))
-    if codes.dtype == torch.uint8:
-        tiles = tiles.permute(*lead, t, c, r, q, half, hi, j)[..., _ORDER]
-        packed = (tiles[..., 0::2] | tiles[..., 1::2] << 4).flatten(-5)
-    else:
-        packed = tiles.permute(*lead, t, c, half, r, q, hi, j).flatten(-5).view(codes.dtype)
+    four = words.dtype == np.int32
+    words = words.reshape(-1, rows // ROWS, 2, 8, columns // COLUMNS, 2, 4)
+    _, t, hi, r, c, half, q = range(7)
+    order = (t, c, r, q, half, hi) if four else (t, c, half, r, q, hi)
+    tiles = torch.from_numpy(np.ascontiguousarray(words.transpose(0, *order)))
+    tiles = tiles.flatten(3).view(torch.uint8 if four else codes.dtype)
+    packed = tiles.view(*codes.shape[:-2], *tiles.shape[1:]).to(codes.device)
     if scales is not None and scales.dtype in GROUPS:
         each = COLUMNS // GROUPS[scales.dtype]
-        scales = scales.contiguous()
-        raw = scales.view(torch.uint8) if scales.itemsize == 1 else scales
-        raw = raw.unflatten(-1, (-1, each)).unflatten(-3, (-1, 2, 8))
-        n = raw.ndim - 5
-        raw = raw.permute(*range(n), n, n + 3, n + 2, n + 1, n + 4).flatten(-3)
-        scales = raw.contiguous().view(scales.dtype)
-    weight = PackedWeight(packed.contiguous(), scales, row_scales)
+        raw = scales.cpu().contiguous().view(torch.uint8 if scales.itemsize == 1 else torch.int16)
+        *lead, height, groups = scales.shape
+        split = raw.numpy().reshape(-1, height // ROWS, 2, 8, groups // each, each)
+        tiles = torch.from_numpy(np.ascontiguousarray(split.transpose(0, 1, 4, 3, 2, 5)))
+        tiles = tiles.view(*lead, height // ROWS, groups // each, ROWS * each)
+        scales = tiles.view(scales.dtype).to(scales.device)
+    weight = PackedWeight(packed, scales, row_scales)
     check("weight", *weight.parts)
     return weight
+
+
+def _words(codes: Tensor) -> Words:
+    """What a lane has of a row, 8 columns a word: [..., N, D / 8]. (numpy shifts whole vectors.)"""
+    if codes.dtype in (torch.int8, torch.float8_e4m3fn):
+        return codes.cpu().contiguous().view(torch.int64).numpy()
+    if codes.dtype == torch.uint8:
+        codes = (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32)
+    # From 0 1 2 3 4 5 6 7 to 0 2 1 3 4 6 5 7, and by bytes on to 0 2 4 6 1 3 5 7.
+    words: Words = codes.cpu().numpy().copy()
+    for bits, mask in ((4, 0x00F000F0), (8, 0x0000FF00)):
+        unlike = words >> bits
+        unlike ^= words
+        unlike &= mask
+        words ^= unlike
+        unlike <<= bits
+        words ^= unlike
+    return words
 
 
 def join(weights: Sequence[PackedWeight]) -> PackedWeight:
@@ -179,7 +220,7 @@ def join(weights: Sequence[PackedWeight]) -> PackedWeight:
 
 def check(name: str, codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> None:
     """TypeError or ValueError where these are no packed weight, in the words of an op's check."""
-    if codes.dtype not in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+    if codes.dtype not in CODES:
         raise TypeError(
             f"{name} must hold codes in uint8, int8 or float8_e4m3fn, got {codes.dtype}"
         )
@@ -241,14 +282,18 @@ def _untiled_scales(scales: Tensor) -> Tensor:
     return raw.contiguous().view(scales.dtype)
 
 
-def _numbers(codes: Tensor, scales: Tensor | None) -> Tensor:
-    """What the codes [N / 16, D / 64, ...] stand for, [N, D] float32."""
-    raw = _untiled_codes(codes)
+def _values(codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Tensor:
+    """What codes and scales in rows stand for, [N, D] float32."""
     if codes.dtype != torch.uint8:
-        return raw.float()
-    if scales is None or scales.dtype in HALF_SCALES:
-        return raw.float() - 8
-    return E2M1.to(raw.device)[raw.int()]
+        values = codes.float()
+    elif scales is None or scales.dtype in HALF_SCALES:
+        values = codes.float() - 8
+    else:
+        values = E2M1.to(codes.device)[codes.int()]
+    if scales is not None:
+        values = values.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]
+        values = values.flatten(-2)
+    return values if row_scales is None else values * row_scales[:, None]
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

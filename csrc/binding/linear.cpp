@@ -2,23 +2,51 @@
 
 #include <tuple>
 
+#include "packed.h"
 #include "register.h"
 #include "torch.h"
 
 namespace binding {
 namespace {
 
-std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor residual,
+Tensor linear_packed(Tensor x, Tensor weight, OptionalTensor weight_scales,
+                     OptionalTensor weight_row_scales) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3, "x must be [T, D] and weight one of codes");
+  const int64_t tokens = x.size(0), width = x.size(1);
+  const int64_t rows = weight.size(0) * gemma4::kPackedRows;
+  gemma4::LinearSmallParams p{};
+  call.expect("x", x, {tokens, width});
+  const Tensor& held = call.keep(aligned(x));
+  p.x = call.in("x", held);
+  p.x_stride = held.stride(0);
+  p.packed = packed(call, "weight", weight, weight_scales, weight_row_scales, {}, rows, width);
+  Tensor y = call.empty({tokens, rows});
+  p.y = call.out("y", y);
+  p.tokens = as_int("x", tokens);
+  p.width = as_int("x", width);
+  p.rows = as_int("weight", rows);
+  gemma4::linear_small(p, call.dtype(), call.device());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor weight_scales,
+                                        OptionalTensor weight_row_scales, OptionalTensor residual,
                                         OptionalTensor post_weight, OptionalTensor scale,
                                         OptionalTensor norm_weight, OptionalTensor factor,
                                         OptionalTensor x_weight, OptionalTensor other,
                                         OptionalTensor other_weight, double eps, bool gated) {
   Call call(x);
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be [T, D] and weight [N, D]");
-  const int64_t tokens = x.size(0), width = x.size(1), rows = weight.size(0) / (gated ? 2 : 1);
+  const bool four_or_eight = is_packed(weight);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == (four_or_eight ? 3 : 2),
+                  "x must be [T, D] and weight [N, D]");
+  STD_TORCH_CHECK(four_or_eight || (!weight_scales && !weight_row_scales),
+                  "scales must come with a packed weight alone");
+  const int64_t height = weight.size(0) * (four_or_eight ? gemma4::kPackedRows : 1);
+  const int64_t tokens = x.size(0), width = x.size(1), rows = height / (gated ? 2 : 1);
   const bool normed = residual || norm_weight;
   STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens && width % 8 == 0 &&
-                      weight.size(0) % (gated ? 16 : 8) == 0,
+                      height % ((gated ? 2 : 1) * (four_or_eight ? 16 : 8)) == 0,
                   "there are kernels for at most ", gemma4::kMostSmallTokens,
                   " tokens and widths that are multiples of 8, got ", text(shape_of(x)), " and ",
                   text(shape_of(weight)));
@@ -47,7 +75,10 @@ std::tuple<Tensor, Tensor> linear_small(Tensor x, Tensor weight, OptionalTensor 
   };
   gemma4::LinearSmallParams p{};
   p.x = rows_of("x", x, width, p.x_stride);
-  p.weight = whole(call, "weight", weight, {weight.size(0), width});
+  if (four_or_eight)
+    p.packed = packed(call, "weight", weight, weight_scales, weight_row_scales, {}, height, width);
+  else
+    p.weight = whole(call, "weight", weight, {height, width});
   p.other = rows_of("other", other, width, p.other_stride);
   p.x_weight = row("x_weight", x_weight, width);
   p.other_weight = row("other_weight", other_weight, width);
@@ -183,6 +214,7 @@ void sample(Tensor logits, Tensor seeds, Tensor positions, Tensor ids, Tensor do
 }  // namespace
 
 void register_linear(Library& m) {
+  m.impl("linear_packed", TORCH_BOX(&linear_packed));
   m.impl("linear_small", TORCH_BOX(&linear_small));
   m.impl("geglu", TORCH_BOX(&geglu));
   m.impl("softcap", TORCH_BOX(&softcap));

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <utility>
 
+#include "packed.h"
 #include "register.h"
 #include "torch.h"
 
@@ -30,28 +31,46 @@ std::tuple<Tensor, Tensor> moe_route(Tensor logits, Tensor per_expert_scale, int
   return {weights, experts};
 }
 
-Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights) {
+int64_t columns_of(const Tensor& weight) {
+  const int64_t last = weight.dim() - 1;
+  return is_packed(weight) ? weight.size(last - 1) * gemma4::kPackedColumns : weight.size(last);
+}
+
+// A weight [experts..., rows, width], packed if the others are, else in this dtype. A copy would be
+// as large as the layer: what does not lie ready is refused.
+gemma4::PackedWeight weight(Call& call, const char* name, const Tensor& t,
+                            const OptionalTensor& scales, const OptionalTensor& row_scales,
+                            Shape experts, int64_t rows, int64_t width, bool all_packed,
+                            DType dtype) {
+  STD_TORCH_CHECK(is_packed(t) == all_packed, name, " must be packed if the others are");
+  if (all_packed) return packed(call, name, t, scales, row_scales, experts, rows, width);
+  call.expect_here(name, t);
+  STD_TORCH_CHECK(!scales && !row_scales, name, "_scales must come with a packed weight alone");
+  STD_TORCH_CHECK(Call::dtype(t.scalar_type()) == dtype, name,
+                  " must have the dtype of x, or of experts float32");
+  experts.insert(experts.end(), {rows, width});
+  expect_shape(name, t, experts);
+  STD_TORCH_CHECK(t.is_contiguous() && is_aligned(t), name,
+                  " must be contiguous and begin on a multiple of 16 bytes");
+  return {.codes = call.in(name, t)};
+}
+
+Tensor moe_experts(Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
+                   OptionalTensor gate_up_row_scales, Tensor down, OptionalTensor down_scales,
+                   OptionalTensor down_row_scales, Tensor experts, Tensor weights) {
   Call call(x);
-  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && experts.dim() == 2,
+  const bool all_packed = is_packed(down);
+  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == (all_packed ? 4 : 3) && experts.dim() == 2,
                   "x must be [T, D], down [E, D, F] and experts [T, K]");
   const int64_t tokens = x.size(0), width = x.size(1), k = experts.size(1);
-  const int64_t num_experts = down.size(0), hidden_width = down.size(2);
-  const DTypes dtypes = call.dtypes(x.scalar_type(), {&gate_up, &down});
-  for (const auto& [name, t] : {std::pair("gate_up", &gate_up), std::pair("down", &down)}) {
-    call.expect_here(name, *t);
-    STD_TORCH_CHECK(Call::dtype(t->scalar_type()) == dtypes.weight, name,
-                    " must be float32 or of the dtype of x, and the other like it");
-  }
-  expect_shape("gate_up", gate_up, {num_experts, 2 * hidden_width, width});
-  expect_shape("down", down, {num_experts, width, hidden_width});
+  const int64_t num_experts = down.size(0), hidden_width = columns_of(down);
   expect_shape("experts", experts, {tokens, k});
   STD_TORCH_CHECK(width % 8 == 0 && hidden_width % 8 == 0,
                   "there are kernels for widths that are multiples of 8, got ", width, " and ",
                   hidden_width);
-  // A copy would be as large as the layer.
-  STD_TORCH_CHECK(
-      gate_up.is_contiguous() && down.is_contiguous() && is_aligned(gate_up) && is_aligned(down),
-      "gate_up and down must be contiguous and begin on a multiple of 16 bytes");
+  const DTypes dtypes = all_packed ? call.dtypes(x.scalar_type(), {})
+                                   : call.dtypes(x.scalar_type(), {&gate_up, &down});
+  const Shape each{num_experts};
   const int assignments = as_int("experts", tokens * k);
   const bool streams = gemma4::moe_experts_streams(tokens, k, num_experts);
   const Tensor& x_held = call.keep(aligned(x));
@@ -60,28 +79,34 @@ Tensor moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor
   Tensor order = call.empty({assignments}, ScalarType::Int);
   Tensor hidden = call.empty({assignments, hidden_width});
   Tensor expert_out = call.empty({streams ? 0 : assignments, width});
-  gemma4::moe_experts({.x = call.in("x", x_held),
-                       .gate_up = call.in("gate_up", gate_up),
-                       .down = call.in("down", down),
-                       .experts = call.flat_indices("experts", experts),
-                       .weights = call.floats("weights", weights, {tokens, k}),
-                       .y = call.out("y", y),
-                       .offsets = static_cast<int32_t*>(call.out("offsets", offsets)),
-                       .order = static_cast<int32_t*>(call.out("order", order)),
-                       .hidden = call.out("hidden", hidden),
-                       .expert_out = call.out("expert_out", expert_out),
-                       .x_stride = x_held.stride(0),
-                       .tokens = as_int("x", tokens),
-                       .k = as_int("experts", k),
-                       .num_experts = as_int("down", num_experts),
-                       .width = as_int("x", width),
-                       .hidden_width = as_int("down", hidden_width)},
-                      dtypes, call.device());
+  gemma4::moe_experts(
+      {.x = call.in("x", x_held),
+       .gate_up = weight(call, "gate_up", gate_up, gate_up_scales, gate_up_row_scales, each,
+                         2 * hidden_width, width, all_packed, dtypes.weight),
+       .down = weight(call, "down", down, down_scales, down_row_scales, each, width, hidden_width,
+                      all_packed, dtypes.weight),
+       .experts = call.flat_indices("experts", experts),
+       .weights = call.floats("weights", weights, {tokens, k}),
+       .y = call.out("y", y),
+       .offsets = static_cast<int32_t*>(call.out("offsets", offsets)),
+       .order = static_cast<int32_t*>(call.out("order", order)),
+       .hidden = call.out("hidden", hidden),
+       .expert_out = call.out("expert_out", expert_out),
+       .x_stride = x_held.stride(0),
+       .tokens = as_int("x", tokens),
+       .k = as_int("experts", k),
+       .num_experts = as_int("down", num_experts),
+       .width = as_int("x", width),
+       .hidden_width = as_int("down", hidden_width),
+       .packed = all_packed},
+      dtypes, call.device());
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, Tensor post_weight,
                                                     Tensor norm_weight, Tensor gate_up,
+                                                    OptionalTensor gate_up_scales,
+                                                    OptionalTensor gate_up_row_scales,
                                                     Tensor expert_weight, Tensor router_scale,
                                                     Tensor router, double eps) {
   Call call(x);
@@ -132,9 +157,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, T
   return {hidden, logits, expert_x, new_residual};
 }
 
-std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor down, Tensor logits,
-                                             Tensor per_expert_scale, int64_t k, Tensor dense_x,
-                                             Tensor dense) {
+std::tuple<Tensor, Tensor> moe_experts_small(
+    Tensor x, Tensor gate_up, OptionalTensor gate_up_scales, OptionalTensor gate_up_row_scales,
+    Tensor down, OptionalTensor down_scales, OptionalTensor down_row_scales, Tensor logits,
+    Tensor per_expert_scale, int64_t k, Tensor dense_x, Tensor dense, OptionalTensor dense_scales,
+    OptionalTensor dense_row_scales) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && logits.dim() == 2 && dense.dim() == 2,
                   "x must be [T, D], down [E, D, F], logits [T, E] and dense [D, N]");
@@ -164,8 +191,16 @@ std::tuple<Tensor, Tensor> moe_experts_small(Tensor x, Tensor gate_up, Tensor do
   gemma4::MoeExpertsSmallParams p{};
   p.x = call.in("x", x_held);
   p.x_stride = x_held.stride(0);
-  p.gate_up = whole(call, "gate_up", gate_up, {num_experts, 2 * hidden_width, width});
-  p.down = whole(call, "down", down, {num_experts, width, hidden_width});
+  const auto matrix = [&](const char* name, const Tensor& t, const OptionalTensor& scales,
+                          const OptionalTensor& row_scales, Shape experts, int64_t rows,
+                          int64_t columns) {
+    return weight(call, name, t, scales, row_scales, experts, rows, columns, p.packed,
+                  call.dtype());
+  };
+  p.packed = is_packed(down);
+  p.gate_up = matrix("gate_up", gate_up, gate_up_scales, gate_up_row_scales, {num_experts},
+                     2 * hidden_width, width);
+  p.down = matrix("down", down, down_scales, down_row_scales, {num_experts}, width, hidden_width);
   p.logits = call.in("logits", logit_rows.tensor);
   p.logits_stride = logit_rows.stride;
   p.scale = call.floats("per_expert_scale", per_expert_scale, {num_experts});

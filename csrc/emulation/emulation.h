@@ -243,6 +243,12 @@ T atomicAdd(T* p, T value, LOC) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned places) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned made = 0;
+  for (int i = 0; i < 4; i++) made |= (bytes >> 8 * (places >> 4 * i & 7) & 0xff) << 8 * i;
+  return made;
+}
 inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;

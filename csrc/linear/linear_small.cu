@@ -5,6 +5,7 @@ namespace gemma4 {
 void linear_small(LinearSmallParams p, DType dtype, const Device& device) {
   if (p.tokens == 0) return;
   p.a_stride = padded_row(p.width);
+  if (p.packed.codes) return linear_small_packed(p, dtype, device);
   with_half_type("linear_small", dtype, [&]<class T>() {
     const auto run = [&]<bool kOpens, int kSets, bool kGated>() {
       const int tiles = p.rows / (kGated ? 8 : 8 * kSets);

@@ -234,6 +234,24 @@ DEVICE auto tokens_at(const OpeningParams& p, const T* a) {
   };
 }
 
+// What a product of a block's tiles reads tokens by, once a is there.
+template <class T, bool kOpens, int kSets>
+DEVICE auto open_tokens(const LinearSmallParams& p, LinearSmallSmem<kSets>& smem) {
+  if constexpr (kOpens) {
+    T* a = reinterpret_cast<T*>(&smem + 1);
+    open_branch(p, a, smem.sum, [&](int, int column, auto& y, float scale) {
+      if (p.norm_weight) scale_by(y, scale, p.norm_weight, column);
+    });
+    return tokens_at(p, a);
+  } else {
+    ptx::wait_for_previous_kernel();
+    return [&](int t, int from) {
+      return load_fresh_if(t < p.tokens && from < p.width,
+                           static_cast<const T*>(p.x) + t * p.x_stride + from);
+    };
+  }
+}
+
 template <class T, bool kOpens, int kSets, bool kGated>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_small_kernel(const __grid_constant__ LinearSmallParams p) {
@@ -249,21 +267,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
                              .sets = kSets,
                              .first = static_cast<int>(blockIdx.x),
                              .step = static_cast<int>(gridDim.x)};
-  const auto open = [&] {
-    if constexpr (kOpens) {
-      T* a = reinterpret_cast<T*>(&smem + 1);
-      open_branch(p, a, smem.sum, [&](int, int column, auto& y, float scale) {
-        if (p.norm_weight) scale_by(y, scale, p.norm_weight, column);
-      });
-      return tokens_at(p, a);
-    } else {
-      ptx::wait_for_previous_kernel();
-      return [&](int t, int from) {
-        return load_fresh_if(t < p.tokens && from < p.width,
-                             static_cast<const T*>(p.x) + t * p.x_stride + from);
-      };
-    }
-  };
+  const auto open = [&] { return open_tokens<T, kOpens>(p, smem); };
   multiply_tiles(tiles, smem, open, [&](int tile, const float4(&total)[kSets]) {
     if constexpr (kGated)
       return write_rows<T>(p.y, p.tokens, p.rows, tile * kRows, gated<T>(total[0], total[1]));

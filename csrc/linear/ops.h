@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "packed.h"
 
 namespace gemma4 {
 
@@ -27,7 +28,8 @@ struct OpeningParams {
 };
 
 struct LinearSmallParams : OpeningParams {
-  const void* weight;  // [rows, width]; gated: [2 rows, width], gate rows first
+  const void* weight;  // [rows, width]; gated: [2 rows, width], gate rows first; null if packed
+  PackedWeight packed;
   const void* factor;  // [tokens, rows] or null
   void* y;             // [tokens, rows]
   int64_t factor_stride;
@@ -35,6 +37,7 @@ struct LinearSmallParams : OpeningParams {
   bool gated;
 };
 void linear_small(LinearSmallParams params, DType dtype, const Device& device);
+void linear_small_packed(const LinearSmallParams& params, DType dtype, const Device& device);
 
 struct GeluMulParams {
   const void* gate;   // [rows, width]

@@ -26,12 +26,21 @@ void launch_down(const char* name, bool dependent, const MoeExpertsParams& p,
 }
 
 template <class T, class W, class Batch>
-void launch_streamed(const MoeExpertsParams& p, const Device& device) {
+void launch_gate_up(const MoeExpertsParams& p, const Device& device) {
   // At most kAssignments tiles.
   const Grid grid(ceil_div(p.hidden_width, kStreamRows), most_moe_tiles(p, Batch::kTokens));
   launch(device, "moe_experts, stream of gate_up", moe_stream_gate_up_kernel<T, W, Batch>, grid,
          kStreamWarps * 32, sizeof(GateUpSmem<T, Batch>), p);
-  launch_down<T, W, Batch>("moe_experts, stream of down", false, p, device);
+}
+
+// Calls f with what WeightRows is told of a weight.
+template <class T, class F>
+void with_weight(const MoeExpertsParams& p, const PackedWeight& weight, DType dtype, F&& f) {
+  if (p.packed)
+    bits_of(weight.numbers) == 4 ? f.template operator()<Packed<4>>()
+                                 : f.template operator()<Packed<8>>();
+  else
+    dtype == DType::kFloat32 ? f.template operator()<float>() : f.template operator()<T>();
 }
 
 template <class T, class W, int kRows>
@@ -57,7 +66,10 @@ bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts) {
 
 void moe_experts_small_down(const MoeExpertsParams& p, DType dtype, const Device& device) {
   const auto run = [&]<class T, class Batch>() {
-    launch_down<T, T, Batch>("moe_experts_small, down", true, p, device);
+    with_weight<T>(p, p.down, dtype, [&]<class W>() {
+      if constexpr (!std::is_same_v<W, float>)
+        launch_down<T, W, Batch>("moe_experts_small, down", true, p, device);
+    });
   };
   with_half_type("moe_experts_small", dtype, [&]<class T>() {
     if (p.tokens <= SmallBatch::kTokens) return run.template operator()<T, SmallBatch>();
@@ -75,21 +87,23 @@ void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& 
   const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
   launch(device, "moe_experts, sort", moe_sort_kernel<>, p.num_experts, threads,
          sizeof(MoeSortSmem), p);
-  const auto run = [&]<class T, class W>() {
-    if (is_small(p.tokens, p.k))
-      launch_streamed<T, W, SmallBatch>(p, device);
-    else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
-      launch_streamed<T, W, MediumBatch>(p, device);
-    else if (assignments <= int64_t{64} * p.num_experts)
-      launch_tiled<T, W, 64>(p, device);
-    else
-      launch_tiled<T, W, 128>(p, device);
-  };
   with_half_type("moe_experts", dtypes.x, [&]<class T>() {
-    if (dtypes.weight == dtypes.x)
-      run.template operator()<T, T>();
-    else
-      run.template operator()<T, float>();
+    const auto stream = [&]<class Batch>() {
+      with_weight<T>(p, p.gate_up, dtypes.weight,
+                     [&]<class W>() { launch_gate_up<T, W, Batch>(p, device); });
+      with_weight<T>(p, p.down, dtypes.weight, [&]<class W>() {
+        launch_down<T, W, Batch>("moe_experts, stream of down", false, p, device);
+      });
+    };
+    if (is_small(p.tokens, p.k)) return stream.template operator()<SmallBatch>();
+    if (moe_experts_streams(p.tokens, p.k, p.num_experts))
+      return stream.template operator()<MediumBatch>();
+    const auto tiles = [&]<class W>() {
+      assignments <= int64_t{64} * p.num_experts ? launch_tiled<T, W, 64>(p, device)
+                                                 : launch_tiled<T, W, 128>(p, device);
+    };
+    dtypes.weight == DType::kFloat32 ? tiles.template operator()<float>()
+                                     : tiles.template operator()<T>();
   });
 }
 

@@ -18,6 +18,7 @@
 #include "../common/stream.cuh"
 #include "../common/tile.cuh"
 #include "../common/vec.cuh"
+#include "../linear/packed.cuh"
 #include "moe_sort.cuh"
 
 namespace gemma4 {
@@ -46,98 +47,195 @@ struct DownSmem {
   alignas(16) float product[Batch::kAssignments][kStreamRows];
 };
 
-// How a warp walks along rows of weights: a line of 128 bytes of each at a time, in groups of 32
-// columns, of which a lane takes 8 of a row that exists, up to its width, and zeros otherwise.
+// Sixteen rows of a weight as a warp walks along them, kColumns at a time, of which the first
+// `rows` exist. A lane takes 8 columns of each 32, of rows lane / 4 and lane / 4 + 8, and of tokens
+// the same ones: kGroups pieces of 16 bytes.
 template <class T, class W>
-struct LaneColumns {
-  static constexpr int kColumns = 128 / sizeof(W), kGroups = kColumns / 32;
+struct WeightRows {
+  static constexpr bool kRounds = !std::is_same_v<T, W>;  // float, as two runs of 4 columns
+  static constexpr int kColumns = 128 / sizeof(W), kGroups = kColumns / 32, kStepBytes = 64;
+  struct Step {
+    uint4 bits[2][2];  // [row][half of the columns]
+  };
+  const W* row;
+  int rows, width;
 
-  DEVICE static uint4 weights(bool exists, const T* row, int first, int width FROM_HERE) {
-    const int column = first + threadIdx.x % 4 * 8;
-    return load_once_if(exists && column < width, row + column HERE);
+  DEVICE WeightRows(const PackedWeight& w, int64_t first_row, int rows, int width)
+      : row(static_cast<const W*>(w.codes) + (first_row + lane_row()) * width),
+        rows(rows),
+        width(width) {}
+
+  DEVICE static int lane_row() { return threadIdx.x % 32 / 4; }
+
+  DEVICE Step load(int first FROM_HERE) const {
+    Step step;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int column = first + half * kColumns / 2 + threadIdx.x % 4 * (16 / sizeof(W));
+        step.bits[i][half] = load_once_if(lane_row() + i * 8 < rows && column < width,
+                                          row + int64_t{8} * i * width + column HERE);
+      }
+    return step;
   }
+
+  // Of a row of tokens; zeros unless it exists.
   DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
-    const int column = first + threadIdx.x % 4 * 8;
-    return load_fresh_if(exists && column < width, row + column HERE);
+    if constexpr (kRounds) {
+      const int column = first + threadIdx.x % 4 * 4;
+      const uint2 low = load_8_fresh_if(exists && column < width, row + column HERE);
+      const uint2 high = load_8_fresh_if(exists && column + 16 < width, row + column + 16 HERE);
+      return {low.x, low.y, high.x, high.y};
+    } else {
+      const int column = first + threadIdx.x % 4 * 8;
+      return load_fresh_if(exists && column < width, row + column HERE);
+    }
   }
-};
 
-// A lane's 8 columns are two runs of 4, each 16 bytes of a row of weights.
-template <class T>
-struct LaneColumns<T, float> {
-  static constexpr int kColumns = 32, kGroups = 1;
+  // sum[n] += rows xᵀ of the first `eights` of kEights times eight tokens.
+  template <int kEights>
+  DEVICE void multiply_step(float (&sum)[kEights][4], const Step& step,
+                            const uint4 (&x)[kEights][kGroups], int eights) const {
+#pragma unroll
+    for (int i = 0; i < kGroups; i++) {
+      const uint4 low = kRounds ? rounded(step.bits[0]) : step.bits[0][i];
+      const uint4 high = kRounds ? rounded(step.bits[1]) : step.bits[1][i];
+#pragma unroll
+      for (int n = 0; n < kEights; n++) {
+        if (n >= eights) break;
+        multiply<T>(sum[n], low, high, x[n][i]);
+      }
+    }
+  }
 
-  DEVICE static uint4 weights(bool exists, const float* row, int first, int width FROM_HERE) {
-    const int column = first + threadIdx.x % 4 * 4;
-    const uint4 bits[2] = {
-        load_once_if(exists && column < width, row + column HERE),
-        load_once_if(exists && column + 16 < width, row + column + 16 HERE),
-    };
+  template <int kEights>
+  DEVICE void finish(float (&)[kEights][4]) const {}
+
+  DEVICE static uint4 rounded(const uint4 (&bits)[2]) {
     float w[8];
     __builtin_memcpy(w, bits, sizeof w);
     return {pack_pair<T>(w[0], w[1]), pack_pair<T>(w[2], w[3]), pack_pair<T>(w[4], w[5]),
             pack_pair<T>(w[6], w[7])};
   }
+};
+
+// Of a packed weight, a tile a step; its 16 rows all exist.
+template <int kBits>
+struct Packed {};
+
+template <class T, int kBits>
+struct WeightRows<T, Packed<kBits>> {
+  static constexpr int kColumns = kPackedColumns, kGroups = 2, kStepBytes = 4 * kBits;
+  using Step = LaneTile<kBits>;
+  const PackedWeight& weight;
+  int row_tile, width;
+
+  DEVICE WeightRows(const PackedWeight& w, int64_t first_row, int, int width)
+      : weight(w), row_tile(static_cast<int>(first_row / kPackedRows)), width(width) {}
+
+  DEVICE Step load(int first FROM_HERE) const {
+    const int64_t tile = int64_t{row_tile} * (width / kColumns) + first / kColumns;
+    return load_tile<kBits>(weight, tile, first < width HERE);
+  }
+
   DEVICE static uint4 tokens(bool exists, const T* row, int first, int width FROM_HERE) {
-    const int column = first + threadIdx.x % 4 * 4;
-    const uint2 low = load_8_fresh_if(exists && column < width, row + column HERE);
-    const uint2 high = load_8_fresh_if(exists && column + 16 < width, row + column + 16 HERE);
-    return {low.x, low.y, high.x, high.y};
+    return WeightRows<T, T>::tokens(exists, row, first, width HERE);
+  }
+
+  template <int kEights>
+  DEVICE void multiply_step(float (&sum)[kEights][4], const Step& step,
+                            const uint4 (&x)[kEights][kGroups], int eights) const {
+    multiply_tile<T, kBits>(sum, weight, step, x, eights);
+  }
+
+  // The sums over all columns take the rows' scales.
+  template <int kEights>
+  DEVICE void finish(float (&sum)[kEights][4]) const {
+    if (!weight.row_scales) return;
+    const float* scales =
+        weight.row_scales + int64_t{row_tile} * kPackedRows + threadIdx.x % 32 / 4;
+    const float low = scales[0], high = scales[8];
+#pragma unroll
+    for (int n = 0; n < kEights; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[n][e] *= e < 2 ? low : high;
   }
 };
+
+// Rows of up to kEights times eight tokens, of which `count` exist; row[n] is the lane's of the
+// n-th eight.
+template <class T, int kEights>
+struct Tokens {
+  const T* data;
+  int64_t stride;
+  int row[kEights], count;
+};
+
+// sum[m] += rows[m] tokensᵀ over the columns first, first + step, ..., a step's width of each.
+// Steps of weights are asked for kAhead before they are used.
+template <class T, int kMatrices, int kEights, class Rows>
+DEVICE void walk(float (&sum)[kMatrices][kEights][4], const Rows (&rows)[kMatrices],
+                 const Tokens<T, kEights>& tokens, int first, int step, int width) {
+  constexpr int kBytes = kEights > 2 ? 64 : 128;  // on their way in a lane
+  constexpr int kStepBytes = kMatrices * Rows::kStepBytes;
+  constexpr int kAhead = kBytes > kStepBytes ? kBytes / kStepBytes : 1;
+  const int lane_token = threadIdx.x % 32 / 4;
+  typename Rows::Step ahead[kAhead][kMatrices];
+  int next = first;
+  const auto ask = [&](int i) {
+#pragma unroll
+    for (int m = 0; m < kMatrices; m++) ahead[i][m] = rows[m].load(next);
+    next += step;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; i++) ask(i);
+  for (int column = first; column < width;)
+#pragma unroll
+    for (int i = 0; i < kAhead; i++, column += step) {
+      if (column >= width) break;
+      uint4 x[kEights][Rows::kGroups];
+#pragma unroll
+      for (int n = 0; n < kEights; n++)
+#pragma unroll
+        for (int g = 0; g < Rows::kGroups; g++)
+          x[n][g] =
+              Rows::tokens(n * 8 + lane_token < tokens.count,
+                           tokens.data + tokens.row[n] * tokens.stride, column + g * 32, width);
+#pragma unroll
+      for (int m = 0; m < kMatrices; m++)
+        rows[m].multiply_step(sum[m], ahead[i][m], x, (tokens.count + 7) / 8);
+      ask(i);
+    }
+#pragma unroll
+  for (int m = 0; m < kMatrices; m++) rows[m].finish(sum[m]);
+}
 
 // Of one tile, whose assignments `order` begins with, the hidden values of 16 gate rows.
 template <class T, class W, class Batch>
 DEVICE void stream_gate_up(const MoeExpertsParams& p, const MoeTile& tile, const int32_t* order,
                            int first_row, GateUpSmem<T, Batch>& smem) {
-  using Columns = LaneColumns<T, W>;
+  using Rows = WeightRows<T, W>;
   constexpr int kBlocks = Batch::kTokens / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = first_row + lane / 4;
-  const W* gate_row = static_cast<const W*>(p.gate_up) +
-                      (int64_t{2} * tile.expert * p.hidden_width + row) * p.width;
-  const W* up_row = gate_row + int64_t{p.hidden_width} * p.width;
-  const T* token[kBlocks];
+  const int64_t gate_row = int64_t{2} * tile.expert * p.hidden_width + first_row;
+  const int exist = p.hidden_width - first_row;
+  const Rows gate_up[2] = {{p.gate_up, gate_row, exist, p.width},
+                           {p.gate_up, gate_row + p.hidden_width, exist, p.width}};
+  Tokens<T, kBlocks> tokens{static_cast<const T*>(p.x), p.x_stride, {}, tile.rows};
 #pragma unroll
-  for (int n = 0; n < kBlocks; n++) {
-    const int i = min(n * 8 + lane / 4, tile.rows - 1);
-    token[n] = static_cast<const T*>(p.x) + order[i] / p.k * p.x_stride;
-  }
+  for (int n = 0; n < kBlocks; n++)
+    tokens.row[n] = order[min(n * 8 + lane / 4, tile.rows - 1)] / p.k;
+  float sum[2][kBlocks][4] = {};
+  walk(sum, gate_up, tokens, warp * Rows::kColumns, kStreamWarps * Rows::kColumns, p.width);
 
-  float gate[kBlocks][4] = {}, up[kBlocks][4] = {};
-  for (int first = warp * Columns::kColumns; first < p.width;
-       first += kStreamWarps * Columns::kColumns) {
-    uint4 weight[Columns::kGroups][4], x[Columns::kGroups][kBlocks];
 #pragma unroll
-    for (int i = 0; i < Columns::kGroups; i++) {
-      const auto weights = [&](bool exists, const W* from) {
-        return Columns::weights(exists, from, first + i * 32, p.width);
-      };
-      const bool low = row < p.hidden_width, high = row + 8 < p.hidden_width;
-      weight[i][0] = weights(low, gate_row);
-      weight[i][1] = weights(high, gate_row + int64_t{8} * p.width);
-      weight[i][2] = weights(low, up_row);
-      weight[i][3] = weights(high, up_row + int64_t{8} * p.width);
+  for (int n = 0; n < kBlocks; n++)
 #pragma unroll
-      for (int n = 0; n < kBlocks; n++)
-        x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows, token[n], first + i * 32, p.width);
+    for (int m = 0; m < 2; m++) {
+      const float (&of)[4] = sum[m][n];
+      store_shared(&smem.partial[warp][2 * n + m][lane], {of[0], of[1], of[2], of[3]});
     }
-#pragma unroll
-    for (int i = 0; i < Columns::kGroups; i++)
-#pragma unroll
-      for (int n = 0; n < kBlocks; n++) {
-        if (n * 8 >= tile.rows) break;
-        multiply<T>(gate[n], weight[i][0], weight[i][1], x[i][n]);
-        multiply<T>(up[n], weight[i][2], weight[i][3], x[i][n]);
-      }
-  }
-
-#pragma unroll
-  for (int n = 0; n < kBlocks; n++) {
-    store_shared(&smem.partial[warp][2 * n][lane],
-                 {gate[n][0], gate[n][1], gate[n][2], gate[n][3]});
-    store_shared(&smem.partial[warp][2 * n + 1][lane], {up[n][0], up[n][1], up[n][2], up[n][3]});
-  }
   __syncthreads();
   if (warp < kBlocks) {
     float g[4] = {}, u[4] = {};
@@ -173,52 +271,31 @@ __global__ void __launch_bounds__(kStreamWarps * 32, 2)
 template <class T, class W, class Batch>
 __global__ void __launch_bounds__(kStreamWarps * 32, 2)
     moe_stream_down_kernel(const __grid_constant__ MoeExpertsParams p) {
-  using Columns = LaneColumns<T, W>;
+  using Rows = WeightRows<T, W>;
   constexpr int kBlocks = Batch::kTokens / 8;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   auto& smem = shared_memory<DownSmem<Batch>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_row = blockIdx.x * kStreamRows, row = first_row + lane / 4;
+  const int first_row = blockIdx.x * kStreamRows;
 
   for (int t = warp;; t += kStreamWarps) {
     const MoeTile tile = moe_tile(p.offsets, p.num_experts, t, Batch::kTokens);
     if (tile.rows == 0) break;
-    const W* weight_row =
-        static_cast<const W*>(p.down) + (int64_t{tile.expert} * p.width + row) * p.hidden_width;
-    const T* hidden =
-        static_cast<const T*>(p.hidden) + int64_t{tile.begin + lane / 4} * p.hidden_width;
-
-    float product[kBlocks][4] = {};
-#pragma unroll 2
-    for (int first = 0; first < p.hidden_width; first += Columns::kColumns) {
-      uint4 weight[Columns::kGroups][2], x[Columns::kGroups][kBlocks];
+    const Rows down[1] = {
+        {p.down, int64_t{tile.expert} * p.width + first_row, p.width - first_row, p.hidden_width}};
+    Tokens<T, kBlocks> tokens{static_cast<const T*>(p.hidden), p.hidden_width, {}, tile.rows};
 #pragma unroll
-      for (int i = 0; i < Columns::kGroups; i++) {
-        const int from = first + i * 32;
-        weight[i][0] = Columns::weights(row < p.width, weight_row, from, p.hidden_width);
-        weight[i][1] = Columns::weights(row + 8 < p.width, weight_row + int64_t{8} * p.hidden_width,
-                                        from, p.hidden_width);
-#pragma unroll
-        for (int n = 0; n < kBlocks; n++)
-          x[i][n] = Columns::tokens(n * 8 + lane / 4 < tile.rows,
-                                    hidden + int64_t{n} * 8 * p.hidden_width, from, p.hidden_width);
-      }
-#pragma unroll
-      for (int i = 0; i < Columns::kGroups; i++)
-#pragma unroll
-        for (int n = 0; n < kBlocks; n++) {
-          if (n * 8 >= tile.rows) break;
-          multiply<T>(product[n], weight[i][0], weight[i][1], x[i][n]);
-        }
-    }
+    for (int n = 0; n < kBlocks; n++) tokens.row[n] = tile.begin + n * 8 + lane / 4;
+    float product[1][kBlocks][4] = {};
+    walk(product, down, tokens, 0, Rows::kColumns, p.hidden_width);
 #pragma unroll
     for (int n = 0; n < kBlocks; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = n * 8 + lane % 4 * 2 + e % 2;
         if (i < tile.rows)
-          smem.product[p.order[tile.begin + i]][lane / 4 + e / 2 * 8] = product[n][e];
+          smem.product[p.order[tile.begin + i]][lane / 4 + e / 2 * 8] = product[0][n][e];
       }
   }
   __syncthreads();

@@ -7,91 +7,24 @@
 // the blocks of the expert's next tile share the weights, both from L2. There are as many blocks as
 // the worst routing needs; those without a tile leave.
 //
-// The four warps divide each 64 rows, and each warp's rows are 16 of them and all 128 columns. On
-// Hopper wgmma multiplies the tiles where they lie; elsewhere ldmatrix and mma.sync, with sums in
-// the same places. Warps whose rows hold no token leave the tensor cores to others.
-// Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
-// stage s - 1 is free. Shared memory: sizeof(MoeTilesSmem), 97 KB with 128 rows, 73 KB with 64: two
-// blocks on a large multiprocessor, one multiplies while the other waits. Weights in float are
-// rounded on their way, through registers. What is stored is finite in fp16 too. Bound: tensor
-// cores and shared memory alike; with few tokens an expert the weights, from DRAM.
+// How a tile is multiplied is in linear/tiles.cuh. Weights in float are rounded on their way,
+// through registers. What is stored is finite in fp16 too. Shared memory: sizeof(MoeTilesSmem).
+// Bound: tensor cores and shared memory alike; with few tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/elementwise.cuh"
 #include "../common/math.cuh"
-#include "../common/tile.cuh"
 #include "../common/vec.cuh"
+#include "../linear/tiles.cuh"
 #include "moe_sort.cuh"
 
 namespace gemma4 {
 
-constexpr int kTileWeightRows = 128, kTileColumns = 64, kTileStages = 3, kTileThreads = 128;
-
 template <class T, int kRows>
 struct MoeTilesSmem {
-  struct Stage {
-    alignas(1024) T x[kRows * kTileColumns];
-    alignas(1024) T weight[kTileWeightRows * kTileColumns];
-  };
-  union {
-    Stage stage[kTileStages];
-    T out[kRows * kTileWeightRows];  // at the end
-  };
+  ProductTiles<T, kRows> tiles;
   int source[kRows];  // row of x
 };
-
-// sum += x weightᵀ over one stage. Element e of sum[i][n] is row i * 64 + warp * 16 + lane / 4 + e
-// / 2 * 8, column n * 8 + lane % 4 * 2 + e % 2.
-template <class T, int kRows>
-DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
-                           const typename MoeTilesSmem<T, kRows>::Stage& stage, int rows) {
-  const int warp_row = threadIdx.x / 32 * 16;
-  if (ptx::has_wgmma()) {
-    const uint64_t x = wgmma_tile<kRows>(stage.x, 0, 0);
-    const uint64_t weight = wgmma_tile<kTileWeightRows>(stage.weight, 0, 0);
-    // A branch between them would make the compiler run them one by one.
-    const auto multiply = [&]<int kBlocks>() {
-      ptx::wgmma_fence(sum);
-#pragma unroll
-      for (int column = 0; column < kTileColumns; column += 16)
-#pragma unroll
-        for (int i = 0; i < kBlocks; i++)
-          ptx::wgmma_64x128x16<T>(sum[i], x + wgmma_step<kRows>(i * 64, column),
-                                  weight + wgmma_step<kTileWeightRows>(0, column));
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>(sum);
-    };
-    if (rows > 64)
-      multiply.template operator()<kRows / 64>();
-    else
-      multiply.template operator()<1>();
-    return;
-  }
-  const auto x_at = lane_address<kRows>(stage.x, warp_row, 0);
-  const auto weight_at = transposed_lane_address<kTileWeightRows>(stage.weight, 0, 0);
-  const auto multiply = [&]<int kBlocks>() {
-#pragma unroll
-    for (int column = 0; column < kTileColumns; column += 16) {
-      uint32_t a[kBlocks][4];
-#pragma unroll
-      for (int i = 0; i < kBlocks; i++) ptx::ldmatrix_x4(a[i], x_at.at(i * 64, column));
-#pragma unroll
-      for (int n = 0; n < 8; n++) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, weight_at.at(n * 16, column));
-#pragma unroll
-        for (int i = 0; i < kBlocks; i++) {
-          ptx::mma_16816<T>(sum[i][2 * n], a[i], b[0], b[1]);
-          ptx::mma_16816<T>(sum[i][2 * n + 1], a[i], b[2], b[3]);
-        }
-      }
-    }
-  };
-  if (rows > 64 + warp_row)
-    multiply.template operator()<kRows / 64>();
-  else if (rows > warp_row)
-    multiply.template operator()<1>();
-}
 
 template <class T, class W, int kRows, bool kGateUp>
 __global__ void __launch_bounds__(kTileThreads)
@@ -113,10 +46,9 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const T* x = static_cast<const T*>(kGateUp ? p.x : p.hidden);
   const int64_t x_stride = kGateUp ? p.x_stride : p.hidden_width;
-  const W* weights = static_cast<const W*>(kGateUp ? p.gate_up : p.down) +
+  const W* weights = static_cast<const W*>((kGateUp ? p.gate_up : p.down).codes) +
                      (kGateUp ? 2 : 1) * int64_t{tile.expert} * out_width * width;
-  const auto load_stage = [&](int step) {
-    auto& stage = smem.stage[step % kTileStages];
+  const auto load_stage = [&](auto& stage, int step) {
     const int first = step * kTileColumns;
     copy_rows<kTileColumns, kRows, kTileThreads>(
         stage.x,
@@ -138,21 +70,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
   float sum[kRows / 64][16][4] = {};
   const int steps = (width + kTileColumns - 1) / kTileColumns;
-#pragma unroll
-  for (int step = 0; step < kTileStages - 1; step++) {
-    if (step < steps) load_stage(step);
-    ptx::cp_async_commit();
-  }
-  for (int step = 0; step < steps; step++) {
-    ptx::cp_async_wait<kTileStages - 2>();
-    if (ptx::has_wgmma()) ptx::fence_async_proxy();
-    __syncthreads();
-    if (step + kTileStages - 1 < steps) load_stage(step + kTileStages - 1);
-    ptx::cp_async_commit();
-    multiply_stage<T, kRows>(sum, smem.stage[step % kTileStages], tile.rows);
-  }
-  ptx::cp_async_wait<0>();
-  __syncthreads();
+  multiply_stages(sum, smem.tiles, steps, tile.rows, load_stage);
 
   // Through shared memory to rows of whole sectors.
 #pragma unroll
@@ -167,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads)
           low = gated<T>(low, sum[i][n + 8][2 * half]);
           high = gated<T>(high, sum[i][n + 8][2 * half + 1]);
         }
-        T* to = smem.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
+        T* to = smem.tiles.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));
       }
   __syncthreads();
@@ -176,7 +94,8 @@ __global__ void __launch_bounds__(kTileThreads)
     const int row = i / kChunks, chunk = i % kChunks, column = first_column + chunk * 8;
     if (column >= out_width) continue;
     const int64_t to = kGateUp ? tile.begin + row : p.order[tile.begin + row];
-    const auto* from = reinterpret_cast<const uint4*>(smem.out + chunk_offset<kRows>(row, chunk));
+    const auto* from =
+        reinterpret_cast<const uint4*>(smem.tiles.out + chunk_offset<kRows>(row, chunk));
     ptx::store_16(static_cast<T*>(kGateUp ? p.hidden : p.expert_out) + to * out_width + column,
                   load_shared(from));
   }

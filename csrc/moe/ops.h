@@ -21,18 +21,19 @@ constexpr int kMostRoutedExperts = 512, kMostRoutes = 32;
 // within an expert in their order, they are named by `order`; those without an expert here are left
 // out.
 struct MoeExpertsParams {
-  const void* x;        // [T, D]
-  const void* gate_up;  // [E, 2 F, D], of the weights' dtype
-  const void* down;     // [E, D, F], likewise
-  Indices experts;      // [A]; what lies outside 0..E - 1 is skipped
-  Floats weights;       // [A]
-  void* y;              // [T, D]
-  int32_t* offsets;     // [E + 1], where each expert's part of `order` begins
-  int32_t* order;       // [A]
-  void* hidden;         // [A, F], sorted
-  void* expert_out;     // [A, D], not sorted; unused if moe_experts_streams
+  const void* x;         // [T, D]
+  PackedWeight gate_up;  // [E, 2 F, D]
+  PackedWeight down;     // [E, D, F]
+  Indices experts;       // [A]; what lies outside 0..E - 1 is skipped
+  Floats weights;        // [A]
+  void* y;               // [T, D]
+  int32_t* offsets;      // [E + 1], where each expert's part of `order` begins
+  int32_t* order;        // [A]
+  void* hidden;          // [A, F], sorted
+  void* expert_out;      // [A, D], not sorted; unused if moe_experts_streams
   int64_t x_stride;
   int tokens, k, num_experts, width, hidden_width;  // T, K, E, D, F
+  bool packed;  // both weights; else their codes are elements of the weights' dtype
 };
 void moe_experts(const MoeExpertsParams& params, const DTypes& dtypes, const Device& device);
 // Whether the tokens are so few that the weights are streamed past them.

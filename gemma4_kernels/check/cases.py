@@ -153,7 +153,7 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             other = draw.strided(tokens, width) if two else None
             x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
             norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
-            yield x, weight, *norms, EPS, gated
+            yield x, weight, None, None, *norms, EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:
@@ -289,8 +289,8 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
         for dtype in draw.others:
             yield (
                 draw.strided(tokens, width),
-                draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype),
-                draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype),
+                *(draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype), None, None),
+                *(draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype), None, None),
                 chosen.to(draw.device),  # the last is one that lives elsewhere
                 draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
             )
@@ -302,7 +302,7 @@ def moe_open(draw: Draw) -> Iterator[Arguments]:
         weights = [draw.weight(width) for _ in range(4)]
         yield (
             *(draw.strided(tokens, width), draw.strided(tokens, width), *weights[:2]),
-            draw.randn(2 * rows, width, std=std),
+            *(draw.randn(2 * rows, width, std=std), None, None),
             *weights[2:],
             draw.randn(experts, width),
             EPS,
@@ -316,13 +316,13 @@ def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
             logits[0, 1] = logits[0, 0]  # of equals the first comes first
             yield (
                 draw.strided(tokens + more, width),
-                draw.randn(experts, 2 * hidden, width, std=width**-0.5),
-                draw.randn(experts, width, hidden, std=hidden**-0.5),
+                *(draw.randn(experts, 2 * hidden, width, std=width**-0.5), None, None),
+                *(draw.randn(experts, width, hidden, std=hidden**-0.5), None, None),
                 (logits / experts * 8).to(draw.device, draw.dtype),
                 draw.weight(experts, torch.float32),
                 k,
                 draw.strided(tokens + more, 136),
-                draw.randn(width, 136, std=0.1),
+                *(draw.randn(width, 136, std=0.1), None, None),
             )
 
 

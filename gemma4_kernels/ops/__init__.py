@@ -14,7 +14,7 @@ sentence names the argument, what it must be and what came.
 
 from .attention import attention_prefill
 from .decode import attention_decode, qkv_attention_decode
-from .linear import linear_small
+from .linear import linear_packed, linear_small
 from .logits import sample, softcap, softcap_argmax
 from .mlp import geglu
 from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
@@ -27,6 +27,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "geglu",
+    "linear_packed",
     "linear_small",
     "moe_experts",
     "moe_experts_small",

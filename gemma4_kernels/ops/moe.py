@@ -5,8 +5,17 @@ from torch import Tensor
 
 from ..autocast import cast, product_dtype
 from ..opset import HALF, Args, Gradient, NoGradient, Op, new
+from ..packed import PackedWeight
 from ..reference import moe as reference
-from .linear import MOST_NORMED_ELEMENTS, MOST_NORMED_WIDTH, MOST_TOKENS, lies_ready
+from ..reference.moe import is_packed, shape_of
+from .linear import (
+    MOST_NORMED_ELEMENTS,
+    MOST_NORMED_WIDTH,
+    MOST_TOKENS,
+    lies_ready,
+    packed_unserved,
+    parts_of,
+)
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +82,29 @@ def moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> tuple[Tensor,
     return _moe_route(logits, per_expert_scale, k)
 
 
-def _experts_unserved(gate_up: Tensor, down: Tensor) -> str | None:
+def _packed_unserved(**weights: reference.Parts) -> str | None:
+    """Why no kernel reads these weights beside each other."""
+    if not all(map(is_packed, weights.values())):
+        *others, last = weights
+        return f"it is for {', '.join(others)} and {last} that are all packed or all dense"
+    for name, parts in weights.items():
+        if reason := packed_unserved(name, *parts):
+            return reason
+    return None
+
+
+def _experts_unserved(
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
+) -> str | None:
+    gate_up_parts = gate_up, gate_up_scales, gate_up_row_scales
+    down_parts = down, down_scales, down_row_scales
+    if is_packed(gate_up_parts) or is_packed(down_parts):
+        return _packed_unserved(gate_up=gate_up_parts, down=down_parts)
     if down.ndim < 2 or down.shape[-2] % 8 or down.shape[-1] % 8:
         return f"it is for widths that are multiples of 8, got {tuple(down.shape[-2:])}"
     if not (gate_up.is_contiguous() and down.is_contiguous()):
@@ -86,13 +117,21 @@ def _experts_unserved(gate_up: Tensor, down: Tensor) -> str | None:
 def _like_each(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, d_gate_up = new(x, *x.shape), new(gate_up, *gate_up.shape)
-    return dx, d_gate_up, new(down, *down.shape), new(weights, *weights.shape)
+    dx, d_weights = new(x, *x.shape), new(weights, *weights.shape)
+    d_gate_up, d_down = (
+        new(x, 0) if is_packed((w, None, None)) else new(w, *w.shape) for w in (gate_up, down)
+    )
+    return dx, d_gate_up, d_down, d_weights
 
+
+_EXPERTS = (
+    "Tensor x, Tensor gate_up, Tensor? gate_up_scales, Tensor? gate_up_row_scales, Tensor down,"
+    " Tensor? down_scales, Tensor? down_row_scales"
+)
 
 _moe_experts_backward = Op(
-    "moe_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor experts,"
-    " Tensor weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"moe_experts_backward(Tensor grad, {_EXPERTS}, Tensor experts, Tensor weights)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.moe_experts_backward,
     outputs=_like_each,
     gradient=NoGradient("second derivatives are not offered"),
@@ -101,11 +140,15 @@ _moe_experts_backward = Op(
 
 def _backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx, d_gate_up, d_down, d_weights = _moe_experts_backward.registered(grad, *kept)
-    return dx, d_gate_up, d_down, None, d_weights
+    if is_packed(kept[1:4]):
+        d_gate_up = None
+    if is_packed(kept[4:7]):
+        d_down = None
+    return dx, d_gate_up, None, None, d_down, None, None, None, d_weights
 
 
 _moe_experts = Op(
-    "moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights) -> Tensor",
+    f"moe_experts({_EXPERTS}, Tensor experts, Tensor weights) -> Tensor",
     reference.moe_experts,
     check=reference.check_moe_experts,
     outputs=lambda x: new(x, *x.shape),
@@ -117,25 +160,31 @@ _moe_experts = Op(
 
 
 def moe_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor
+    x: Tensor,
+    gate_up: Tensor | PackedWeight,
+    down: Tensor | PackedWeight,
+    experts: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """Σ_k weights[:, k] · down[e] geglu(gate_up[e] x) with e = experts[:, k].
 
     x [T, D]; gate_up [E, 2F, D], gate rows first; down [E, D, F]; experts [T, K] integers, each
     token's distinct, -1 and E meaning "skip" (an expert that lives elsewhere); weights [T, K].
-    gate_up and down have the dtype of x or are fp32, then rounded to it, each expert when it is
-    multiplied. Under autocast x is multiplied in its dtype.
+    gate_up and down have the dtype of x or are fp32, or each is packed; they are rounded to the
+    dtype of x, each expert when it is multiplied. Packed ones have no gradient, and a kernel only
+    if both are. Under autocast x is multiplied in its dtype.
     Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone. In fp16
     what `geglu` and each product make is held within ±65504. For any other expert the eager twin
     raises ValueError; a kernel, which waits for no device, skips it.
     """
     product = product_dtype(x)
     if product is None:
-        return _moe_experts(x, gate_up, down, experts, weights)
+        return _moe_experts(x, *parts_of(gate_up), *parts_of(down), experts, weights)
     (narrow,) = cast(product, x)
-    if isinstance(gate_up, Tensor) and gate_up.dtype != torch.float32:
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dtype != torch.float32:
         gate_up, down = cast(product, gate_up, down)
-    return _moe_experts(narrow, gate_up, down, experts, weights).to(x.dtype)
+    matrices = *parts_of(gate_up), *parts_of(down)
+    return _moe_experts(narrow, *matrices, experts, weights).to(x.dtype)
 
 
 # As kMostSmallExperts and kMostSmallAssignments of csrc/moe/ops.h.
@@ -148,10 +197,15 @@ def _open_unserved(
     post_weight: Tensor,
     norm_weight: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     expert_weight: Tensor,
     router_scale: Tensor,
     router: Tensor,
 ) -> str | None:
+    parts = gate_up, gate_up_scales, gate_up_row_scales
+    if is_packed(parts):
+        return "there is none for packed weights"
     if x.ndim != 2 or gate_up.ndim != 2 or router.ndim != 2:
         return "it is for x [T, D], gate_up [2F, D] and router [E, D]"
     tokens, width = x.shape
@@ -173,13 +227,15 @@ def _opened(
     x: Tensor, residual: Tensor, gate_up: Tensor, router: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, wide = x.shape[0], torch.promote_types(x.dtype, residual.dtype)
-    hidden, logits = new(x, tokens, gate_up.shape[0] // 2), new(x, tokens, router.shape[0])
+    rows = shape_of((gate_up, None, None))[0]
+    hidden, logits = new(x, tokens, rows // 2), new(x, tokens, router.shape[0])
     return hidden, logits, new(x, *x.shape, dtype=wide), new(x, *x.shape, dtype=wide)
 
 
 _moe_open = Op(
     "moe_open(Tensor x, Tensor residual, Tensor post_weight, Tensor norm_weight, Tensor gate_up,"
-    " Tensor expert_weight, Tensor router_scale, Tensor router, float eps)"
+    " Tensor? gate_up_scales, Tensor? gate_up_row_scales, Tensor expert_weight,"
+    " Tensor router_scale, Tensor router, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.moe_open,
     check=reference.check_moe_open,
@@ -195,7 +251,7 @@ def moe_open(
     residual: Tensor,
     post_weight: Tensor,
     norm_weight: Tensor,
-    gate_up: Tensor,
+    gate_up: Tensor | PackedWeight,
     expert_weight: Tensor,
     router_scale: Tensor,
     router: Tensor,
@@ -208,26 +264,42 @@ def moe_open(
 
     x, residual [T, D]; gate_up [2F, D], gate rows first; router [E, D]; the other weights [D]; eps
     as in `rms_norm`. x, gate_up and router have one floating dtype, and under autocast are cast to
-    its dtype; the others may be of any. Returns (hidden [T, F], logits [T, E], expert_x [T, D], r
-    [T, D]), the first two in the dtype of gate_up, the others in the one that x and residual
-    promote to. A kernel reads every weight once, and a token's bits do not depend on the others.
+    its dtype; or gate_up is packed. The others may be of any. Returns (hidden [T, F], logits
+    [T, E], expert_x [T, D], r [T, D]), the first two in the dtype of x, the others in the one that
+    x and residual promote to. A kernel reads every weight once, and a token's bits do not depend on
+    the others.
     """
     dtype = product_dtype(x)
     if dtype is not None:
-        x, gate_up, router = cast(dtype, x, gate_up, router)
-    opening = x, residual, post_weight, norm_weight
-    return _moe_open(*opening, gate_up, expert_weight, router_scale, router, eps)
+        x, router = cast(dtype, x, router)
+        if isinstance(gate_up, Tensor):
+            (gate_up,) = cast(dtype, gate_up)
+    opening = x, residual, post_weight, norm_weight, *parts_of(gate_up)
+    return _moe_open(*opening, expert_weight, router_scale, router, eps)
 
 
 def _experts_small_unserved(
     x: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
     logits: Tensor,
     k: int,
     dense_x: Tensor,
     dense: Tensor,
+    dense_scales: Tensor | None,
+    dense_row_scales: Tensor | None,
 ) -> str | None:
+    weights = {
+        "gate_up": (gate_up, gate_up_scales, gate_up_row_scales),
+        "down": (down, down_scales, down_row_scales),
+        "dense": (dense, dense_scales, dense_row_scales),
+    }
+    if any(map(is_packed, weights.values())):
+        return "there is none for packed weights"
     if x.ndim != 2 or down.ndim != 3 or dense.ndim != 2:
         return "it is for x [T, D], down [E, D, F] and dense [D, N]"
     tokens, num_experts = x.shape[0], down.shape[0]
@@ -251,8 +323,8 @@ def _experts_small_unserved(
 
 
 _moe_experts_small = Op(
-    "moe_experts_small(Tensor x, Tensor gate_up, Tensor down, Tensor logits,"
-    " Tensor per_expert_scale, int k, Tensor dense_x, Tensor dense) -> (Tensor, Tensor)",
+    f"moe_experts_small({_EXPERTS}, Tensor logits, Tensor per_expert_scale, int k, Tensor dense_x,"
+    " Tensor dense, Tensor? dense_scales, Tensor? dense_row_scales) -> (Tensor, Tensor)",
     reference.moe_experts_small,
     check=reference.check_moe_experts_small,
     outputs=lambda x: (new(x, *x.shape), new(x, *x.shape)),
@@ -265,13 +337,13 @@ _moe_experts_small = Op(
 
 def moe_experts_small(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | PackedWeight,
+    down: Tensor | PackedWeight,
     logits: Tensor,
     per_expert_scale: Tensor,
     k: int,
     dense_x: Tensor,
-    dense: Tensor,
+    dense: Tensor | PackedWeight,
 ) -> tuple[Tensor, Tensor]:
     """The experts of up to 16 tokens with the choice among them, and the dense branch beside them.
 
@@ -279,26 +351,36 @@ def moe_experts_small(
     moe_route(logits, per_expert_scale, k) chooses; dense_y = dense_x denseᵀ.
 
     x, gate_up and down as in `moe_experts`; logits and per_expert_scale as in `moe_route`; dense_x
-    [T, N] and dense [D, N] in the dtype of x. Under autocast all but the routing is cast to its
-    dtype. Returns (y, dense_y), each [T, D] in the dtype of x. A kernel reads every touched weight
-    once, and a token's bits do not depend on the others.
+    [T, N] in the dtype of x, and dense [D, N] in it or packed. Under autocast all but the routing
+    is cast to its dtype. Returns (y, dense_y), each [T, D] in the dtype of x. There is a kernel
+    where all three weights are packed or none is; it reads every touched weight once, and a token's
+    bits do not depend on the others.
     """
     dtype = product_dtype(x)
     if dtype is not None:
-        x, gate_up, down = cast(dtype, x, gate_up, down)
-        dense_x, dense = cast(dtype, dense_x, dense)
+        x, dense_x = cast(dtype, x, dense_x)
+        gate_up, down, dense = (
+            cast(dtype, w)[0] if isinstance(w, Tensor) else w for w in (gate_up, down, dense)
+        )
+    matrices = *parts_of(gate_up), *parts_of(down)
     routing = logits, per_expert_scale, k
-    return _moe_experts_small(x, gate_up, down, *routing, dense_x, dense)
+    return _moe_experts_small(x, *matrices, *routing, dense_x, *parts_of(dense))
 
 
 def moe_small_pays(
-    opening: tuple[Tensor, ...], experts: tuple[Tensor, Tensor], k: int, dense: Tensor
+    opening: tuple[Tensor | PackedWeight, ...],
+    experts: tuple[Tensor | PackedWeight, Tensor | PackedWeight],
+    k: int,
+    dense: Tensor | PackedWeight,
 ) -> bool:
     """Whether `moe_open` of these, up to eps, and `moe_experts_small` behind it are no slower than
     their parts; experts: gate_up and down."""
-    x, router = opening[0], opening[-1]
+    x, *norms, gate_up, expert_weight, router_scale, router = opening
+    assert isinstance(x, Tensor) and isinstance(router, Tensor)
     logits, dense_x = new(x, x.shape[0], router.shape[0]), new(x, x.shape[0], dense.shape[-1])
+    opens = x, *norms, *parts_of(gate_up), expert_weight, router_scale, router
+    matrices = *parts_of(experts[0]), *parts_of(experts[1])
     routing = logits, logits, k
-    return _moe_open.pays(opening) and _moe_experts_small.pays(
-        (x, *experts, *routing, dense_x, dense)
+    return _moe_open.pays(opens) and _moe_experts_small.pays(
+        (x, *matrices, *routing, dense_x, *parts_of(dense))
     )

@@ -1,19 +1,72 @@
-"""Twin and check of `ops/linear.py`."""
+"""Twins and checks of `ops/linear.py`."""
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_beside, check_floating, check_like, check_shape
+from .. import packed
+from ..packed import PackedWeight
+from .common import check_beside, check_floating, check_like, check_same_device, check_shape
 from .mlp import geglu
 from .norm import add_rms_norm, rms_norm
 from .ple import ple_gate
 
-__all__ = ["linear_small"]
+__all__ = ["linear_packed", "linear_small"]
+
+# Of a packed weight, as many of its elements are numbers at once.
+BLOCK_ELEMENTS = 1 << 22
+
+
+def check_linear_packed(
+    x: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
+) -> None:
+    check_floating("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
+    packed.check("weight", weight, weight_scales, weight_row_scales)
+    check_same_device("weight", weight, "x", x)
+    width = weight.shape[-2] * packed.COLUMNS
+    if weight.ndim != 3 or x.shape[1] != width:
+        raise ValueError(
+            f"weight must be [N / 16, {x.shape[1]} / 64, codes of a tile], got {list(weight.shape)}"
+        )
+
+
+def _blocks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in `dtype`, block by block, and which they are."""
+    rows, width = weight.shape
+    step = max(BLOCK_ELEMENTS // width // packed.ROWS, 1) * packed.ROWS
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        yield slice(begin, end), weight.rows(begin, end).to(dtype)
+
+
+def linear_packed(
+    x: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
+) -> Tensor:
+    whole = PackedWeight(weight, weight_scales, weight_row_scales)
+    return torch.cat([F.linear(x, block) for _, block in _blocks(whole, x.dtype)], -1)
+
+
+def linear_packed_backward(
+    grad: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
+) -> Tensor:
+    """Of x: grad weight."""
+    whole = PackedWeight(weight, weight_scales, weight_row_scales)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    sum = grad.new_zeros(grad.shape[0], whole.shape[1], dtype=dtype)
+    for rows, block in _blocks(whole, grad.dtype):
+        sum += grad[:, rows] @ block
+    return sum.to(grad.dtype)
 
 
 def check_linear_small(
     x: Tensor,
     weight: Tensor,
+    weight_scales: Tensor | None,
+    weight_row_scales: Tensor | None,
     residual: Tensor | None,
     post_weight: Tensor | None,
     scale: Tensor | None,
@@ -24,14 +77,9 @@ def check_linear_small(
     other_weight: Tensor | None,
     gated: bool,
 ) -> None:
-    check_floating("x", x)
-    if x.ndim != 2:
-        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
+    rows = _check_weight(x, weight, weight_scales, weight_row_scales)
     tokens, width = x.shape
-    check_like("weight", weight, "x", x)
-    if weight.ndim != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight must be [N, {width}], got {list(weight.shape)}")
-    if gated and weight.shape[0] % 2:
+    if gated and rows % 2:
         raise ValueError(f"a gated weight must have an even height, got {list(weight.shape)}")
     if (residual is None) != (post_weight is None):
         raise ValueError("residual and post_weight must come together or not")
@@ -44,9 +92,9 @@ def check_linear_small(
         )
     if factor is not None and gated:
         raise ValueError("factor must not come with gated")
-    for name, rows in (("residual", residual), ("other", other)):
-        if rows is not None:
-            check_beside(name, rows, "x", x, (tokens, width))
+    for name, branch in (("residual", residual), ("other", other)):
+        if branch is not None:
+            check_beside(name, branch, "x", x, (tokens, width))
     weights = {"post_weight": post_weight, "norm_weight": norm_weight}
     weights |= {"x_weight": x_weight, "other_weight": other_weight}
     for name, row in weights.items():
@@ -56,12 +104,32 @@ def check_linear_small(
         check_beside("scale", scale, "x", x, (1,))
     if factor is not None:
         check_like("factor", factor, "x", x)
-        check_shape("factor", factor, (tokens, weight.shape[0]))
+        check_shape("factor", factor, (tokens, rows))
+
+
+def _check_weight(
+    x: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
+) -> int:
+    """Also of x; returns how many rows the weight has."""
+    if weight.dtype in packed.CODES:
+        check_linear_packed(x, weight, weight_scales, weight_row_scales)
+        return weight.shape[0] * packed.ROWS
+    check_floating("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, D], got {list(x.shape)}")
+    check_like("weight", weight, "x", x)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must be [N, {x.shape[1]}], got {list(weight.shape)}")
+    if weight_scales is not None or weight_row_scales is not None:
+        raise ValueError("weight_scales and weight_row_scales must come with a packed weight alone")
+    return weight.shape[0]
 
 
 def linear_small(
     x: Tensor,
     weight: Tensor,
+    weight_scales: Tensor | None,
+    weight_row_scales: Tensor | None,
     residual: Tensor | None,
     post_weight: Tensor | None,
     scale: Tensor | None,
@@ -83,7 +151,12 @@ def linear_small(
         new_residual = a
     if norm_weight is not None:
         a = rms_norm(a, norm_weight, eps)
-    y = F.linear(a.to(weight.dtype), weight)
+    if weight.dtype in packed.CODES:
+        # The op, whose gradient knows no weight as numbers all at once.
+        scales = weight_scales, weight_row_scales
+        y = torch.ops.gemma4_kernels.linear_packed(a.to(x.dtype), weight, *scales)
+    else:
+        y = F.linear(a.to(weight.dtype), weight)
     if gated:
         y = geglu(y)
     elif factor is not None:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import packed
+from ..packed import PackedWeight
 from .common import (
     check_beside,
     check_floating,
@@ -14,6 +16,7 @@ from .common import (
     extremes,
     finite,
 )
+from .linear import linear_packed_backward
 from .mlp import geglu
 from .norm import add_rms_norm, check_rms_norm, rms_norm
 
@@ -25,6 +28,44 @@ __all__ = [
     "moe_open",
     "moe_route",
 ]
+
+# A weight as a schema has it: itself, or codes, scales and row scales.
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def is_packed(parts: Parts) -> bool:
+    return parts[0].dtype in packed.CODES
+
+
+def shape_of(parts: Parts) -> tuple[int, ...]:
+    return PackedWeight(*parts).shape if is_packed(parts) else tuple(parts[0].shape)
+
+
+def _check_parts(name: str, parts: Parts, x: Tensor) -> None:
+    """A packed weight or a dense one, of any dtype, on the device of x."""
+    weight, *scales = parts
+    check_same_device(name, weight, "x", x)
+    if is_packed(parts):
+        packed.check(name, *parts)
+    elif any(part is not None for part in scales):
+        raise ValueError(
+            f"{name}_scales and {name}_row_scales must come with a packed {name} alone"
+        )
+
+
+def _expert(parts: Parts, e: int) -> Parts:
+    codes, scales, row_scales = (None if x is None else x[e] for x in parts)
+    assert codes is not None
+    return codes, scales, row_scales
+
+
+def times(x: Tensor, parts: Parts) -> Tensor:
+    """x weightᵀ, the weight rounded to the dtype of x; a packed one by its op, whose gradient knows
+    no weight as numbers all at once."""
+    if is_packed(parts):
+        y: Tensor = torch.ops.gemma4_kernels.linear_packed(x, *parts)
+        return y
+    return F.linear(x, parts[0].to(x.dtype))
 
 
 def check_moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
@@ -76,9 +117,18 @@ def _by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple
 
 
 def check_moe_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
+    experts: Tensor,
+    weights: Tensor,
 ) -> None:
-    _check_experts(x, gate_up, down)
+    gate_up_parts = gate_up, gate_up_scales, gate_up_row_scales
+    _check_experts(x, gate_up_parts, (down, down_scales, down_row_scales))
     check_integral("experts", experts)
     check_same_device("experts", experts, "x", x)
     if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
@@ -86,36 +136,52 @@ def check_moe_experts(
     check_beside("weights", weights, "x", x, experts.shape)
 
 
-def _check_experts(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def _check_experts(x: Tensor, gate_up: Parts, down: Parts) -> None:
     check_floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, D], got {list(x.shape)}")
-    if gate_up.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"gate_up must be torch.float32 or of the dtype of x, {x.dtype}, got {gate_up.dtype}"
-        )
-    check_same_device("gate_up", gate_up, "x", x)
-    check_like("down", down, "gate_up", gate_up)
-    if down.ndim != 3:
-        raise ValueError(f"down must be [E, D, F], got {list(down.shape)}")
-    num_experts, width, hidden = down.shape
+    for name, parts in (("gate_up", gate_up), ("down", down)):
+        dtype = parts[0].dtype
+        if not is_packed(parts) and dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{name} must be torch.float32 or of the dtype of x, {x.dtype}, got {dtype}"
+            )
+        _check_parts(name, parts, x)
+    if not is_packed(gate_up) and not is_packed(down):
+        check_like("down", down[0], "gate_up", gate_up[0])
+    if len(shape_of(down)) != 3:
+        raise ValueError(f"down must be [E, D, F], got {list(shape_of(down))}")
+    num_experts, width, hidden = shape_of(down)
     if width != x.shape[1]:
         raise ValueError(f"down must be [E, {x.shape[1]}, F], got [E, {width}, F]")
-    check_shape("gate_up", gate_up, (num_experts, 2 * hidden, width))
+    want = num_experts, 2 * hidden, width
+    if shape_of(gate_up) != want:
+        raise ValueError(f"gate_up must have shape {list(want)}, got {list(shape_of(gate_up))}")
 
 
 def moe_experts(
-    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
+    down_EDF: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
 ) -> Tensor:
+    gate_up, down = (
+        (gate_up_E2FD, gate_up_scales, gate_up_row_scales),
+        (down_EDF, down_scales, down_row_scales),
+    )
     order, runs = _by_expert(experts_TK, down_EDF.shape[0])
     tokens = order // experts_TK.shape[1]
     x_sorted, weights = x_TD[tokens], weights_TK.flatten()[order, None]
     out_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, weights.dtype))
     for e, run in runs:
-        gate_up, down = gate_up_E2FD[e].to(x_TD.dtype), down_EDF[e].to(x_TD.dtype)
-        hidden = geglu(F.linear(x_sorted[run], gate_up))
+        hidden = geglu(times(x_sorted[run], _expert(gate_up, e)))
         # A token meets an expert at most once, so each index_add_ is free of order.
-        out_TD.index_add_(0, tokens[run], finite(F.linear(hidden, down)) * weights[run])
+        out_TD.index_add_(0, tokens[run], finite(times(hidden, _expert(down, e))) * weights[run])
     return finite(out_TD.to(x_TD.dtype))
 
 
@@ -123,34 +189,53 @@ def moe_experts_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
     gate_up_E2FD: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down_EDF: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
     experts_TK: Tensor,
     weights_TK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed."""
+    """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed; empty
+    where a weight is packed."""
+    gate_up, down = (
+        (gate_up_E2FD, gate_up_scales, gate_up_row_scales),
+        (down_EDF, down_scales, down_row_scales),
+    )
     order, runs = _by_expert(experts_TK, down_EDF.shape[0])
     tokens = order // experts_TK.shape[1]
     weights = weights_TK.flatten()[order, None]
-    dx, d_gate_up, d_down = (t.new_zeros(t.shape) for t in (x_TD, gate_up_E2FD, down_EDF))
+    dx = x_TD.new_zeros(x_TD.shape)
+    d_gate_up, d_down = (
+        x_TD.new_zeros(0) if is_packed(parts) else parts[0].new_zeros(parts[0].shape)
+        for parts in (gate_up, down)
+    )
     d_weights = weights_TK.new_zeros(weights_TK.numel())
     for e, run in runs:
         x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
-        gate_up, down = gate_up_E2FD[e].to(x.dtype), down_EDF[e].to(x.dtype)
-        gate, up = F.linear(x, gate_up).chunk(2, -1)
+        gate, up = times(x, _expert(gate_up, e)).chunk(2, -1)
         act = F.gelu(gate, approximate="tanh")
         product = act * up
         hidden = finite(product)
-        d_weights[order[run]] = (dy * F.linear(hidden, down)).sum(-1).to(d_weights.dtype)
+        d_weights[order[run]] = (dy * times(hidden, _expert(down, e))).sum(-1).to(d_weights.dtype)
         dy = (dy * weights[run]).to(x.dtype)
-        d_down[e] = dy.T @ hidden
-        d_hidden = dy @ down
+        if d_down.numel():
+            d_down[e] = dy.T @ hidden
+        d_hidden = _times_transposed(dy, _expert(down, e))
         if hidden is not product:  # what was held back passes nothing on
             d_hidden = d_hidden.masked_fill(product.isinf(), 0.0)
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
         d_pair = torch.cat([d_gate, d_hidden * act], -1)
-        d_gate_up[e] = d_pair.T @ x
-        dx.index_add_(0, tokens[run], d_pair @ gate_up)
+        if d_gate_up.numel():
+            d_gate_up[e] = d_pair.T @ x
+        dx.index_add_(0, tokens[run], _times_transposed(d_pair, _expert(gate_up, e)))
     return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
+
+
+def _times_transposed(x: Tensor, parts: Parts) -> Tensor:
+    """x weight, likewise."""
+    return linear_packed_backward(x, *parts) if is_packed(parts) else x @ parts[0].to(x.dtype)
 
 
 def check_moe_open(
@@ -159,6 +244,8 @@ def check_moe_open(
     post_weight: Tensor,
     norm_weight: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     expert_weight: Tensor,
     router_scale: Tensor,
     router: Tensor,
@@ -171,12 +258,17 @@ def check_moe_open(
     rows |= {"expert_weight": expert_weight, "router_scale": router_scale}
     for name, row in rows.items():
         check_beside(name, row, "x", x, x.shape[1:])
-    for name, weight in (("gate_up", gate_up), ("router", router)):
-        check_like(name, weight, "x", x)
-        if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-            raise ValueError(f"{name} must be [N, {x.shape[1]}], got {list(weight.shape)}")
-    if gate_up.shape[0] % 2:
-        raise ValueError(f"gate_up must have an even height, got {list(gate_up.shape)}")
+    gate_up_parts: Parts = gate_up, gate_up_scales, gate_up_row_scales
+    for name, parts in (("gate_up", gate_up_parts), ("router", (router, None, None))):
+        if not is_packed(parts):
+            check_like(name, parts[0], "x", x)
+        _check_parts(name, parts, x)
+        shape = shape_of(parts)
+        if len(shape) != 2 or shape[1] != x.shape[1]:
+            raise ValueError(f"{name} must be [N, {x.shape[1]}], got {list(shape)}")
+    if shape_of(gate_up_parts)[0] % 2:
+        shape = shape_of(gate_up_parts)
+        raise ValueError(f"gate_up must have an even height, got {list(shape)}")
 
 
 def moe_open(
@@ -185,13 +277,15 @@ def moe_open(
     post_weight: Tensor,
     norm_weight: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     expert_weight: Tensor,
     router_scale: Tensor,
     router: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new_residual, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps)
-    hidden = geglu(F.linear(y.to(gate_up.dtype), gate_up))
+    hidden = geglu(times(y.to(x.dtype), (gate_up, gate_up_scales, gate_up_row_scales)))
     expert_x, router_x = moe_norm(new_residual, expert_weight, router_scale, eps)
     return hidden, F.linear(router_x.to(router.dtype), router), expert_x, new_residual
 
@@ -199,32 +293,51 @@ def moe_open(
 def check_moe_experts_small(
     x: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
     logits: Tensor,
     per_expert_scale: Tensor,
     k: int,
     dense_x: Tensor,
     dense: Tensor,
+    dense_scales: Tensor | None,
+    dense_row_scales: Tensor | None,
 ) -> None:
-    _check_experts(x, gate_up, down)
+    gate_up_parts = gate_up, gate_up_scales, gate_up_row_scales
+    _check_experts(x, gate_up_parts, (down, down_scales, down_row_scales))
     check_beside("logits", logits, "x", x, (x.shape[0], down.shape[0]))
     check_moe_route(logits, per_expert_scale, k)
-    check_like("dense", dense, "x", x)
-    if dense.ndim != 2 or dense.shape[0] != x.shape[1]:
-        raise ValueError(f"dense must be [{x.shape[1]}, N], got {list(dense.shape)}")
+    dense_parts = dense, dense_scales, dense_row_scales
+    if not is_packed(dense_parts):
+        check_like("dense", dense, "x", x)
+    _check_parts("dense", dense_parts, x)
+    shape = shape_of(dense_parts)
+    if len(shape) != 2 or shape[0] != x.shape[1]:
+        raise ValueError(f"dense must be [{x.shape[1]}, N], got {list(shape)}")
     check_like("dense_x", dense_x, "x", x)
-    check_shape("dense_x", dense_x, (x.shape[0], dense.shape[1]))
+    check_shape("dense_x", dense_x, (x.shape[0], shape[1]))
 
 
 def moe_experts_small(
     x: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
     logits: Tensor,
     per_expert_scale: Tensor,
     k: int,
     dense_x: Tensor,
     dense: Tensor,
+    dense_scales: Tensor | None,
+    dense_row_scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     weights, experts = moe_route(logits, per_expert_scale, k)
-    return moe_experts(x, gate_up, down, experts, weights), F.linear(dense_x, dense)
+    matrices = gate_up, gate_up_scales, gate_up_row_scales, down, down_scales, down_row_scales
+    dense_y = times(dense_x, (dense, dense_scales, dense_row_scales))
+    return moe_experts(x, *matrices, experts, weights), dense_y

@@ -121,17 +121,24 @@ def qkv_attention_decode(
 def moe_experts_small(
     x: Tensor,
     gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
     logits: Tensor,
     per_expert_scale: Tensor,
     k: int,
     dense_x: Tensor,
     dense: Tensor,
+    dense_scales: Tensor | None,
+    dense_row_scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Which experts there are to multiply is known on the host alone: they stay a call."""
     weights, experts = moe.moe_route(logits, per_expert_scale, k)
-    routed = torch.ops.gemma4_kernels.moe_experts(x, gate_up, down, experts, weights)
-    return routed, F.linear(dense_x, dense)
+    matrices = gate_up, gate_up_scales, gate_up_row_scales, down, down_scales, down_row_scales
+    routed = torch.ops.gemma4_kernels.moe_experts(x, *matrices, experts, weights)
+    return routed, moe.times(dense_x, (dense, dense_scales, dense_row_scales))
 
 
 # By the op's name.

@@ -27,6 +27,8 @@ class PreTrainedModel(nn.Module):
     # What a loaded model knows of its checkpoint: the tensors that it left there, and where it is.
     skipped: list[str]
     folder: Path
+    # What became of a checkpoint's quantised weights, in a line; None where it had none.
+    quantized: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -37,20 +39,23 @@ class PreTrainedModel(nn.Module):
         device: torch.device | str | None = None,
         ple_device: torch.device | str | None = None,
         progress: bool = False,
+        quantized: str = "keep",
     ) -> Model:
         """A model with the weights of a local folder, a hub repository or a .gguf file.
 
         dtype: the checkpoint's own by default. device: "cpu" by default, where weights of that
         dtype stay in their files until they are touched. ple_device="cpu" keeps the table of per-
         layer embeddings in host memory (pinned if the model is on a GPU). The multimodal layout is
-        accepted; `model.skipped` lists the tensors that are not the text model's. Quantised weights
-        are unpacked, and a warning says how much memory they take. `model.folder` is where it came
-        from: its tokenizer is saved with the model. The model comes back in eval mode.
+        accepted; `model.skipped` lists the tensors that are not the text model's. quantized: "keep"
+        leaves quantised weights packed, as far as there is a form that kernels multiply, or
+        "dequantize"; `model.quantized` says in a line what became of them, and a warning what takes
+        more memory than in its file. `model.folder` is where it came from: its tokenizer is saved
+        with the model. The model comes back in eval mode.
 
         Raises FileNotFoundError (no such checkpoint or file) or ValueError (a truncated, incomplete
         or misshapen one, or weights in a form that is not known), naming file and tensor.
         """
-        return load(cls, path_or_repo_id, dtype, device, ple_device, progress)
+        return load(cls, path_or_repo_id, dtype, device, ple_device, progress, quantized)
 
     save_pretrained = save_pretrained
 

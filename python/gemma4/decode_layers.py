@@ -1,9 +1,8 @@
 """The decoder layers for a few tokens, in as few launches as there are ops for.
 
-At one token a row a layer is its weights' bytes and what it costs to start its kernels. Each linear
-layer is one op here with all that stands between it and the one before: a branch is not added to
-the residual where it ends, but where the next product reads the sum. Numbers are those of
-`DecoderLayer.packed`, up to the order of the kernels' sums.
+A branch is not added to the residual where it ends, but where the next product reads the sum (see
+`gemma4_kernels.residual`). Numbers are those of `DecoderLayer.packed`, up to the order of the
+kernels' sums.
 
 Launches of an E model's layer: q, k, v | their norms, rotation and cache, and attention | o | gate,
 up | down | PLE gate | PLE projection. With experts, after o: gate, up and router | the experts'
@@ -12,89 +11,18 @@ kernel before it make: a head's norm needs its whole row.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.ops.linear import linear_small_pays
-from gemma4_kernels.ops.moe import moe_small_pays
+from gemma4_kernels.packed import Weight
+from gemma4_kernels.residual import Branches, Residual, Two
 
 from .layers import DecoderLayer, call_layer
 from .modules import RMSNorm
 from .steps import DecodePlan
-
-
-@dataclass(frozen=True)
-class Two:
-    """The branches of a layer with experts, which close as one: x_norm(x) + other_norm(other)."""
-
-    x: Tensor
-    x_norm: RMSNorm
-    other: Tensor
-    other_norm: RMSNorm
-
-    def closed(self) -> Tensor:
-        sum_TD, _ = ops.add_rms_norm(
-            self.other, self.x_norm(self.x), self.other_norm.weight, eps=self.other_norm.eps
-        )
-        return sum_TD
-
-
-@dataclass(frozen=True)
-class Residual:
-    """x [T, D] and the branch that is to be added to it: x = (x + norm(branch)) scale."""
-
-    x: Tensor
-    branch: Tensor | Two | None = None
-    norm: RMSNorm | None = None
-    scale: Tensor | None = None
-
-    def times(
-        self,
-        norm: RMSNorm | None,
-        weight: Tensor,
-        *,
-        factor: Tensor | None = None,
-        gated: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """norm(x) weightᵀ as `ops.linear_small` makes it, and x, for which nothing waits."""
-        norm_weight = None if norm is None else norm.weight
-        if self.branch is None or self.norm is None:
-            eps = 0.0 if norm is None else norm.eps
-            y, _ = ops.linear_small(
-                self.x, weight, norm_weight=norm_weight, factor=factor, gated=gated, eps=eps
-            )
-            return y, self.x
-        two = self.branch if isinstance(self.branch, Two) else None
-        branch = self.branch.x if isinstance(self.branch, Two) else self.branch
-        y, x_TD = ops.linear_small(
-            branch,
-            weight,
-            x_weight=None if two is None else two.x_norm.weight,
-            other=None if two is None else two.other,
-            other_weight=None if two is None else two.other_norm.weight,
-            residual=self.x,
-            post_weight=self.norm.weight,
-            scale=self.scale,
-            norm_weight=norm_weight,
-            factor=factor,
-            gated=gated,
-            eps=self.norm.eps,
-        )
-        assert x_TD is not None  # as a residual was given
-        return y, x_TD
-
-    def closed(self, norm: RMSNorm | None = None) -> tuple[Tensor, Tensor | None]:
-        """x, and norm(x) if a norm is given."""
-        if self.branch is None or self.norm is None:
-            return self.x, None if norm is None else norm(self.x)
-        next_weight = None if norm is None else norm.weight
-        branch = self.branch.closed() if isinstance(self.branch, Two) else self.branch
-        return ops.add_rms_norm(
-            branch, self.x, self.norm.weight, next_weight, self.scale, self.norm.eps
-        )
 
 
 def run(
@@ -115,21 +43,23 @@ def run(
 
 def head(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> Tensor:
     """norm(x) through a plain linear layer, in one launch where that pays."""
+    weight = _joined(plan, linear)
     if id(linear) not in plan.fitting:
-        plan.fitting[id(linear)] = _head_fits(residual, norm, linear, plan)
+        plan.fitting[id(linear)] = weight is not None and _head_fits(residual, norm, weight, plan)
     if plan.fitting[id(linear)]:
-        assert isinstance(norm, RMSNorm)  # the head fits
-        return residual.times(norm, linear.weight)[0]
+        assert isinstance(norm, RMSNorm) and weight is not None  # the head fits
+        return residual.times(norm, weight)[0]
     logits: Tensor = linear(normed(residual, norm, plan))
     return logits
 
 
-def _head_fits(residual: Residual, norm: nn.Module, linear: nn.Linear, plan: DecodePlan) -> bool:
-    if not plan.plain(norm, RMSNorm) or linear.bias is not None:
+def _head_fits(residual: Residual, norm: nn.Module, weight: Weight, plan: DecodePlan) -> bool:
+    if not plan.plain(norm, RMSNorm):
         return False
     alike = residual.norm is None or residual.norm.eps == norm.eps
-    same = {residual.x.dtype} == {norm.weight.dtype, linear.weight.dtype}
-    return alike and same and linear_small_pays(residual.x, linear.weight, norm.weight, False)
+    dense = {weight.dtype} if isinstance(weight, Tensor) else set()
+    same = {residual.x.dtype} == {norm.weight.dtype} | dense
+    return alike and same and linear_small_pays(residual.x, weight, norm.weight, False)
 
 
 def normed(residual: Residual, norm: nn.Module, plan: DecodePlan) -> Tensor:
@@ -161,12 +91,15 @@ def _fits(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
         like = x_TD.new_empty(x_TD.shape[0], weight.shape[1])
         if not linear_small_pays(like, weight, None if norm is None else norm.weight, gated):
             return False
-    return not layer.has_experts or _experts_fit(layer, plan, x_TD)
+    if not layer.has_experts:
+        return True
+    branches = _branches(layer, plan)
+    return branches is not None and branches.pay(x_TD)
 
 
 def _products(
     layer: DecoderLayer, plan: DecodePlan
-) -> Iterator[tuple[Tensor | None, RMSNorm | None, bool]]:
+) -> Iterator[tuple[Weight | None, RMSNorm | None, bool]]:
     """Weight, norm before it, whether it is gated; no weight where one product cannot be made."""
     attention, mlp = layer.self_attn, layer.mlp
     yield _joined(plan, *attention.linears), layer.input_layernorm, False
@@ -180,51 +113,17 @@ def _products(
         yield _joined(plan, layer.per_layer_projection), None, False
 
 
-def _experts_fit(layer: DecoderLayer, plan: DecodePlan, x_TD: Tensor) -> bool:
-    mlp, experts = layer.mlp, layer.experts
+def _branches(layer: DecoderLayer, plan: DecodePlan) -> Branches | None:
+    mlp = layer.mlp
     gate_up, down = _joined(plan, mlp.gate_proj, mlp.up_proj), _joined(plan, mlp.down_proj)
     router = _joined(plan, layer.router.proj)
-    if gate_up is None or down is None or router is None:
-        return False
-    opening = _opening(layer, x_TD, x_TD, gate_up, router)
-    return moe_small_pays(
-        opening, (experts.gate_up_proj, experts.down_proj), layer.router.top_k, down
-    )
+    if gate_up is None or down is None or not isinstance(router, Tensor):
+        return None
+    experts = layer.experts.weights
+    return Branches(layer, gate_up, down, router, experts, layer.router.top_k)
 
 
-def _opening(
-    layer: DecoderLayer, branch_TD: Tensor, x_TD: Tensor, gate_up: Tensor, router: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `ops.moe_open` is given."""
-    norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
-    expert_norm = layer.pre_feedforward_layernorm_2
-    before, after = (norm.weight for norm in norms)
-    scale = layer.router.scale
-    return branch_TD, x_TD, before, after, gate_up, expert_norm.weight, scale, router
-
-
-def _with_experts(
-    layer: DecoderLayer,
-    branch_TD: Tensor,
-    x_TD: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    router: Tensor,
-) -> tuple[Tensor, Two]:
-    """x after attention, whose output comes as the branch, and what is to be added to it."""
-    opening = _opening(layer, branch_TD, x_TD, gate_up, router)
-    eps = layer.post_attention_layernorm.eps
-    dense_x, logits_TE, expert_x, x_TD = ops.moe_open(*opening, eps)
-    experts, scale, k = layer.experts, layer.router.per_expert_scale, layer.router.top_k
-    weights = experts.gate_up_proj, experts.down_proj
-    routed_TD, dense_TD = ops.moe_experts_small(
-        expert_x, *weights, logits_TE, scale, k, dense_x, down
-    )
-    norms = layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2
-    return x_TD, Two(dense_TD, norms[0], routed_TD, norms[1])
-
-
-def _joined(plan: DecodePlan, *linears: nn.Linear) -> Tensor | None:
+def _joined(plan: DecodePlan, *linears: nn.Linear) -> Weight | None:
     one = plan.joined(*linears)
     return None if one is None or one[1] is not None else one[0]
 
@@ -235,7 +134,7 @@ def step(
     """The layer, which `fits`; ple: the per-layer inputs [T, L, P] and which of them it takes."""
     attention, mlp = layer.self_attn, layer.mlp
 
-    def weight(*linears: nn.Linear) -> Tensor:
+    def weight(*linears: nn.Linear) -> Weight:
         one = _joined(plan, *linears)
         assert one is not None  # the layer fits
         return one
@@ -245,14 +144,15 @@ def step(
     out, _ = ops.linear_small(attended.flatten(1), weight(attention.o_proj))
 
     residual = Residual(x_TD, out, layer.post_attention_layernorm)
-    gate_up = weight(mlp.gate_proj, mlp.up_proj)
-    down = weight(mlp.down_proj)
     branch: Tensor | Two
     if layer.has_experts:
-        x_TD, branch = _with_experts(layer, out, x_TD, gate_up, down, weight(layer.router.proj))
+        branches = _branches(layer, plan)
+        assert branches is not None  # the layer fits
+        x_TD, branch = branches.of(out, x_TD)
     else:
+        gate_up = weight(mlp.gate_proj, mlp.up_proj)
         hidden, x_TD = residual.times(layer.pre_feedforward_layernorm, gate_up, gated=True)
-        branch, _ = ops.linear_small(hidden, down)
+        branch, _ = ops.linear_small(hidden, weight(mlp.down_proj))
 
     if ple is None:
         return Residual(x_TD, branch, layer.post_feedforward_layernorm, layer.layer_scalar)

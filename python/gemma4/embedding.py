@@ -1,12 +1,15 @@
 """What the first layer reads: embeddings, per-layer inputs, and what rotates queries and keys."""
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from gemma4_kernels import ops
+from gemma4_kernels.packed_linear import LINEAR, PackedEmbedding
 
-from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding
+from .modules import EMBEDDING, RMSNorm, RotaryEmbedding, ScaledEmbedding
 from .steps import PackedPlan
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ def first_inputs(
     layout = plan.layout
     if input_ids is not None:
         ids_T = layout.pack(input_ids).to(layout.positions.device)
-        x_TD = plan.call(stack.embed_tokens, ScaledEmbedding, ids_T)
+        x_TD = plan.call(stack.embed_tokens, EMBEDDING, ids_T)
     else:
         assert inputs_embeds is not None
         ids_T, x_TD = None, layout.pack(inputs_embeds)
@@ -47,17 +50,21 @@ def _ple(
     plan: PackedPlan,
 ) -> Tensor:
     """Per-layer inputs [T, L, P]: the context's projection joined with the token's rows."""
-    projected = plan.call(stack.per_layer_model_projection, nn.Linear, x_TD)
+    projected = plan.call(stack.per_layer_model_projection, LINEAR, x_TD)
     projected = projected * stack.config.hidden_size**-0.5
     table, norm = stack.embed_tokens_per_layer, stack.per_layer_projection_norm
     if token_part is None:
         assert ids_T is not None
         if plan.plain(table, ScaledEmbedding) and plan.plain(norm, RMSNorm):
             return ops.ple_embed(ids_T, table.weight, projected, norm.weight, norm.eps)
+        if plan.plain(table, PackedEmbedding) and plan.plain(norm, RMSNorm):
+            rows_TP = table.rows(ids_T.to(table.weight.device)).to(x_TD.device)
+            every = torch.arange(len(rows_TP), device=x_TD.device)
+            return ops.ple_embed(every, rows_TP, projected, norm.weight, norm.eps)
         # The table may have stayed in host memory, or come only when it is called.
-        where = next(table.parameters()).device
+        where = next(chain(table.parameters(), table.buffers())).device
         ids_T = ids_T if where.type == "meta" else ids_T.to(where)
-        token_part = plan.call(table, ScaledEmbedding, ids_T).to(x_TD.device)
+        token_part = plan.call(table, EMBEDDING, ids_T).to(x_TD.device)
     parts = (-1, stack.config.num_hidden_layers, stack.ple_width)
     context = plan.call(norm, RMSNorm, projected.view(parts))
     return (context + token_part.view(parts)) * 2.0**-0.5

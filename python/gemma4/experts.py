@@ -6,11 +6,12 @@ Shape letters as in layers.py.
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.fusion import is_plain
+from gemma4_kernels.packed import PackedWeight, Weight
+from gemma4_kernels.packed_linear import PackedParameter, product
 
 from .config import Gemma4TextConfig
 from .modules import GELUTanh, UnscaledRMSNorm, linear
@@ -42,9 +43,16 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' weights, [E, 2F, D] gate rows first and [E, D, F]."""
+    """The experts' weights, [E, 2F, D] gate rows first and [E, D, F].
 
-    PARTS: ClassVar = {"act_fn": GELUTanh}
+    A packed one is a module, and no longer called a projection: adapters of the linear layers of
+    that name would take it for one.
+    """
+
+    PARTS: ClassVar = {
+        "act_fn": GELUTanh,
+        **dict.fromkeys(("gate_up_packed", "down_packed"), PackedParameter),
+    }
 
     def __init__(self, config: Gemma4TextConfig):
         super().__init__()
@@ -56,14 +64,30 @@ class Experts(nn.Module):
             nn.init.normal_(weight, std=config.initializer_range)
         self.act_fn = GELUTanh()
 
+    @property
+    def weights(self) -> tuple[Weight, Weight]:
+        """gate_up and down."""
+        return self._weight("gate_up"), self._weight("down")
+
+    def _weight(self, name: str) -> Weight:
+        held = self._modules.get(f"{name}_packed")
+        weight: Weight = getattr(self, f"{name}_proj") if held is None else held()
+        return weight
+
+    def pack(self, name: str, weight: PackedWeight) -> None:
+        """Puts a packed weight in the place of the parameter `name`."""
+        delattr(self, name)
+        setattr(self, name.replace("_proj", "_packed"), PackedParameter(weight))
+
     def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        gate_up, down = self.weights
         if is_plain(self.act_fn, GELUTanh):
-            return ops.moe_experts(x_TD, self.gate_up_proj, self.down_proj, experts_TK, weights_TK)
+            return ops.moe_experts(x_TD, gate_up, down, experts_TK, weights_TK)
         out_TD = torch.zeros_like(x_TD)
         for expert in experts_TK.unique().tolist():
             tokens, places = (experts_TK == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x_TD[tokens], self.gate_up_proj[expert]).chunk(2, -1)
-            part = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = product(x_TD[tokens], gate_up[expert]).chunk(2, -1)
+            part = product(self.act_fn(gate) * up, down[expert])
             part = part * weights_TK[tokens, places, None]
             out_TD = out_TD.index_add(0, tokens, part.to(out_TD.dtype))
         return out_TD

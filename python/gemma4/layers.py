@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.common import cosines_and_sines, gelu_mul
 from gemma4_kernels.fusion import is_plain
+from gemma4_kernels.packed_linear import LINEAR, product
 
 from .config import FULL, Gemma4TextConfig
 from .experts import Experts, Router
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     """Sliding or full attention."""
 
     PARTS: ClassVar = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), nn.Linear),
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), LINEAR),
         **dict.fromkeys(("q_norm", "k_norm"), RMSNorm),
         "v_norm": UnscaledRMSNorm,
     }
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def packed(self, y_TD: Tensor, plan: PackedPlan, tail: Tail | None = None) -> Tensor:
         """tail: keys are made for all tokens, and attended to by the last columns alone."""
         out_THC = self.attend(self._project(y_TD, plan), y_TD.dtype, plan, tail)
-        return plan.call(self.o_proj, nn.Linear, out_THC.flatten(1))
+        return plan.call(self.o_proj, LINEAR, out_THC.flatten(1))
 
     def attend(
         self,
@@ -115,8 +115,8 @@ class Attention(nn.Module):
         """q [T, H, C], k and v [T, G, C], what there is of them."""
         one = plan.joined(*self.linears) if len(self.linears) > 1 else None
         if one is not None:
-            return self.split(F.linear(y_TD, *one))
-        return _three([self._heads(plan.call(part, nn.Linear, y_TD)) for part in self.linears])
+            return self.split(product(y_TD, *one))
+        return _three([self._heads(plan.call(part, LINEAR, y_TD)) for part in self.linears])
 
     def split(self, qkv_TN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The joined product's parts, as heads."""
@@ -173,7 +173,7 @@ class MLP(nn.Module):
     """down(gelu_tanh(gate x) · up x)."""
 
     PARTS: ClassVar = {
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), nn.Linear),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), LINEAR),
         "act_fn": GELUTanh,
     }
 
@@ -195,7 +195,7 @@ class MLP(nn.Module):
         one = plan.joined(self.gate_proj, self.up_proj)
         if one is None:
             return self.forward(y_TD)
-        return self.down_proj(ops.geglu(F.linear(y_TD, *one)))
+        return self.down_proj(ops.geglu(product(y_TD, *one)))
 
 
 class DecoderLayer(nn.Module):
@@ -220,8 +220,8 @@ class DecoderLayer(nn.Module):
             ),
             RMSNorm,
         ),
-        "per_layer_input_gate": nn.Linear,
-        "per_layer_projection": nn.Linear,
+        "per_layer_input_gate": LINEAR,
+        "per_layer_projection": LINEAR,
         "act_fn": GELUTanh,
     }
 
@@ -298,9 +298,9 @@ class DecoderLayer(nn.Module):
         closing = self.post_feedforward_layernorm
         if self.ple_width:
             x_TD, _ = self._close(branch_TD, x_TD, closing, plan)
-            gate_TP = plan.call(self.per_layer_input_gate, nn.Linear, x_TD)
+            gate_TP = plan.call(self.per_layer_input_gate, LINEAR, x_TD)
             gated_TP = self._gated(gate_TP, ple, plan)
-            branch_TD = plan.call(self.per_layer_projection, nn.Linear, gated_TP)
+            branch_TD = plan.call(self.per_layer_projection, LINEAR, gated_TP)
             closing = self.post_per_layer_input_norm
         return self._close(branch_TD, x_TD, closing, plan, next_norm, self.layer_scalar)
 

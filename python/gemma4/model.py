@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gemma4_kernels import extension, ops
 from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
+from gemma4_kernels.packed_linear import LINEAR, PackedLinear, PackedParameter
 
 from . import decode_layers
 from .base import PreTrainedModel
@@ -60,8 +61,13 @@ class Gemma4ForCausalLM(PreTrainedModel):
 
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if the config says so; nothing else does."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.config.tie_word_embeddings:
+            return
+        weight = self.model.embed_tokens.weight
+        if isinstance(weight, PackedParameter):
+            self.lm_head = PackedLinear(weight)
+        else:
+            self.lm_head.weight = weight
 
     def loaded(self, folder: Path) -> None:
         self.tie_weights()
@@ -149,7 +155,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
         0."""
         stack, head, cap = self.model, self.lm_head, self.config.final_logit_softcapping
         plain = plan.plain(self, Gemma4ForCausalLM) and plan.plain(stack, Gemma4TextModel)
-        if not (plain and plan.plain(head, nn.Linear)):
+        if not (plain and plan.plain(head, LINEAR)):
             return self(ids_B[:, None], cache=plan).logits[:, -1], 0.0
         plan.keys = {}
         x_TD, ple_TLP = first_inputs(stack, plan, ids_B[:, None])
@@ -161,7 +167,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
     def logits(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """[T, D] normed hidden states to soft-capped logits [T, V]."""
         head = self.lm_head
-        logits = head(x_TD) if is_plain(head, nn.Linear) else layout.call(head, x_TD)
+        logits = head(x_TD) if is_plain(head, LINEAR) else layout.call(head, x_TD)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else ops.softcap(logits, cap)
 

@@ -1,6 +1,6 @@
-"""Building blocks of the model: norms, embedding, activation, rotary embedding, joined linears."""
+"""Building blocks of the model: norms, embedding, activation and rotary embedding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,9 @@ from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.common import cosines_and_sines
-from gemma4_kernels.fusion import is_plain
+from gemma4_kernels.packed_linear import PackedEmbedding
 
 from .config import FULL, SLIDING, Gemma4TextConfig
-
-# On a CPU one product in place of two or three saves calls and no bytes: measured, it is worth a
-# copy of weights up to about this size. A GPU is saved launches, whatever the size.
-CPU_JOIN_BYTES = 4 << 20
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +49,10 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * torch.tensor(self.scale, dtype=self.weight.dtype)
+
+
+# What an embedding of the model may be.
+EMBEDDING: tuple[type[nn.Embedding], ...] = (ScaledEmbedding, PackedEmbedding)
 
 
 class GELUTanh(nn.Module):
@@ -102,72 +102,6 @@ def rotated(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """Each pair (i, i + C/2) of a head turned by its angle."""
     first, second = x_THC.chunk(2, -1)
     return x_THC * cos_TC[:, None] + torch.cat([-second, first], -1) * sin_TC[:, None]
-
-
-def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the linears as one matrix, if one product may take their place now.
-
-    That is a matter of inference: they are plain, no gradient is wanted, no autocast (which keeps
-    a cast of each weight) and no compiler (which cannot see addresses) is at work. The first call
-    lays the weights side by side in one piece of memory, one group at a time, and so does every
-    call after something has moved them; the parameters stay who they are and become views.
-    """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or not all(is_plain(linear, nn.Linear) for linear in linears)
-    ):
-        return None
-    weights = [linear.weight for linear in linears]
-    if torch.is_autocast_enabled(weights[0].device.type):
-        return None
-    weight = _as_one(weights)
-    if weight is None or linears[0].bias is None:
-        return None if weight is None else (weight, None)
-    bias = _as_one([linear.bias for linear in linears])
-    return None if bias is None else (weight, bias)
-
-
-def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensors joined along dimension 0: a view of their memory, laid out anew if need be."""
-    first, rows = parts[0], 0
-    size, end = first.element_size(), first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
-            return _lay_side_by_side(parts)
-        rows += part.shape[0]
-        end += part.numel() * size
-    whole = (rows, *first.shape[1:])
-    # Neighbours by chance lie in two storages; then the first one's ends before the last row.
-    begin = first.untyped_storage().data_ptr()
-    if end - begin > first.untyped_storage().nbytes():
-        return _lay_side_by_side(parts)
-    return first.as_strided(whole, first.stride())
-
-
-def _lay_side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    first, total = parts[0], sum(part.nbytes for part in parts)
-    if first.is_meta or (first.is_cpu and total > CPU_JOIN_BYTES):
-        return None
-    begin = 0
-    for part in parts:
-        # Memory that somebody else looks at (an optimizer's flat buffer, another process, a tied
-        # module) must stay where it is: what is moved has a storage to itself. Pickle gives each
-        # part a copy of what was one storage.
-        held, offset = part.untyped_storage().nbytes(), part.storage_offset() * part.element_size()
-        alone = held == part.nbytes or (held == total and offset == begin)
-        if not alone or (part.is_cpu and part.is_shared()):
-            return None
-        if part.dtype != first.dtype or part.device != first.device:
-            return None
-        begin += part.nbytes
-    if len({part.untyped_storage().data_ptr() for part in parts}) < len(parts):
-        return None
-    with torch.inference_mode(False):  # else the parameters could never be trained again
-        whole = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
-        part.data = view
-    return whole
 
 
 def linear(inputs: int, outputs: int, config: Gemma4TextConfig, bias: bool = False) -> nn.Linear:

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
 from gemma4_kernels.e4m3 import from_e4m3, to_e4m3
-from gemma4_kernels.fusion import M, is_plain, why_not_fused
+from gemma4_kernels.fusion import Classes, M, is_plain, why_not_fused
+from gemma4_kernels.joined import joined
 from gemma4_kernels.ops.decode import MOST_GROUP
+from gemma4_kernels.packed import Weight
 from gemma4_kernels.reference.decode import COUNTERS
 
 from .cache import PAGE_SIZE, Cache
 from .keys import CachedKeys, CodedKeys, Keys, PackedKeys, Slots, held
 from .layout import Layout, cumulative
-from .modules import joined
 
 
 class PackedPlan:
@@ -40,20 +41,23 @@ class PackedPlan:
         self.keys: dict[int, Keys] = {}
 
     def plain(
-        self, module: nn.Module, cls: type[M], device: torch.device | None = None
+        self,
+        module: nn.Module,
+        cls: type[M] | tuple[type[M], ...],
+        device: torch.device | None = None,
     ) -> TypeGuard[M]:
         """Whether a fused op may stand in for `module` (see `gemma4_kernels.fusion`)."""
         return is_plain(module, cls, device)
 
-    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+    def whole(self, module: nn.Module, cls: Classes) -> bool:
         """The same of the module and all its parts."""
         return why_not_fused(module, cls) is None
 
-    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
-        """As `modules.joined`."""
+    def joined(self, *linears: nn.Linear) -> tuple[Weight, Tensor | None] | None:
+        """As `gemma4_kernels.joined`."""
         return joined(*linears)
 
-    def call(self, module: nn.Module, cls: type[nn.Module], x: Tensor) -> Tensor:
+    def call(self, module: nn.Module, cls: Classes, x: Tensor) -> Tensor:
         """module(x) for packed x [T, ...]; what is not plain sees [B, S, ...]."""
         return module(x) if self.whole(module, cls) else self.layout.call(module, x)
 
@@ -246,24 +250,27 @@ class DecodePlan(PackedPlan):
         self.fitting: dict[int, bool] = {}  # of decode_layers.py
         self._plain: dict[int, bool] = {}
         self._whole: dict[int, bool] = {}
-        self._joined: dict[int, tuple[Tensor, Tensor | None] | None] = {}
+        self._joined: dict[int, tuple[Weight, Tensor | None] | None] = {}
 
     # mypy does not see that a generic TypeGuard overrides its like.
     def plain(  # type: ignore[override]
-        self, module: nn.Module, cls: type[M], device: torch.device | None = None
+        self,
+        module: nn.Module,
+        cls: type[M] | tuple[type[M], ...],
+        device: torch.device | None = None,
     ) -> TypeGuard[M]:
         answer = self._plain.get(id(module))
         if answer is None:
             answer = self._plain[id(module)] = is_plain(module, cls, device)
         return answer
 
-    def whole(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+    def whole(self, module: nn.Module, cls: Classes) -> bool:
         answer = self._whole.get(id(module))
         if answer is None:
             answer = self._whole[id(module)] = super().whole(module, cls)
         return answer
 
-    def joined(self, *linears: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+    def joined(self, *linears: nn.Linear) -> tuple[Weight, Tensor | None] | None:
         if id(linears[0]) not in self._joined:
             self._joined[id(linears[0])] = joined(*linears)
         return self._joined[id(linears[0])]

@@ -1,6 +1,7 @@
 """llama.cpp's files: blocks, configs, tokenizers and models equal what their own package makes."""
 
 import struct
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,7 @@ from gemma4.checkpoint.gguf.file import read_file
 from gemma4.cli import main
 from gemma4.quantize import quantize
 
-load = Gemma4ForCausalLM.from_pretrained
+load = partial(Gemma4ForCausalLM.from_pretrained, quantized="dequantize")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
 # Where a block keeps its fp16 numbers.
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

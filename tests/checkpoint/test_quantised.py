@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from gemma4 import Gemma4ForCausalLM
 from gemma4.checkpoint.packed import gathered, options_of, weight
 from gemma4.checkpoint.tensorfile import read_table
 
-load = Gemma4ForCausalLM.from_pretrained
+load = partial(Gemma4ForCausalLM.from_pretrained, quantized="dequantize")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -193,9 +194,10 @@ NAN = torch.tensor(float("nan"))
 def test_damage_is_named(name: str, change: Callable, sentence: str, tmp_path: Path) -> None:
     config, pack = FORMATS[name]
     quantised(tmp_path, pack, config, change=change)
-    with pytest.raises(ValueError, match=sentence) as raised:
-        load(tmp_path)
-    assert "model.safetensors" in str(raised.value)
+    for way in ("dequantize", "keep"):
+        with pytest.raises(ValueError, match=sentence) as raised:
+            load(tmp_path, quantized=way)
+        assert "model.safetensors" in str(raised.value)
 
 
 @pytest.mark.parametrize(

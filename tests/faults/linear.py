@@ -17,7 +17,7 @@ FAULTS = {
             ),
         ],
         "test_linear_small[emulated-one token-bfloat16]": [
-            (KERNEL, "{\n      ptx::wait_for_previous_kernel();\n", "{\n"),
+            (KERNEL, "{\n    ptx::wait_for_previous_kernel();\n", "{\n"),
             (KERNEL, "load_fresh_if(t", "load_once_if(t"),
         ],
         "test_linear_small[emulated-two branches-bfloat16]": [

@@ -113,7 +113,7 @@ FAULTS = {
         ],
         "test_fp32_weights_on_hopper[all on one expert]": [
             (
-                "moe/moe_tiles.cuh",
+                "linear/tiles.cuh",
                 "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
                 "",
             ),
@@ -147,17 +147,17 @@ FAULTS = {
         ],
         "test_traffic.py::test_moe_experts_many_work[128-64]": [
             (
-                "moe/moe_tiles.cuh",
+                "linear/tiles.cuh",
                 "cp_async_wait<kTileStages - 2>",
                 "cp_async_wait<kTileStages - 1>",
             ),
             (
-                "moe/moe_tiles.cuh",
-                "    __syncthreads();\n    if (step + kTileStages",
-                "    if (step + kTileStages",
+                "linear/tiles.cuh",
+                "    __syncthreads();\n    const int ahead",
+                "    const int ahead",
             ),
             ("moe/moe_tiles.cuh", "  __syncthreads();\n\n  const T* x", "  const T* x"),
-            ("moe/moe_tiles.cuh", "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();"),
+            ("linear/tiles.cuh", "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();"),
             (
                 "moe/moe_tiles.cuh",
                 "blockIdx.x % column_tiles * kOutColumns",
@@ -174,22 +174,22 @@ FAULTS = {
         ],
         "test_tiles_on_hopper[all on one expert-bf16]": [
             (
-                "moe/moe_tiles.cuh",
+                "linear/tiles.cuh",
                 "    if (ptx::has_wgmma()) ptx::fence_async_proxy();\n",
                 "",
             ),
-            ("moe/moe_tiles.cuh", "ptx::wgmma_wait<0>(sum);", "ptx::wgmma_wait<1>(sum);"),
+            ("linear/tiles.cuh", "ptx::wgmma_wait<0>(sum);", "ptx::wgmma_wait<1>(sum);"),
         ],
         "test_tiles_on_hopper[more tokens than a tile-bf16]": [
             ("common/tile.cuh", "+ columns % 64 / 8;", "+ columns % 64 / 16;"),
         ],
         "test_tiles_on_hopper[several tiles of 128-bf16]": [
             (
-                "moe/moe_tiles.cuh",
+                "linear/tiles.cuh",
                 "wgmma_step<kRows>(i * 64, column)",
                 "wgmma_step<kRows>(0, column)",
             ),
-            ("moe/moe_tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
+            ("linear/tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
         ],
     },
     "moe_open": {

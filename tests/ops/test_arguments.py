@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from support.backends import BF16
+from support.cases import public
 from support.marks import emulated_backend
 from support.samples import run, served
 from torch import Tensor
@@ -75,8 +76,9 @@ TAKEN = {
         "window": (1 << 40,),
         "block_table": ("+1 at 1",),
     },
+    "linear_packed": {"x": ("+1 at 0", "0 at 0")},
     "moe_route": {"logits": ("+1 at 0", "0 at 0")},
-    "moe_open": {"gate_up": ("0 at 0",), "router": ("+1 at 0", "0 at 0")},
+    "moe_open": {"router": ("+1 at 0", "0 at 0")},
     "ple_embed": {"table": ("+1 at 0", "0 at 0")},
     "sample": {
         "logits": ("+1 at 1",),
@@ -132,7 +134,7 @@ def why_not_refused(name: str, argument: str, wrong: Any, arguments: dict[str, A
     What two tensors disagree on is said of one of them, whichever.
     """
     try:
-        getattr(gemma4_kernels, name)(**arguments)
+        getattr(gemma4_kernels, name)(**public(name, arguments))
     except (TypeError, ValueError) as error:
         agreement = isinstance(wrong, str) and isinstance(arguments[argument], Tensor)
         named = served(name) if agreement and not wrong.startswith("as ") else [argument]
@@ -161,11 +163,12 @@ def test_every_broken_argument_is_refused_by_its_name(name, where):
 def test_what_is_no_break_is_taken(backend, name):
     """What the breaks are made from, and what TAKEN leaves out."""
     arguments = {n: backend.to(x) if isinstance(x, Tensor) else x for n, x in served(name).items()}
-    getattr(backend.ops, name)(**arguments)
+    getattr(backend.ops, name)(**public(name, arguments))
     for argument, others in TAKEN.get(name, {}).items():
         values = dict(other_tensors(arguments[argument])) if isinstance(others[0], str) else {}
         for other in others:
-            getattr(backend.ops, name)(**arguments | {argument: values.get(other, other)})
+            changed = arguments | {argument: values.get(other, other)}
+            getattr(backend.ops, name)(**public(name, changed))
 
 
 def test_breaks_are_many():

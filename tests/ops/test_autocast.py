@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import emulated, float64
 from support.backends import BF16, FP16, FP32, FP64
-from support.cases import BRANCHES, under_autocast
+from support.cases import BRANCHES, public, under_autocast
 from support.expect import assert_close_to_float64
 from support.marks import needs_compiler
 from support.samples import samples
@@ -18,7 +18,7 @@ import gemma4_kernels
 from gemma4_kernels import opset
 
 PRODUCTS = ("attention_prefill", "attention_decode", "moe_experts", "linear_small")
-PRODUCTS += ("moe_open", "moe_experts_small")
+PRODUCTS += ("linear_packed", "moe_open", "moe_experts_small")
 
 
 def mixed(name, dtype=BF16, grad=False, case="usual"):
@@ -82,7 +82,7 @@ def test_compiles_without_graph_breaks(device_backend, name, active, training):
 
     def call(arguments):
         with autocast(device) if active else contextlib.nullcontext():
-            return function(**arguments)
+            return function(**public(name, arguments))
 
     torch.compiler.reset()
     torch.manual_seed(1)
@@ -127,7 +127,7 @@ def test_gradients_have_the_dtypes_of_the_inputs(backend, name):
     arguments = on(backend, mixed(name, grad=True))
     if name == "moe_route":  # every expert is chosen, so no choice hangs on a rounding
         arguments["k"] = arguments["logits"].shape[1]
-    outputs = getattr(backend.ops, name)(**arguments)
+    outputs = getattr(backend.ops, name)(**public(name, arguments))
     actual = gradients(outputs, arguments)
     exact = {
         key: value.detach().double().cpu().requires_grad_() if is_leaf(value) else value
@@ -136,7 +136,7 @@ def test_gradients_have_the_dtypes_of_the_inputs(backend, name):
     torch.manual_seed(2)
     numbers = [x for x in flat(outputs) if x.requires_grad]
     grads = [torch.randn_like(x).double().cpu() for x in numbers]
-    formula = flat(getattr(float64, name)(**exact))
+    formula = flat(getattr(float64, name)(**public(name, exact)))
     leaves = [value for value in exact.values() if is_leaf(value)]
     wanted = [x for x in formula if x.requires_grad]
     expected = torch.autograd.grad(wanted, leaves, grads, materialize_grads=True)
@@ -224,7 +224,7 @@ def test_gradients_through_the_casts_of_attention(backend):
 @pytest.mark.parametrize("weights", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("x", [FP32, FP16, BF16], ids=str)
 def test_experts_multiply_in_autocasts_dtype(backend, x, weights):
-    arguments = on(backend, mixed("moe_experts", x))
+    arguments = public("moe_experts", on(backend, mixed("moe_experts", x)))
     arguments |= {key: arguments[key].to(weights) for key in ("gate_up", "down")}
     with autocast(backend.device):
         actual = backend.ops.moe_experts(**arguments)
@@ -236,7 +236,7 @@ def test_experts_multiply_in_autocasts_dtype(backend, x, weights):
 
 def test_gradients_of_fp32_experts(backend):
     """They come in fp32, and the fp32 x of the autocast region gets its own."""
-    arguments = on(backend, mixed("moe_experts", FP32, grad=True))
+    arguments = public("moe_experts", on(backend, mixed("moe_experts", FP32, grad=True)))
     with autocast(backend.device):
         y = backend.ops.moe_experts(**arguments)
     grad = torch.randn_like(y)
@@ -258,7 +258,7 @@ def test_fakes_inside_autocast(name):
     arguments, function = mixed(name), getattr(gemma4_kernels, name)
     on_meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
     with autocast():
-        fakes = function(**on_meta)
-    expected = function(**arguments)
+        fakes = function(**public(name, on_meta))
+    expected = function(**public(name, arguments))
     for fake, e in zip(flat(fakes), flat(expected), strict=True):
         assert fake.is_meta and fake.shape == e.shape and fake.dtype == e.dtype

@@ -326,7 +326,7 @@ BAD = {
     "down dtype": (
         {"down": lambda d: d.double()},
         TypeError,
-        "down must have the dtype of gate_up, torch.float32, got torch.float64",
+        "down must be torch.float32 or of the dtype of x, torch.float32, got torch.float64",
     ),
     "down transposed": (
         {"down": lambda d: d.transpose(1, 2)},

@@ -135,7 +135,8 @@ def test_public_function_is_the_op(name):
 
 def call_public(name, arguments):
     """The public function on arguments in the schema's order."""
-    return getattr(gemma4_kernels, name)(**dict(zip(opset.OPS[name].names, arguments, strict=True)))
+    given = dict(zip(opset.OPS[name].names, arguments, strict=True))
+    return getattr(gemma4_kernels, name)(**cases.public(name, given))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

@@ -13,9 +13,12 @@ from torch import Tensor
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.ops.linear import parts_of
 from gemma4_kernels.ops.logits import sample_counters
+from gemma4_kernels.packed import CODES, PackedWeight
 from gemma4_kernels.reference.decode import COUNTERS
 
+from . import packed
 from .backends import FP32, Backend, in_dtypes
 
 Arguments = dict[str, Any]
@@ -44,7 +47,29 @@ def complete(op: str, arguments: Arguments) -> Arguments:
     public = getattr(gemma4_kernels, op, None)  # a backward has none
     parameters = inspect.signature(public).parameters.values() if public else ()
     given = {p.name: p.default for p in parameters} | arguments
+    for name in packable(op):
+        if f"{name}_scales" not in arguments:
+            given |= zip(_parts(name), parts_of(given[name]), strict=True)
     return {name: given[name] for name in opset.OPS[op].names}
+
+
+def packable(op: str) -> list[str]:
+    """The weights of an op that may be packed."""
+    return [n for n in opset.OPS[op].names if f"{n}_row_scales" in opset.OPS[op].names]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_scales", f"{name}_row_scales"
+
+
+def public(op: str, arguments: Arguments) -> Arguments:
+    """All that the schema names as the public function takes it: a packed weight is one."""
+    given = dict(arguments)
+    for name in packable(op):
+        codes, *scales = (given.pop(part) for part in _parts(name))
+        is_packed = getattr(codes, "dtype", None) in CODES or scales != [None, None]
+        given[name] = PackedWeight(codes, *scales) if is_packed else codes
+    return given
 
 
 def rms_norm(
@@ -139,6 +164,13 @@ def geglu(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
     return {"gate_up": b.randn(*shape[:-1], 2 * shape[-1], dtype=dtype, std=2.0)}
 
 
+def linear_packed(
+    b: Backend, tokens: int, width: int, rows: int, *, dtype: torch.dtype = FP32, **form: Any
+) -> Arguments:
+    weight = packed.weight(rows, width, **form).to(b.device)
+    return {"x": b.randn(tokens, width, dtype=dtype, std=2.0), "weight": weight}
+
+
 def linear_small(
     b: Backend,
     tokens: int,
@@ -146,9 +178,10 @@ def linear_small(
     rows: int,
     *parts: str,
     dtype: torch.dtype = FP32,
+    form: dict[str, Any] | None = None,
 ) -> Arguments:
     """To so many rows of y, with the arguments that `parts` names; "gated" is one, and a residual
-    brings its post_weight, another branch both weights."""
+    brings its post_weight, another branch both weights. `form` is a packed weight's."""
     gated = "gated" in parts
     given = {"x", "weight", *parts} | ({"post_weight"} if "residual" in parts else set())
     given |= {"x_weight", "other_weight"} if "other" in parts else set()
@@ -164,6 +197,8 @@ def linear_small(
         "other": b.randn(tokens, width, dtype=dtype),
         "other_weight": b.weight(width, dtype=dtype),
     }
+    if form is not None:
+        made["weight"] = packed.weight(rows * (1 + gated), width, **form).to(b.device)
     return {n: x for n, x in made.items() if n in given} | {"gated": gated}
 
 
@@ -269,6 +304,20 @@ def moe_route(
     return {"logits": logits, "per_expert_scale": scale, "k": k}
 
 
+# What packed.weight is told of a packed weight; None: dense.
+Form = dict[str, Any] | None
+
+
+def _weight(
+    b: Backend, *shape: int, form: Form, dtype: torch.dtype, std: float | None = None
+) -> Tensor | PackedWeight:
+    """Of the deviation D^-½ unless given."""
+    std = max(shape[-1], 1) ** -0.5 if std is None else std
+    if form is None:
+        return b.randn(*shape, dtype=dtype, std=std)
+    return packed.weight(*shape, std=std, **form).to(b.device)
+
+
 def moe_experts(
     b: Backend,
     tokens: int,
@@ -278,15 +327,19 @@ def moe_experts(
     hidden: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
+    down_form: Form = None,
 ) -> Arguments:
-    """Random experts of each token; the weights are no narrower than fp32."""
+    """Random experts of each token; the routing weights are no narrower than fp32. gate_up, and
+    down unless it has its own, are packed in a form."""
     chosen = torch.rand(tokens, experts).argsort(-1)[:, :k].int()
-    gate_up = b.randn(experts, 2 * hidden, width, dtype=dtype, std=1.5 * width**-0.5)
+    shape, std = (experts, 2 * hidden, width), 1.5 * width**-0.5
+    gate_up = _weight(b, *shape, form=form, dtype=dtype, std=std)
     wide = torch.promote_types(dtype, FP32)
     return {
         "x": b.randn(tokens, width, dtype=dtype),
         "gate_up": gate_up,
-        "down": b.randn(experts, width, hidden, dtype=dtype, std=max(hidden, 1) ** -0.5),
+        "down": _weight(b, experts, width, hidden, form=down_form or form, dtype=dtype),
         "experts": b.to(chosen),
         "weights": b.randn(tokens, k, dtype=wide, mean=0.7, std=0.2),
     }
@@ -300,14 +353,14 @@ def moe_open(
     experts: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
 ) -> Arguments:
-    """To so many rows of hidden."""
-    std = max(width, 1) ** -0.5
+    """To so many rows of hidden, whose weight may be packed."""
     return {
         "x": b.randn(tokens, width, dtype=dtype, std=2.0),
         "residual": b.randn(tokens, width, dtype=dtype, std=3.0),
         **{name: b.weight(width, dtype=dtype) for name in ("post_weight", "norm_weight")},
-        "gate_up": b.randn(2 * rows, width, dtype=dtype, std=std),
+        "gate_up": _weight(b, 2 * rows, width, form=form, dtype=dtype),
         **{name: b.weight(width, dtype=dtype) for name in ("expert_weight", "router_scale")},
         "router": b.randn(experts, width, dtype=dtype),
     }
@@ -323,13 +376,14 @@ def moe_experts_small(
     dense: int,
     *,
     dtype: torch.dtype = FP32,
+    form: Form = None,
 ) -> Arguments:
-    """The dense branch of this width."""
-    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype)
+    """The dense branch of this width; all weights are packed or none."""
+    arguments = moe_experts(b, tokens, experts, k, width, hidden, dtype=dtype, form=form)
     return {name: arguments[name] for name in ("x", "gate_up", "down")} | {
         **moe_route(b, tokens, experts, k, dtype=dtype),
         "dense_x": b.randn(tokens, dense, dtype=dtype),
-        "dense": b.randn(width, dense, dtype=dtype, std=max(dense, 1) ** -0.5),
+        "dense": _weight(b, width, dense, form=form, dtype=dtype),
     }
 
 

@@ -39,6 +39,8 @@ FLAGS = (
 PARAMETERS = {"weight", "post_weight", "norm_weight", "next_weight", "q_weight", "k_weight"}
 PARAMETERS |= {"x_weight", "other_weight", "expert_weight", "scale", "router", "router_scale"}
 PARAMETERS |= {"per_expert_scale", "gate_up", "down", "dense", "table", "inv_freq"}
+PACKABLE = ("weight", "gate_up", "down", "dense")
+PARAMETERS |= {f"{name}_{scales}" for name in PACKABLE for scales in ("scales", "row_scales")}
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma4_kernels.packed import PackedWeight
+
 
 def assert_close_to_float64(
     actual: Tensor,
@@ -68,11 +70,14 @@ def assert_refused(
     swapped = {name: _swap_device(value) for name, value in arguments.items()}
     with pytest.raises(error) as by_fake:
         function(**swapped)
-    if not any(isinstance(value, Tensor) and value.is_meta for value in arguments.values()):
+    tensors = (x for x in arguments.values() if isinstance(x, Tensor | PackedWeight))
+    if not any(x.device.type == "meta" for x in tensors):
         assert str(by_fake.value) == str(by_op.value)
 
 
 def _swap_device(value: Any) -> Any:
+    if isinstance(value, PackedWeight):
+        return PackedWeight(*map(_swap_device, value.parts))
     if not isinstance(value, Tensor):
         return value
     return torch.zeros_like(value, device="cpu") if value.is_meta else value.to("meta")

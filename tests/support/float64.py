@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_kernels.packed import PackedWeight
+
+from . import packed
+
 
 def _formula(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives the formula its tensors on the CPU, the floating ones in float64."""
+    """Gives the formula its tensors on the CPU, the floating ones in float64, packed ones dense."""
 
     def convert(value: Any) -> Any:
+        if isinstance(value, PackedWeight):
+            return packed.dense(value.to("cpu"))
         if not isinstance(value, Tensor):
             return value
         return (value.double() if value.is_floating_point() else value).cpu()
@@ -95,6 +101,11 @@ def geglu(gate_up, dtype=None):
     width = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :width], gate_up[..., width:]
     return _round(_round(gelu_tanh(gate), dtype) * up, dtype)
+
+
+@_formula
+def linear_packed(x, weight, dtype=None):
+    return _round(x @ _round(weight, dtype).T, dtype)
 
 
 @_formula
@@ -236,8 +247,9 @@ def moe_experts(x, gate_up, down, experts, weights, dtype=None):
         row = torch.zeros_like(x[t])
         for slot, e in enumerate(chosen):
             if 0 <= e < down.shape[0]:
-                hidden = geglu(_round(gate_up[e] @ x[t], dtype), dtype)
-                row = row + weights[t, slot] * _round(down[e] @ hidden, dtype)
+                hidden = geglu(_round(_round(gate_up[e], dtype) @ x[t], dtype), dtype)
+                made = _round(_round(down[e], dtype) @ hidden, dtype)
+                row = row + weights[t, slot] * made
         rows.append(_round(row, dtype))
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
@@ -250,7 +262,7 @@ def moe_open(
     wide = wide or dtype
     r, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps, dtype, wide)
     expert_x, router_x = moe_norm(r, expert_weight, router_scale, eps, wide)
-    hidden = geglu(_round(_round(y, dtype) @ gate_up.T, dtype), dtype)
+    hidden = geglu(_round(_round(y, dtype) @ _round(gate_up, dtype).T, dtype), dtype)
     return hidden, _round(_round(router_x, dtype) @ router.T, dtype), expert_x, r
 
 
@@ -258,7 +270,7 @@ def moe_open(
 def moe_experts_small(x, gate_up, down, logits, per_expert_scale, k, dense_x, dense, dtype=None):
     weights, experts = moe_route(logits, per_expert_scale, k)
     y = moe_experts(x, gate_up, down, experts, weights, dtype)
-    return y, _round(dense_x @ dense.T, dtype)
+    return y, _round(dense_x @ _round(dense, dtype).T, dtype)
 
 
 @_formula

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from gemma4_kernels import common, ops, opset
+from gemma4_kernels import common, ops, opset, residual
 from gemma4_kernels.integrations import transformers as plugin
-from gemma4_kernels.integrations.transformers import attention, base, experts, modules
+from gemma4_kernels.integrations.transformers import attention, base, decode, experts, modules
 
 from . import make_golden
 
@@ -24,7 +24,7 @@ SMALL = {
         make_golden.K_EQ_V,
         layer_types=[S, F],
         enable_moe_block=True,
-        num_experts=4,
+        num_experts=8,
         top_k_experts=2,
         moe_intermediate_size=8,
     ),
@@ -105,7 +105,7 @@ def close_gradients(ours, theirs):
 
 def use_ops(monkeypatch, ops):
     """Puts others in the place of the ops that the plug-in calls."""
-    for module in (attention, common, experts, modules):
+    for module in (attention, common, decode, experts, modules, residual):
         monkeypatch.setattr(module, "ops", ops)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cases
 from .backends import BF16, EAGER, FP32, Backend
-from .cases import Arguments, complete
+from .cases import Arguments, complete, public
 
 Cases = dict[str, Arguments]
 
@@ -177,6 +177,16 @@ def qkv_attention_decode(b: Leaves) -> Cases:
 OPEN = ("residual", "post_weight", "scale", "norm_weight")
 
 
+def linear_packed(b: Leaves) -> Cases:
+    eight = {"codes": torch.int8, "scales": None}
+    return {
+        "usual": cases.linear_packed(b, 3, 64, 32),
+        "eight bits": cases.linear_packed(b, 2, 128, 16, **eight),
+        "transposed": cases.linear_packed(b, 3, 64, 16) | {"x": b.turned(3, 64)},
+        "empty": cases.linear_packed(b, 0, 64, 16),
+    }
+
+
 def linear_small(b: Leaves) -> Cases:
     turned = {"x": b.turned(3, 8), "weight": b.turned(6, 8), "residual": b.turned(3, 8)}
     return {
@@ -185,6 +195,7 @@ def linear_small(b: Leaves) -> Cases:
         "gated": cases.linear_small(b, 3, 8, 6, "norm_weight", "gated"),
         "two branches": cases.linear_small(b, 3, 8, 6, *OPEN, "other"),
         "odd": cases.linear_small(b, 2, 7, 5, *OPEN),
+        "packed": cases.linear_small(b, 2, 64, 32, "norm_weight", "gated", form={}),
         "transposed": cases.linear_small(b, 3, 8, 6, *OPEN) | turned,
         "empty": cases.linear_small(b, 0, 8, 6, *OPEN),
     }
@@ -209,10 +220,12 @@ def moe_experts(b: Leaves) -> Cases:
     for name, x in transposed.items():
         turned = x.T.contiguous().T if name == "experts" else b.turned(*x.shape)
         transposed[name] = turned
-    int32 = make()
+    int32, eight = make(), {"codes": torch.int8}
     return {
         "usual": usual,
         "int32": int32 | {"experts": int32["experts"].int()},
+        "packed": cases.moe_experts(b, 2, 3, 2, 64, 64, dtype=b.drawn, form={}, down_form=eight),
+        "down packed": cases.moe_experts(b, 2, 3, 2, 64, 64, dtype=b.drawn, down_form=eight),
         "transposed": transposed,
         "empty": make(0),
     }
@@ -223,6 +236,7 @@ def moe_open(b: Leaves) -> Cases:
     return {
         "usual": cases.moe_open(b, 3, 8, 3, 4),
         "odd": cases.moe_open(b, 2, 7, 3, 5),
+        "packed": cases.moe_open(b, 2, 64, 16, 5, form={}),
         "transposed": cases.moe_open(b, 3, 8, 3, 4) | turned,
         "empty": cases.moe_open(b, 0, 8, 3, 4),
     }
@@ -233,6 +247,7 @@ def moe_experts_small(b: Leaves) -> Cases:
     usual = cases.moe_experts_small(b, 3, 4, 2, 8, 3, 5, dtype=b.drawn)
     return {
         "usual": usual,
+        "packed": cases.moe_experts_small(b, 2, 3, 2, 64, 64, 64, dtype=b.drawn, form={}),
         "transposed": usual | turned,
         "empty": cases.moe_experts_small(b, 0, 4, 2, 8, 3, 5, dtype=b.drawn),
     }
@@ -278,7 +293,7 @@ def ple_gate(b: Leaves) -> Cases:
 SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     function.__name__: function
     for function in (
-        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_small),
+        *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_packed, linear_small),
         *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
         *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
     )
@@ -287,6 +302,10 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
 
 def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+# With scales of both kinds.
+PACKED = {"row_scales": True}
 
 
 def served(op: str) -> Arguments:
@@ -310,17 +329,21 @@ def served(op: str) -> Arguments:
     if op == "qkv_attention_decode":
         options = dict(dtype=BF16, window=4, softcap=30.0, block_table=ints([0], [1]))
         return complete(op, cases.qkv_attention_decode(b, (3, 8), 8, 4, 2, 64, **options))
+    if op == "linear_packed":
+        return complete(op, cases.linear_packed(b, 3, 64, 16, **PACKED, dtype=BF16))
     if op == "linear_small":
-        return complete(op, cases.linear_small(b, 3, 64, 16, *OPEN, "other", "factor", dtype=BF16))
+        parts = *OPEN, "other", "factor"
+        return complete(op, cases.linear_small(b, 3, 64, 16, *parts, form=PACKED, dtype=BF16))
     if op == "moe_route":
         return complete(op, cases.moe_route(b, 3, 8, 2, dtype=BF16))
     if op == "moe_experts":
-        arguments = cases.moe_experts(b, 3, 4, 2, 64, 16, dtype=BF16)
+        arguments = cases.moe_experts(b, 3, 4, 2, 64, 64, dtype=BF16, form=PACKED)
         return complete(op, arguments | {"experts": ints([0, 3], [1, 2], [2, 0])})
     if op == "moe_open":
-        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16))
+        return complete(op, cases.moe_open(b, 3, 64, 16, 8, dtype=BF16, form=PACKED))
     if op == "moe_experts_small":
-        return complete(op, cases.moe_experts_small(b, 3, 4, 2, 64, 16, 24, dtype=BF16))
+        sizes = 3, 4, 2, 64, 64, 128
+        return complete(op, cases.moe_experts_small(b, *sizes, dtype=BF16, form=PACKED))
     if op == "ple_embed":
         arguments = cases.ple_embed(b, 3, 5, 2, 16, dtype=BF16)
         return complete(op, arguments | {"ids": ints(0, 4, 1)})
@@ -337,7 +360,7 @@ def run(backend: Backend, op: str, arguments: Arguments) -> list[Tensor]:
     copies = {
         n: backend.to(x).clone() if isinstance(x, Tensor) else x for n, x in arguments.items()
     }
-    result = getattr(backend.ops, op)(**copies)
+    result = getattr(backend.ops, op)(**public(op, copies))
     caches = op in ("qkv_norm_rope_cache", "qkv_attention_decode")
     written = [copies[n] for n in ("k_cache", "v_cache") if caches]
     written += [copies[n] for n in ("ids", "done", "counters") if op == "sample"]

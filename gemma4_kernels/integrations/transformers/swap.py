@@ -7,12 +7,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ...fusion import M
-from . import base, modules
+from . import base, layer
 from .attention import attention
 from .experts import experts
 from .mask import mask
 
-ORIGINAL = {ours: theirs for theirs, ours in modules.SWAPPED.items()}
+ORIGINAL = {ours: theirs for theirs, ours in layer.SWAPPED.items()}
 
 
 def register() -> None:
@@ -47,10 +47,10 @@ def enable(model: nn.Module) -> nn.Module:
             raise ValueError(f"enable needs default or proportional rope, got {sorted(odd)}")
     register()
     disable(model)
-    _swap(model, modules.SWAPPED)
+    _swap(model, layer.SWAPPED)
     for text_model in _all(model, gemma4.Gemma4TextModel):
-        text_model.register_forward_pre_hook(modules.before_model)
-        text_model.register_forward_hook(modules.after_model, always_call=True)
+        text_model.register_forward_pre_hook(layer.before_model, with_kwargs=True)
+        text_model.register_forward_hook(layer.after_model, with_kwargs=True, always_call=True)
     outermost = _all(model, PreTrainedModel)[0]
     outermost.set_attn_implementation(base.NAME)
     if config.enable_moe_block:
@@ -64,8 +64,10 @@ def disable(model: nn.Module) -> nn.Module:
     for text_model in _all(model, gemma4.Gemma4TextModel):
         for hooks in (text_model._forward_pre_hooks, text_model._forward_hooks):
             for key, hook in list(hooks.items()):
-                if hook in (modules.before_model, modules.after_model):
+                if hook in (layer.before_model, layer.after_model):
                     del hooks[key]
+                    text_model._forward_pre_hooks_with_kwargs.pop(key, None)
+                    text_model._forward_hooks_with_kwargs.pop(key, None)
                     text_model._forward_hooks_always_called.pop(key, None)
     return model
 

@@ -10,6 +10,7 @@ and tensor.
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -19,9 +20,11 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gemma4_kernels.packed import PackedWeight
+
 from ..config import DTYPES, Gemma4TextConfig
 from ..files import read_json
-from . import gguf, tensorfile
+from . import gguf, keep, tensorfile
 from .folder import resolve, weight_files
 from .packed import Packed, gathered, options_of
 from .tensorfile import Entry
@@ -55,8 +58,11 @@ def load(
     device: torch.device | str | None = None,
     ple_device: torch.device | str | None = None,
     progress: bool = False,
+    quantized: str = "keep",
 ) -> Model:
     """As `PreTrainedModel.from_pretrained`, for a model of class `cls`."""
+    if quantized not in ("keep", "dequantize"):
+        raise ValueError(f"quantized must be 'keep' or 'dequantize', got {quantized!r}")
     folder = resolve(path_or_repo_id)
     if folder.is_file():
         file = gguf.read_shards(folder)
@@ -71,10 +77,13 @@ def load(
         model = cls(config)
     found, skipped = _matched(model, folder, sources)
     skipped += passed_over
-    _tell_unpacked(folder, model, found, dtype)
     device = torch.device(device or "cpu")
-    state = _read(model, found, dtype, device, ple_device, progress)
-    model.load_state_dict(state, strict=False, assign=True)
+    reader = _Reader(model, dtype, device, ple_device, quantized == "keep")
+    for name, parts in tqdm(found.items(), desc="weights", unit=" tensors", disable=not progress):
+        reader.read(name, parts)
+    for name, weight in reader.kept.items():
+        keep.install(model, name, weight, dtype)
+    model.load_state_dict(reader.dense, strict=False, assign=True)
     model.loaded(folder)
     # What is in no checkpoint is still on meta. Rotary tables are made anew by the move itself;
     # NaN, and not whatever memory holds, shows what is not.
@@ -82,6 +91,7 @@ def load(
         lambda x: torch.full(x.shape, math.nan, dtype=x.dtype, device=device) if x.is_meta else x
     )
     model.skipped, model.folder = skipped, folder
+    model.quantized = _told(folder, reader, found)
     return model.eval()
 
 
@@ -128,29 +138,6 @@ def read_sources(folder: Path) -> tuple[list[Source], list[str]]:
                 "nothing beside it tells"
             )
     return [*sources, *others], [entry.name for entry in passed_over]
-
-
-def _tell_unpacked(
-    folder: Path, model: nn.Module, found: dict[str, dict[Part, Source]], dtype: torch.dtype
-) -> None:
-    """Warns where weights take more memory than their file, which is why they were quantised."""
-    packed = [
-        (source, name)
-        for name, parts in found.items()
-        for source in parts.values()
-        if isinstance(source, Packed)
-    ]
-    if not packed:
-        return
-    tensors = model.state_dict()
-    names = {name for _, name in packed}
-    dense_bytes = sum(tensors[name].numel() for name in names) * dtype.itemsize
-    method = packed[0][0].options.method
-    warnings.warn(
-        f"{folder} is quantised ({method}): {len(names)} of its weights are unpacked to {dtype} "
-        f"and take {dense_bytes / 1e9:.3g} GB, not {sum(s.size for s, _ in packed) / 1e9:.3g}",
-        stacklevel=4,
-    )
 
 
 def check_sizes(folder: Path, config: Gemma4TextConfig, entries: list[Source]) -> None:
@@ -292,34 +279,90 @@ def _equal(one: Source, other: Source) -> bool:
     return tensorfile.equal(one, other)
 
 
-def _read(
-    model: nn.Module,
-    found: dict[str, dict[Part, Source]],
-    dtype: torch.dtype,
-    device: torch.device,
-    ple_device: torch.device | str | None,
-    progress: bool,
-) -> dict[str, Tensor]:
-    """The model's tensors: mapped from their files where that serves, else filled from them."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    memory: dict[Path, torch.UntypedStorage] = {}
-    buffer = tensorfile.make_buffer(pinned=device.type == "cuda")
-    state = {}
-    for name, parts in tqdm(found.items(), desc="weights", unit=" tensors", disable=not progress):
-        where, pinned = device, False
-        if ple_device is not None and name.endswith("embed_tokens_per_layer.weight"):
-            where = torch.device(ple_device)
-            pinned = where.type == "cpu" and device.type == "cuda"
-        tensor, whole = None, parts.get(WHOLE)
+class _Reader:
+    """Makes the model's tensors: mapped from their files where that serves, kept packed where that
+    is wanted and there is a form for it, else filled from their files."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        ple_device: torch.device | str | None,
+        keeps: bool,
+    ):
+        self.model, self.dtype, self.keeps = model, dtype, keeps
+        self.device, self.ple_device = device, torch.device(ple_device or device)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.memory: dict[Path, torch.UntypedStorage] = {}
+        self.buffer = tensorfile.make_buffer(pinned=device.type == "cuda")
+        self.dense: dict[str, Tensor] = {}
+        self.kept: dict[str, PackedWeight] = {}
+
+    def read(self, name: str, parts: dict[Part, Source]) -> None:
+        where = self.ple_device if name.endswith("embed_tokens_per_layer.weight") else self.device
+        pinned = where.type == "cpu" and self.device.type == "cuda"
+        packed = {part: source for part, source in parts.items() if isinstance(source, Packed)}
+        if self.keeps and len(packed) == len(parts) and keep.can_be_kept(self.model, name):
+            shape = self.shapes[name]
+            placed = [(source, _first_row(shape, part)) for part, source in packed.items()]
+            weight = keep.read(placed, shape, where, pinned)
+            if weight is not None:
+                self.kept[name] = weight
+                return
+        self.dense[name] = self._dense(name, parts, where, pinned)
+
+    def _dense(
+        self, name: str, parts: dict[Part, Source], where: torch.device, pinned: bool
+    ) -> Tensor:
+        whole = parts.get(WHOLE)
         if isinstance(whole, Entry) and where.type == "cpu" and not pinned:
-            tensor = tensorfile.mapped(whole, memory) if whole.torch_dtype == dtype else None
-        if tensor is None:
-            tensor = torch.empty(shapes[name], dtype=dtype, device=where, pin_memory=pinned)
-            for part, source in parts.items():
-                view = _view(tensor, part)
-                if isinstance(source, Packed):
-                    source.fill(view)
-                else:
-                    tensorfile.fill(view, source, buffer)
-        state[name] = tensor
-    return state
+            same = whole.torch_dtype == self.dtype
+            tensor = tensorfile.mapped(whole, self.memory) if same else None
+            if tensor is not None:
+                return tensor
+        tensor = torch.empty(self.shapes[name], dtype=self.dtype, device=where, pin_memory=pinned)
+        for part, source in parts.items():
+            view = _view(tensor, part)
+            if isinstance(source, Packed):
+                source.fill(view)
+            else:
+                tensorfile.fill(view, source, self.buffer)
+        return tensor
+
+
+def _first_row(shape: tuple[int, ...], part: Part) -> int:
+    """Of what `part` fills in a tensor of this shape, counted over all experts."""
+    expert, row = part
+    if part == WHOLE:
+        return 0
+    return expert * shape[-2] + (shape[-2] // 2 if row == "up_proj" else 0)
+
+
+def _told(folder: Path, reader: _Reader, found: dict[str, dict[Part, Source]]) -> str | None:
+    """One line of what became of quantised weights, None where there are none; and a warning where
+    weights take more memory than in their file, which is why they were quantised."""
+    packed = {
+        name: [source for source in parts.values() if isinstance(source, Packed)]
+        for name, parts in found.items()
+    }
+    packed = {name: sources for name, sources in packed.items() if sources}
+    if not packed:
+        return None
+    method = next(iter(packed.values()))[0].options.method
+    told = [f"{folder} is quantised ({method})"]
+    if reader.kept:
+        forms = Counter(map(keep.form_of, reader.kept.values()))
+        size = sum(weight.nbytes for weight in reader.kept.values()) / 1e9
+        counts = ", ".join(f"{count} {form}" for form, count in forms.items())
+        told.append(f"{len(reader.kept)} of its weights stay packed in {size:.3g} GB ({counts})")
+    if unpacked := [name for name in packed if name in reader.dense]:
+        size = sum(reader.dense[name].nbytes for name in unpacked) / 1e9
+        before = sum(source.size for name in unpacked for source in packed[name]) / 1e9
+        which = ", ".join(unpacked[:3]) + (", ..." if len(unpacked) > 3 else "")
+        told.append(
+            f"{len(unpacked)} are unpacked to {reader.dtype} and take {size:.3g} GB, not "
+            f"{before:.3g} ({which})"
+        )
+        warnings.warn(": ".join([told[0], "; ".join(told[1:])]), stacklevel=4)
+    return ": ".join([told[0], "; ".join(told[1:])])

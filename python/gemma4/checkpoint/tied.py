@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from gemma4_kernels.packed_linear import NAMES
+
 if TYPE_CHECKING:
     from ..model import Gemma4ForCausalLM
+
+ENDS = ("", *(f".{part}" for part in NAMES))  # of a weight's name: dense, or a packed one's parts
 
 
 def hold_once(model: "Gemma4ForCausalLM") -> None:
@@ -24,15 +28,17 @@ def _without_head(
 ) -> None:
     head = getattr(model.lm_head, "weight", None)
     if head is not None and head is getattr(model.model.embed_tokens, "weight", None):
-        state.pop(f"{prefix}lm_head.weight", None)
+        for end in ENDS:
+            state.pop(f"{prefix}lm_head.weight{end}", None)
 
 
 def _with_head(
     model: "Gemma4ForCausalLM", state: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    head, table = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    if model.config.tie_word_embeddings and head not in state and table in state:
-        state[head] = state[table]
+    for end in ENDS:
+        head, table = (f"{prefix}{name}.weight{end}" for name in ("lm_head", "model.embed_tokens"))
+        if model.config.tie_word_embeddings and head not in state and table in state:
+            state[head] = state[table]
 
 
 def _tie_again(model: "Gemma4ForCausalLM", _: object) -> None:

@@ -7,11 +7,13 @@ what ggml itself makes of them.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..packed.scaled import E2M1
-from ..packed.weight import Packed
+from gemma4_kernels.packed import E2M1
+
+from ..packed.weight import Packed, Quants
 
 _IQ4 = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
@@ -107,6 +109,39 @@ def q6_k(x: Tensor) -> Tensor:
     return code.mul_(scale[..., None]).flatten(1)
 
 
+def _words(data: Tensor) -> Tensor:
+    """Words of eight codes, [M, 4], of which the first 16 stand in the low halves of 16 bytes.
+
+    In numpy, which shifts whole vectors where torch goes number by number.
+    """
+    bytes_ = np.ascontiguousarray(data.numpy()).view(np.int64)
+    words = np.empty((len(bytes_), 4), np.int32)
+    for half in (0, 1):
+        # Eight codes in eight bytes move together, two and two and two.
+        code = (bytes_ >> 4 * half) & 0x0F0F0F0F0F0F0F0F
+        for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF)):
+            code |= code >> shift
+            code &= mask
+        words[:, 2 * half : 2 * half + 2] = code.astype(np.int32)
+    return torch.from_numpy(words)
+
+
+def _d(blocks: Tensor) -> Tensor:
+    return blocks.view(torch.float16)[:, :1].contiguous()
+
+
+# Codes and scales of blocks, [M, words or values] and [M, 1], for what the kernels multiply.
+QUANTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "Q4_0": lambda x: (_words(x[:, 2:]), _d(x)),
+    "Q5_0": lambda x: (
+        (_nibbles(x[:, 6:]) | _fifth_bits(x[:, 2:6])).view(torch.int8) - 16,
+        _d(x),
+    ),
+    "Q8_0": lambda x: (x[:, 2:].contiguous().view(torch.int8), _d(x)),
+    "IQ4_NL": lambda x: (_IQ4.to(torch.int8)[_nibbles(x[:, 2:]).int()], _d(x)),
+    "MXFP4": lambda x: (_words(x[:, 1:]), x[:, :1].contiguous().view(torch.float8_e8m0fnu)),
+}
+
 # By ggml's number: the name, values and bytes of a block, and what it holds.
 Unpack = Callable[[Tensor], Tensor]
 BLOCKS: dict[int, tuple[str, int, int, Unpack]] = {
@@ -149,3 +184,11 @@ class Blocks(Packed):
         values = unpacked(blocks).view(end - begin, columns)
         self.check_finite(self.kind, values)
         return values
+
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        if self.kind not in QUANTS:
+            return None
+        block_bytes, _ = _BY_NAME[self.kind]
+        code, scale = QUANTS[self.kind](self.read(self.kind, begin, end).view(-1, block_bytes))
+        self.check_finite(self.kind, scale.float())
+        return code.view(end - begin, -1), scale.view(end - begin, -1), None

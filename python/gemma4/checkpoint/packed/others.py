@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import abstractmethod
 from functools import cached_property
 from typing import ClassVar
 
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from ...files import short
 from .scaled import FLOATS
-from .weight import Packed, codes, nibbles
+from .weight import Packed, Quants, codes, nibbles
 
 
 class Turned(Packed):
     """w[out, in] = (q - z) scale of the group of `in`: `scales` [groups, N], `qzeros` beside it."""
 
     step = 0  # rows are the columns of what is stored
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a code."""
 
     @property
     def groups(self) -> int:
@@ -38,10 +44,30 @@ class Turned(Packed):
             return torch.arange(columns) // (columns // self.groups)
         return self.group_index("g_idx", self.groups)
 
-    def made(self, code: Tensor, zero: Tensor, columns: int) -> Tensor:
-        """Of codes [D, N] and zero points [groups, N]."""
+    @abstractmethod
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Codes [D, N] as bytes and zero points [groups, N] as integers."""
+
+    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+        code, zero = self.stored()
         group, scale = self.group(columns), self.numbers("scales")
-        return ((code.float() - zero.float()[group]) * scale[group]).T
+        return ((code.float() - zero.float()[group]) * scale[group]).T[begin:end]
+
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        if columns % self.groups or not self.in_order("g_idx", self.groups):
+            return None
+        self.numbers("scales")
+        scales = self.group_scales(self.read("scales").T.contiguous(), columns)
+        code, zero = self.stored()
+        code, in_middle = code.T.contiguous(), bool((zero == 2 ** (self.bits - 1)).all())
+        if scales is None or not (in_middle or self.bits == 4):
+            return None
+        if not in_middle:
+            each = columns // self.groups
+            code = code.view(torch.int8) - zero.to(torch.int8).T.repeat_interleave(each, 1)
+        elif self.bits == 8:
+            code = (code ^ 128).view(torch.int8)
+        return code, *scales
 
 
 class Gptq(Turned):
@@ -64,15 +90,15 @@ class Gptq(Turned):
         rows, columns = self.shape
         self.check_sides(rows, rows * self.bits // 32, columns)
 
-    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+    def stored(self) -> tuple[Tensor, Tensor]:
         code = codes(self.read("qweight").T.contiguous(), self.bits).T
-        zero = codes(self.read("qzeros"), self.bits).int() + self.options.zero_offset
-        return self.made(code, zero, columns)[begin:end]
+        return code, codes(self.read("qzeros"), self.bits).int() + self.options.zero_offset
 
 
 class Awq(Turned):
     """`qweight` [D, N / 8], eight columns a word in an order of their own."""
 
+    bits = 4
     ORDER: ClassVar = (0, 4, 1, 5, 2, 6, 3, 7)
 
     @property
@@ -85,12 +111,12 @@ class Awq(Turned):
         rows, columns = self.shape
         self.check_sides(rows, rows // 8, columns)
 
-    def rows(self, begin: int, end: int, columns: int) -> Tensor:
+    def stored(self) -> tuple[Tensor, Tensor]:
         code, zero = (
             codes(self.read(role), 4).unflatten(1, (-1, 8))[..., self.ORDER].flatten(1)
             for role in ("qweight", "qzeros")
         )
-        return self.made(code, zero, columns)[begin:end]
+        return code, zero.int()
 
 
 class Nf4(Packed):

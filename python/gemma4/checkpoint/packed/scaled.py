@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .weight import Packed, codes, grouped, nibbles, spread
+from gemma4_kernels.packed import COLUMNS, E2M1, ROWS
+
+from .weight import Packed, Quants, codes, grouped, nibbles, spread
 
 FLOATS = ("F32", "BF16", "F16")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
 
 
 class GroupedInts(Packed):
@@ -54,11 +54,8 @@ class GroupedInts(Packed):
         values = codes(self.read("weight_packed", begin, end), bits)[:, :columns].float()
         scale = self.numbers("weight_scale", begin, end)
         # Codes and zero points are both stored more by half their range.
-        zero = None
-        if "weight_zero_point" in self.parts:
-            each = 32 // bits
-            words = self.read("weight_zero_point", begin // each, -(-end // each))
-            zero = codes(words.T.contiguous(), bits).T[: end - begin].float()
+        zero = self.zero(begin, end)
+        zero = None if zero is None else zero.float()
         if "weight_g_idx" in self.parts:
             group = self.group_index("weight_g_idx", scale.shape[1])
             values -= 2 ** (bits - 1) if zero is None else zero[:, group]
@@ -66,6 +63,30 @@ class GroupedInts(Packed):
         size = self.group_size(columns, scale.shape[1])
         values -= 2 ** (bits - 1) if zero is None else spread(zero, size, columns)
         return grouped(values, scale, size)
+
+    def zero(self, begin: int, end: int) -> Tensor | None:
+        """Zero points [n, groups] of rows, which are packed along the rows."""
+        if "weight_zero_point" not in self.parts:
+            return None
+        each = 32 // self.bits
+        words = self.read("weight_zero_point", begin // each, -(-end // each))
+        return codes(words.T.contiguous(), self.bits).T[: end - begin]
+
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        groups = self.parts["weight_scale"].shape[1]
+        if not self.in_order("weight_g_idx", groups) or self.bits == 2:
+            return None
+        self.numbers("weight_scale", begin, end)
+        scales = self.group_scales(self.read("weight_scale", begin, end), columns)
+        words, zero = self.read("weight_packed", begin, end), self.zero(begin, end)
+        if scales is None or (zero is not None and self.bits == 8):
+            return None
+        if zero is not None:
+            size = self.group_size(columns, groups)
+            code = codes(words, 4).view(torch.int8) - spread(zero.view(torch.int8), size, columns)
+        else:
+            code = words if self.bits == 4 else (codes(words, 8) ^ 128).view(torch.int8)
+        return code, *scales
 
 
 class Scaled(Packed):
@@ -129,6 +150,28 @@ class Scaled(Packed):
             scale = scale / 127
         return values.mul_(scale)
 
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        height, width = self.options.block
+        scale, q = self.numbers(self.scale), self.read(self.weight, begin, end)
+        if q.dtype == torch.float8_e5m2 or (self.zero and bool(self.read(self.zero).any())):
+            return None
+        if q.dtype == torch.float8_e4m3fn and bool((q.view(torch.uint8) & 127 == 127).any()):
+            self.refuse(self.weight, "hold finite numbers", "nan")
+        if self.scale == "SCB":
+            scale = scale / 127
+        if self.kind == "group":
+            scales = self.group_scales(self.read(self.scale, begin, end), columns)
+            return None if scales is None else (q, *scales)
+        if self.kind == "row":
+            return q, None, scale.view(-1)[begin:end]
+        if self.kind == "tensor":
+            return q, None, scale.view(1).repeat(end - begin)
+        if height % ROWS or width % COLUMNS:
+            return None
+        of_row = torch.arange(begin, end, ROWS) // height
+        of_column = torch.arange(0, columns, COLUMNS) // width
+        return q, scale[of_row[:, None], of_column], None
+
     def _spread(self, scale: Tensor, begin: int, end: int, columns: int) -> Tensor:
         """Of each element of the rows [begin, end), or one for all."""
         height, width = self.options.block
@@ -183,6 +226,26 @@ class Fp4(Packed):
             scale = scale * self.numbers("weight_scale_2")
         return grouped(values, scale, self.group)
 
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        code = self.read(self.weight, begin, end).view(torch.int32)
+        scale = self.read("weight_scale", begin, end)
+        if self.group == 32:
+            scale = scale.view(torch.uint8)
+            if bool((scale == 255).any()):
+                self.refuse("weight_scale", "hold finite numbers", "nan")
+            return code, scale.view(torch.float8_e8m0fnu), None
+        self.check_finite("weight_scale", scale.float())
+        return code, scale, self._whole().repeat(end - begin)
+
+    def _whole(self) -> Tensor:
+        """What all scales are times."""
+        if "weight_global_scale" not in self.parts:
+            return self.numbers("weight_scale_2").view(1)
+        whole = self.numbers("weight_global_scale").view(1)
+        if not bool(whole.all()):
+            self.refuse("weight_global_scale", "be a divisor", 0)
+        return 1 / whole
+
 
 class LowBits(Packed):
     """w = (code - 2^(bits-1)) scale of the row; how many bits, the model's width says."""
@@ -212,3 +275,10 @@ class LowBits(Packed):
         bits = data.shape[1] * 8 // columns
         scale = self.numbers(self.scale, begin, end).view(-1, 1)
         return (codes(data, bits).float() - 2 ** (bits - 1)) * scale
+
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        data = self.read(self.weight, begin, end)
+        scale = self.numbers(self.scale, begin, end).view(-1)
+        if data.shape[1] * 2 == columns:
+            return data.view(torch.int32), None, scale
+        return codes(data, 2) + (8 - 2), None, scale  # four bits stand for 8 less

@@ -2,19 +2,26 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gemma4_kernels.packed import HALF_SCALES
+
 from .. import tensorfile
 from ..tensorfile import Entry
+
+GROUP = 32  # columns that share one of HALF_SCALES
 
 # Of float32 values, unpacked at once: the allocator hands such pieces out again, where large ones
 # are new memory each time, and most of the time would go into the kernel's zeros.
 PIECE_BYTES = 2**20
+# Codes, scales and row scales in rows, as `gemma4_kernels.packed.pack` takes them.
+Quants: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,18 @@ class Packed(ABC):
     def rows(self, begin: int, end: int, columns: int) -> Tensor:
         """Rows [begin, end) of the weight, float32."""
 
+    def quants(self, begin: int, end: int, columns: int) -> Quants | None:
+        """The same numbers in a form that the kernels multiply, one form for all rows; None where
+        there is none that holds them. begin and end are multiples of 16."""
+        return None
+
+    def pieces(self, rows: int, columns: int, least: int = 1) -> Iterator[tuple[int, int]]:
+        """All rows by turns, as many as are unpacked at once, a multiple of `least`."""
+        each = math.lcm(self.step, least) if self.step else rows
+        step = max(PIECE_BYTES // (4 * max(columns, 1)) // max(each, 1), 1) * each
+        for begin in range(0, rows, max(step, 1)):
+            yield begin, min(begin + step, rows)
+
     def group_size(self, columns: int, groups: int) -> int:
         """Of columns that share a scale; 0 if there is none that makes as many groups."""
         for size in (*self.options.groups, columns // max(groups, 1)):
@@ -104,6 +123,25 @@ class Packed(ABC):
             self.refuse(role, f"number the {groups} groups", "one past them")
         return index
 
+    def group_scales(
+        self, scale: Tensor, columns: int
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """Scales [N, n] of groups as scales and row scales of a packed form, or None."""
+        groups = scale.shape[1]
+        if groups == 1:
+            return None, scale[:, 0].float()
+        size = self.group_size(columns, groups)
+        if scale.dtype not in HALF_SCALES or size % GROUP or columns != size * groups:
+            return None
+        return scale.repeat_interleave(size // GROUP, 1), None
+
+    def in_order(self, role: str, groups: int) -> bool:
+        """Whether columns lie in the order of their groups: what says otherwise may be absent."""
+        if role not in self.parts:
+            return True
+        index = self.group_index(role, groups)
+        return bool((index == torch.arange(len(index)) // -(-len(index) // groups)).all())
+
     def refuse(self, role: str, requirement: str, got: object) -> NoReturn:
         part = self.parts[role]
         raise ValueError(f"{part.file}: tensor {part.name} must {requirement}, got {got}")
@@ -126,11 +164,7 @@ class Packed(ABC):
         """Unpacks the weight into `target`, of its shape and any dtype and device."""
         target = target.view(-1, target.shape[-1])
         rows, columns = target.shape
-        step = rows
-        if self.step:
-            step = max(PIECE_BYTES // (4 * max(columns, 1)) // self.step, 1) * self.step
-        for begin in range(0, rows, max(step, 1)):
-            end = min(begin + step, rows)
+        for begin, end in self.pieces(rows, columns):
             target[begin:end] = self.rows(begin, end, columns)
 
 

@@ -1,0 +1,237 @@
+// What a lane has of a tile of a packed weight, made the operand of a product.
+//
+// Every number of four or eight bits is a number of T, exactly, and so is that of kE2m1 times its
+// scale of kE4m3: only what other scales do is left for the sums, in fp32. Numbers are made by
+// moving bits to where T has them and correcting the exponent, two at a time: T's own subnormals
+// are the codes', and no table is read. The NaN of e4m3, which no checkpoint may hold, is 480 here.
+#pragma once
+
+#include "../common/platform.h"
+#include "../common/stream.cuh"
+#include "../common/tile.cuh"
+#include "packed.h"
+
+namespace gemma4 {
+
+template <class T>
+constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
+// The same number of T twice, by its bits.
+template <uint32_t kBits>
+constexpr uint32_t kTwice = kBits << 16 | kBits;
+template <class T>
+constexpr uint32_t kOnes = kTwice<(kIsBf16<T> ? 0x3f80 : 0x3c00)>;
+
+DEVICE constexpr int scale_bytes(Scales kind) {  // of a tile
+  return kind == Scales::kNone ? 0 : kind == Scales::kTile ? 4 : kind == Scales::kE8m0 ? 32 : 64;
+}
+
+template <int kBits>
+struct LaneTile {
+  uint4 codes[kBits / 4];
+  uint2 scales;  // of rows r and r + 8; kE8m0 and kTile: in x
+};
+
+// Tile `tile` of a weight, by loads that stay before the wait for the previous kernel; zeros where
+// it does not exist.
+template <int kBits>
+DEVICE LaneTile<kBits> load_tile(const PackedWeight& w, int64_t tile, bool exists FROM_HERE) {
+  constexpr int kBytes = kPackedRows * kPackedColumns * kBits / 8;
+  const int lane = threadIdx.x % 32;
+  LaneTile<kBits> of_lane{};
+  const char* codes = static_cast<const char*>(w.codes) + tile * kBytes + lane * 16;
+#pragma unroll
+  for (int i = 0; i < kBits / 4; i++)
+    of_lane.codes[i] = load_first_if(exists, codes + i * 512 HERE);
+  if (w.kind == Scales::kNone || !exists) return of_lane;
+  const char* scales = static_cast<const char*>(w.scales) + tile * scale_bytes(w.kind);
+  if (w.kind == Scales::kTile || w.kind == Scales::kE8m0) {
+    const int row = w.kind == Scales::kTile ? 0 : lane / 4;
+    of_lane.scales.x = ptx::load_one_first(reinterpret_cast<const uint32_t*>(scales) + row HERE);
+  } else {
+    of_lane.scales = ptx::load_8_first(scales + lane / 4 * 8 HERE);
+  }
+  return of_lane;
+}
+
+// ---- eight numbers from their codes
+
+template <class T>
+DEVICE uint4 int4_numbers(uint32_t codes) {
+  // 128 or 1024 with the code in the last bits; less that and 8.
+  constexpr uint32_t kMagic = kTwice<(kIsBf16<T> ? 0x4300 : 0x6400)>;
+  constexpr uint32_t kLess = kTwice<(kIsBf16<T> ? 0xc308 : 0xe408)>;
+  const auto pair = [&](int i) {
+    return ptx::fma_pair<T>((codes >> 4 * i & 0x000f000f) | kMagic, kOnes<T>, kLess);
+  };
+  return {pair(0), pair(1), pair(2), pair(3)};
+}
+
+// Times `factor`, which holds what T's exponents lack: 2^126 in bf16, 2^14 in fp16.
+template <class T>
+DEVICE uint4 e2m1_numbers(uint32_t codes, uint32_t factor) {
+  constexpr int kPlace = kIsBf16<T> ? 6 : 9;  // of the three bits below the sign
+  const auto pair = [&](int i) {
+    const int left = kPlace - 4 * i;
+    const uint32_t size = (left > 0 ? codes << left : codes >> -left) & kTwice<(7 << kPlace)>;
+    return ptx::fma_pair<T>(size | (codes << (12 - 4 * i) & kTwice<0x8000>), factor,
+                            kTwice<0x8000>);
+  };
+  return {pair(0), pair(1), pair(2), pair(3)};
+}
+
+// Two numbers, in the low halves' bytes of `pair` or, of kE4m3, in the high ones.
+template <class T>
+DEVICE uint32_t int8_pair(uint32_t pair) {
+  if constexpr (kIsBf16<T>) {  // 128 and the last seven bits, less 128 or, with the sign, 256
+    const uint32_t low = (pair & kTwice<0x7f>) | kTwice<0x4300>;
+    return ptx::fma_pair<T>((pair & kTwice<0x80>) | kTwice<0x4300>, kTwice<0xbf80>, low);
+  } else {  // 1024 and code + 128, less 1152
+    return ptx::fma_pair<T>((pair ^ kTwice<0x80>) | kTwice<0x6400>, kOnes<T>, kTwice<0xe480>);
+  }
+}
+// Times 2^-120 in bf16 and 2^-8 in fp16.
+template <class T>
+DEVICE uint32_t e4m3_pair_unscaled(uint32_t pair) {
+  const uint32_t size =
+      kIsBf16<T> ? pair >> 4 & kTwice<(0x7f << 4)> : pair >> 1 & kTwice<(0x7f << 7)>;
+  return size | (pair & kTwice<0x8000>);
+}
+template <class T>
+DEVICE uint32_t e4m3_pair(uint32_t pair) {
+  constexpr uint32_t kFactor = kTwice<(kIsBf16<T> ? 0x7b80 : 0x5c00)>;
+  return ptx::fma_pair<T>(e4m3_pair_unscaled<T>(pair), kFactor, kTwice<0x8000>);
+}
+
+template <class T>
+DEVICE uint4 int8_numbers(uint32_t first, uint32_t last) {
+  const auto pairs = [](uint32_t four, int which) {
+    return int8_pair<T>(__byte_perm(four, 0, which ? 0x4342 : 0x4140));
+  };
+  return {pairs(first, 0), pairs(first, 1), pairs(last, 0), pairs(last, 1)};
+}
+template <class T>
+DEVICE uint4 e4m3_numbers(uint32_t first, uint32_t last) {
+  const auto pairs = [](uint32_t four, int which) {
+    return e4m3_pair<T>(__byte_perm(four, 0, which ? 0x3424 : 0x1404));
+  };
+  return {pairs(first, 0), pairs(first, 1), pairs(last, 0), pairs(last, 1)};
+}
+
+// ---- and their scales, [half][r or r + 8]
+
+struct LaneScales {
+  float after[2][2];      // of the sums
+  uint32_t before[2][2];  // of e2m1_numbers, in both halves
+};
+
+template <class T, int kBits>
+DEVICE LaneScales lane_scales(const PackedWeight& w, uint2 scales) {
+  const auto each = [](const auto& f) {
+    LaneScales made;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int row = 0; row < 2; row++) {
+        made.after[half][row] = f(half, row);
+        made.before[half][row] = kTwice<(kIsBf16<T> ? 0x7e80 : 0x7400)>;
+      }
+    return made;
+  };
+  const auto of_row = [&](int row) { return row ? scales.y : scales.x; };
+  if (w.kind == Scales::kBFloat16)
+    return each([&](int half, int row) {
+      return __uint_as_float(half ? of_row(row) & 0xffff0000 : of_row(row) << 16);
+    });
+  if (w.kind == Scales::kFloat16)
+    return each([&](int half, int row) {
+      const uint16_t bits = static_cast<uint16_t>(of_row(row) >> 16 * half);
+      fp16 scale;
+      __builtin_memcpy(&scale, &bits, 2);
+      return to_float(scale);
+    });
+  if (kBits == 8 && w.kind == Scales::kTile)
+    return each([&](int, int) { return __uint_as_float(scales.x); });
+  if (kBits == 4 && w.kind == Scales::kE8m0)
+    return each([&](int half, int row) {
+      const uint32_t exponent = scales.x >> (row * 16 + half * 8) & 0xff;
+      return __uint_as_float(max(exponent << 23, 0x00400000u));
+    });
+  LaneScales made = each([](int, int) { return 1.0f; });
+  if (kBits == 4 && w.kind == Scales::kE4m3) {
+    // 2^-16 of what it is in bf16, 2^-8 in fp16: with the numbers' own factor it would overflow.
+    made = each([](int, int) { return kIsBf16<T> ? 65536.0f : 256.0f; });
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      // Of the row's four groups of 16 columns the lane's, one in each half.
+      uint32_t pair = __byte_perm(of_row(row), 0, threadIdx.x % 4 / 2 ? 0x3414 : 0x2404);
+      if constexpr (kIsBf16<T>)  // times 2^110
+        pair = ptx::fma_pair<T>(e4m3_pair<T>(pair), kTwice<0x7680>, kTwice<0x8000>);
+      else  // times 2^6
+        pair = ptx::fma_pair<T>(e4m3_pair_unscaled<T>(pair), kTwice<0x7400>, kTwice<0x8000>);
+      made.before[0][row] = __byte_perm(pair, 0, 0x1010);
+      made.before[1][row] = __byte_perm(pair, 0, 0x3232);
+    }
+  }
+  return made;
+}
+
+// ---- the operands
+
+struct LaneRows {
+  uint4 low, high;  // 8 columns of row r, and of r + 8
+};
+
+// Of one half of a tile, yet to be multiplied by `scales.after`.
+template <class T, int kBits>
+DEVICE LaneRows lane_rows(const PackedWeight& w, const LaneTile<kBits>& tile,
+                          const LaneScales& scales, int half) {
+  if constexpr (kBits == 4) {
+    const uint4 codes = tile.codes[0];
+    const uint32_t low = half ? codes.z : codes.x, high = half ? codes.w : codes.y;
+    if (w.numbers == Numbers::kInt4) return {int4_numbers<T>(low), int4_numbers<T>(high)};
+    return {e2m1_numbers<T>(low, scales.before[half][0]),
+            e2m1_numbers<T>(high, scales.before[half][1])};
+  } else {
+    const uint4 codes = tile.codes[half];
+    if (w.numbers == Numbers::kInt8)
+      return {int8_numbers<T>(codes.x, codes.y), int8_numbers<T>(codes.z, codes.w)};
+    return {e4m3_numbers<T>(codes.x, codes.y), e4m3_numbers<T>(codes.z, codes.w)};
+  }
+}
+
+// sum[i] += a tile times kEights times eight tokens: x[i][half] is what a lane has of token lane /
+// 4 of the i-th eight, the same 8 columns as of a row. The sums are those of mma_16816: rows r and
+// r + 8, tokens lane % 4 * 2 and the next. The first `eights` are added to.
+template <class T, int kBits, int kEights>
+DEVICE void multiply_tile(float (&sum)[kEights][4], const PackedWeight& w,
+                          const LaneTile<kBits>& tile, const uint4 (&x)[kEights][2],
+                          int eights FROM_HERE) {
+  const LaneScales scales = lane_scales<T, kBits>(w, tile.scales);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const LaneRows rows = lane_rows<T>(w, tile, scales, half);
+#pragma unroll
+    for (int i = 0; i < kEights; i++) {
+      if (i >= eights) break;
+      float of_half[4];
+      const uint4 a = rows.low, a_8 = rows.high, b = x[i][half];
+      ptx::mma_16816_first<T>(of_half, {a.x, a_8.x, a.y, a_8.y}, b.x, b.y HERE);
+      ptx::mma_16816<T>(of_half, {a.z, a_8.z, a.w, a_8.w}, b.z, b.w HERE);
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[i][e] += of_half[e] * scales.after[half][e / 2];
+    }
+  }
+}
+
+// Eight columns as they stand in a tile of T in shared memory: rounded once.
+template <class T>
+DEVICE uint4 scaled(uint4 numbers, float scale) {
+  const auto pair = [&](uint32_t bits) {
+    T two[2];
+    __builtin_memcpy(two, &bits, 4);
+    return pack_pair<T>(to_float(two[0]) * scale, to_float(two[1]) * scale);
+  };
+  return {pair(numbers.x), pair(numbers.y), pair(numbers.z), pair(numbers.w)};
+}
+
+}  // namespace gemma4
