@@ -7,6 +7,7 @@ import torch
 from support import make_golden
 from support.plugged import (
     SMALL,
+    Calls,
     close,
     plugin,
     small,
@@ -18,7 +19,8 @@ from support.plugged import (
 from support.plugged import way as way
 from torch import nn
 
-from gemma4_kernels import ops
+from gemma4_kernels import joined, ops
+from gemma4_kernels.integrations.transformers import decode
 from gemma4_kernels.integrations.transformers.packed import packed_weight
 from gemma4_kernels.packed_linear import PackedLinear
 
@@ -154,6 +156,33 @@ def test_packed(form, way, monkeypatch):
     for part in (ids[:, :6], *ids[:, 6:].split(1, 1)):
         pair = zip((model, dense), caches, strict=True)
         close(*(m(part, past_key_values=cache).logits for m, cache in pair))
+
+
+@torch.no_grad()
+def test_packed_steps_are_few_ops(way, monkeypatch):
+    """Where there are kernels: q, k and v joined, gate and up too, as of dense weights."""
+    if way == "as on a CPU":
+        return  # where no op runs
+    ids, found = some_ids(1, 8), []
+    for kernels in (False, True):
+        model = whole_tiles()
+        compressed(4, "int", 32)(model)
+        for name, linear in linears(model).items():
+            if hasattr(linear, "weight_scale") and linear.out_features % 16:
+                dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
+                dense.weight.data = unpacked(linear)
+                model.set_submodule(name, dense)
+        plugin.enable(model, packed=True)
+        cache, calls = transformers.StaticCache(model.config, max_cache_len=9), Calls()
+        logits = [model(ids[:, :6], past_key_values=cache).logits]
+        for module in (decode, joined):
+            monkeypatch.setattr(module, "has_kernels", lambda device, kernels=kernels: kernels)
+        use_ops(monkeypatch, calls)
+        logits += [model(part, past_key_values=cache).logits for part in ids[:, 6:].split(1, 1)]
+        found.append(torch.cat(logits, 1))
+        use_ops(monkeypatch, ops)
+    close(*found)
+    assert calls["linear_small"] == 2 * 6 * len(model.model.layers)
 
 
 def test_what_is_not_packed():
