@@ -181,18 +181,20 @@ struct LaneRows {
   uint4 low, high;  // 8 columns of row r, and of r + 8
 };
 
-// Of one half of a tile, yet to be multiplied by `scales.after`.
+// Of one half of a tile, yet to be multiplied by `scales.after`. Which half may differ from lane to
+// lane.
 template <class T, int kBits>
 DEVICE LaneRows lane_rows(const PackedWeight& w, const LaneTile<kBits>& tile,
                           const LaneScales& scales, int half) {
+  const uint4 codes = half ? tile.codes[kBits / 4 - 1] : tile.codes[0];
   if constexpr (kBits == 4) {
-    const uint4 codes = tile.codes[0];
     const uint32_t low = half ? codes.z : codes.x, high = half ? codes.w : codes.y;
     if (w.numbers == Numbers::kInt4) return {int4_numbers<T>(low), int4_numbers<T>(high)};
-    return {e2m1_numbers<T>(low, scales.before[half][0]),
-            e2m1_numbers<T>(high, scales.before[half][1])};
+    const auto factor = [&](int row) {
+      return half ? scales.before[1][row] : scales.before[0][row];
+    };
+    return {e2m1_numbers<T>(low, factor(0)), e2m1_numbers<T>(high, factor(1))};
   } else {
-    const uint4 codes = tile.codes[half];
     if (w.numbers == Numbers::kInt8)
       return {int8_numbers<T>(codes.x, codes.y), int8_numbers<T>(codes.z, codes.w)};
     return {e4m3_numbers<T>(codes.x, codes.y), e4m3_numbers<T>(codes.z, codes.w)};
@@ -223,15 +225,51 @@ DEVICE void multiply_tile(float (&sum)[kEights][4], const PackedWeight& w,
   }
 }
 
-// Eight columns as they stand in a tile of T in shared memory: rounded once.
+// ---- a tile of T in shared memory
+
+// Whether T holds these scales exactly, so that a product in T is one in float that is rounded
+// once.
 template <class T>
-DEVICE uint4 scaled(uint4 numbers, float scale) {
-  const auto pair = [&](uint32_t bits) {
-    T two[2];
-    __builtin_memcpy(two, &bits, 4);
-    return pack_pair<T>(to_float(two[0]) * scale, to_float(two[1]) * scale);
+DEVICE bool has_exact_scales(const PackedWeight& w) {
+  return w.kind == Scales::kNone || w.kind == Scales::kE4m3 ||
+         w.kind == (kIsBf16<T> ? Scales::kBFloat16 : Scales::kFloat16) ||
+         (kIsBf16<T> && w.kind == Scales::kE8m0);
+}
+
+template <class T>
+DEVICE uint4 scaled(uint4 numbers, float scale, bool is_exact) {
+  const auto each = [&](const auto& f) -> uint4 {
+    return {f(numbers.x), f(numbers.y), f(numbers.z), f(numbers.w)};
   };
-  return {pair(numbers.x), pair(numbers.y), pair(numbers.z), pair(numbers.w)};
+  const uint32_t both = pack_pair<T>(scale, scale);
+  if (is_exact)
+    return each([&](uint32_t pair) { return ptx::fma_pair<T>(pair, both, kTwice<0x8000>); });
+  return each([&](uint32_t pair) {
+    T two[2];
+    __builtin_memcpy(two, &pair, 4);
+    return pack_pair<T>(to_float(two[0]) * scale, to_float(two[1]) * scale);
+  });
+}
+
+// A warp writes 16 rows, from `row` on, of a tile of kRows rows and 64 columns: numbers times
+// scales, rounded once. Odd rows begin with their last half: eight lanes meet no bank twice.
+template <int kRows, class T, int kBits>
+DEVICE void write_tile(T* to, int row, const PackedWeight& w, const LaneTile<kBits>& tile) {
+  const int lane = threadIdx.x % 32;
+  const LaneScales scales = lane_scales<T, kBits>(w, tile.scales);
+  const bool is_exact = has_exact_scales<T>(w);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int half = i ^ (lane / 4 & 1);
+    const LaneRows rows = lane_rows<T>(w, tile, scales, half);
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+      const float scale = half ? scales.after[1][high] : scales.after[0][high];
+      const int at = chunk_offset<kRows>(row + lane / 4 + high * 8, half * 4 + lane % 4);
+      store_shared(reinterpret_cast<uint4*>(to + at),
+                   scaled<T>(high ? rows.high : rows.low, scale, is_exact));
+    }
+  }
 }
 
 }  // namespace gemma4

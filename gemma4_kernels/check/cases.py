@@ -17,6 +17,7 @@ from ..ops.decode import CODED_HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
 from ..opset import HALF
+from ..packed import pack
 from ..reference.decode import COUNTERS
 
 HOST = torch.device("cpu")
@@ -135,6 +136,24 @@ def geglu(draw: Draw) -> Iterator[Arguments]:
         yield (draw.strided(3, 2 * width),)
 
 
+def packed_weight(draw: Draw, rows: int, width: int, eight: bool = False) -> list[Tensor]:
+    """int4, or float8_e4m3fn, with scales of both kinds; what a schema has of it."""
+    codes = torch.randint(16, (rows, width), generator=draw.generator, dtype=torch.uint8)
+    if eight:
+        codes = torch.randn((rows, width), generator=draw.generator).to(torch.float8_e4m3fn)
+    each = torch.rand((rows, width // 32), generator=draw.generator).to(torch.bfloat16)
+    row = torch.rand(rows, generator=draw.generator) * width**-0.5
+    parts = pack(codes, each, row).parts
+    return [part.to(draw.device) for part in parts if part is not None]
+
+
+def linear_packed(draw: Draw) -> Iterator[Arguments]:
+    # Streamed; tiles of 64 tokens, and of 128 where they are enough for the largest card.
+    for tokens, width, rows in ((1, 192, 48), (70, 192, 144), (130, 64, 12_800)):
+        for eight in (False, True):
+            yield draw.strided(tokens, width), *packed_weight(draw, rows, width, eight)
+
+
 def linear_small(draw: Draw) -> Iterator[Arguments]:
     # Tiles of 8 rows; of 16, where there are two for every multiprocessor of the largest card.
     for tokens, width, rows, gated in (
@@ -154,6 +173,13 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
             norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
             yield x, weight, None, None, *norms, EPS, gated
+    # Packed ones: all that stands before and behind them; a tile a block, or two.
+    for tokens, rows, gated in ((2, 32, False), (10, 64, True), (1, 12_800, False)):
+        for eight in (False, True):
+            x, parts = draw.strided(tokens, 64), packed_weight(draw, rows * (1 + gated), 64, eight)
+            opening = draw.strided(tokens, 64), draw.weight(64), None, draw.weight(64)
+            yield x, *parts, *opening, *([None] * 4), EPS, gated
+            yield x, *parts, *([None] * 8), EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:
@@ -383,6 +409,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_norm_rope,
         qkv_norm_rope_cache,
         geglu,
+        linear_packed,
         linear_small,
         attention_prefill,
         attention_prefill_backward,

@@ -6,6 +6,7 @@ so adds up in another order than the twin. The rest stays one call of the op in 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,12 +142,18 @@ def moe_experts_small(
     return routed, moe.times(dense_x, (dense, dense_scales, dense_row_scales))
 
 
+def _multiply_packed(*args: Tensor | None) -> Tensor:
+    """Packed weights become numbers where the op does it, a part of them at a time."""
+    y: Tensor = torch.ops.gemma4_kernels.linear_packed(*args)
+    return y
+
+
 # By the op's name.
 TRACED: Mapping[str, Callable[..., Any]] = {
     "add_rms_norm": norm.add_rms_norm,
     "attention_decode": attention_decode,
     "geglu": mlp.geglu,
-    "linear_small": linear.linear_small,
+    "linear_small": partial(linear.linear_small, multiply=_multiply_packed),
     "moe_experts_small": moe_experts_small,
     "moe_norm": moe.moe_norm,
     "moe_open": moe.moe_open,

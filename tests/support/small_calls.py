@@ -44,6 +44,13 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             for opens in ((), ("residual", "norm_weight")):
                 arguments = cases.linear_small(b, 2, 72, rows, *parts, *opens, dtype=dtype)
                 yield "linear_small", arguments
+        for form in ({}, {"codes": torch.int8}):
+            for rows, *parts in ((12_800,), (32,), (32, "gated")):
+                for opens in ((), ("residual", "norm_weight")):
+                    sizes = 2, 64, rows, *parts, *opens
+                    yield "linear_small", cases.linear_small(b, *sizes, dtype=dtype, form=form)
+            for tokens, rows in ((70, 144), (130, 400)):
+                yield "linear_packed", cases.linear_packed(b, tokens, 64, rows, dtype=dtype, **form)
         for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
