@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint.folder import TOKENIZER_FILES, WEIGHTS, owned_files, resolve
+from .checkpoint.folder import TOKENIZER_FILES, owned_files, resolve
 from .checkpoint.load import LAYER, OTHER_MODALITIES, read_sources
 from .checkpoint.packed import Packed
-from .checkpoint.save import shard_names, size_of, write_index
-from .checkpoint.tensorfile import Entry, read_rows, write_tensors
+from .checkpoint.save import write_shards
+from .checkpoint.tensorfile import Entry, read_rows
 from .files import Json, read_json, replacing, write_json
 
 LINEAR = re.compile(
@@ -214,7 +214,8 @@ def quantize(
     report, left = Report(before_bytes=sum(entry.size for entry in entries)), list(LEFT_DENSE)
     with replacing(Path(target)) as (staging, removed):
         removed |= owned_files(Path(target))
-        _write_shards(staging, _converted(entries, how, report, left, progress), report)
+        made = _converted(entries, how, report, left, progress)
+        report.after_bytes = write_shards(staging, made, SHARD_BYTES)
         for name in ("generation_config.json", *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
@@ -291,26 +292,3 @@ def _steps(pieces: Iterable[Tensor]) -> list[Tensor] | None:
             return None
         steps.append(step)
     return steps
-
-
-def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], report: Report) -> None:
-    """As they come, in files of about SHARD_BYTES, and their index."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-
-    def write() -> None:
-        write_tensors(staging / f"shard-{len(shards)}", held, packed=True)
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(map(size_of, held.values())) + size_of(tensor) > SHARD_BYTES:
-            write()
-        held[name] = tensor
-        report.after_bytes += size_of(tensor)
-    write()
-    files = shard_names(len(shards)) if len(shards) > 1 else [WEIGHTS]
-    for i, file in enumerate(files):
-        (staging / f"shard-{i}").rename(staging / file)
-    if len(shards) > 1:
-        write_index(staging, dict(zip(files, shards, strict=True)), report.after_bytes)

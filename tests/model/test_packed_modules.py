@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemma4 import Gemma4ForCausalLM
 from gemma4.checkpoint import keep
+from gemma4_kernels import packed_linear
 from gemma4_kernels.packed import PackedWeight, pack
 from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear
 
@@ -181,3 +182,44 @@ def test_what_asks_for_a_dense_weight_is_refused() -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA, target_modules=["q_proj"]))
     with pytest.raises(AttributeError, match="'PackedParameter' object has no attribute 'data'"):
         adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "rows", "columns"),
+    [
+        (torch.uint8, BF16, 1040, 128),
+        (torch.uint8, torch.float16, 32, 192),
+        (torch.uint8, None, 64, 128),
+        (torch.uint8, None, 16, 64),
+        (torch.int8, None, 48, 192),
+    ],
+)
+@torch.no_grad()
+def test_torchs_products_on_a_cpu(codes, scales, rows: int, columns: int, monkeypatch) -> None:
+    """They stand in where they can, and err by what bf16 does to numbers of this size."""
+    code, scale, row_scales = draw(codes, scales, rows, columns)
+    parts = code, scale, None if scales == BF16 else row_scales
+    w, layer = formula(*parts), PackedLinear(pack(*parts))
+    assert layer.weight.on_cpu is not None
+    assert layer.weight.on_cpu.nbytes < 1.2 * layer.weight.nbytes
+    monkeypatch.setattr(packed_linear.ops, "linear_packed", None)  # is not called
+    for tokens in (1, 2, 17):
+        x = torch.randn(tokens, columns).bfloat16()
+        wanted = x.double() @ w.T
+        # A scale and the sum are rounded; the terms of a sum err alike in the scale alone.
+        bound = 2.0**-8 * ((x.double().abs() @ w.abs().T) / columns**0.5 * 3 + wanted.abs())
+        assert ((layer(x).double() - wanted).abs() <= bound).all()
+    assert layer(x[None]).shape == (1, 17, rows)
+
+
+@torch.no_grad()
+def test_torchs_copy_follows_the_weight() -> None:
+    layer, other = (PackedLinear(weight_of(torch.uint8, BF16, 32, 64)) for _ in range(2))
+    other.weight.codes.random_()
+    x = torch.randn(3, 64).bfloat16()
+    before, wanted = layer(x), other(x)
+    assert not torch.equal(before, wanted)
+    assert not copy.deepcopy(layer).weight._on_cpu and layer.weight._on_cpu
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), wanted)
+    assert not layer.to(torch.float16).weight._on_cpu
