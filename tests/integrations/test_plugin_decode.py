@@ -12,7 +12,6 @@ from support.plugged import (
     left_padding,
     plugin,
     small,
-    small_models,
     some_ids,
     transformers,
     use_ops,
@@ -89,7 +88,7 @@ def test_a_static_cache_serves_steps_chunks_and_others(name, padded, way):
     )
 
 
-@small_models
+@pytest.mark.parametrize("name", ["experts", "ple"])
 @torch.no_grad()
 def test_hooks_between_steps(name, way):
     """A hook comes and goes while a conversation runs over a ring that has turned."""
@@ -119,7 +118,7 @@ def test_ops_of_a_step(way, monkeypatch):
     """Whole, and with one module after the other hooked."""
     if way == "as on a CPU":
         return  # where no op runs
-    for name, layers, gates in (("ple", 4, 1), ("moe", 2, 0)):
+    for name, layers, gates in (("ple", 4, 1), ("experts", 2, 0)):
         model = plugin.enable(small(name))
         cache, ids = static_cache(model, 16), some_ids(1, 16)
         model(ids[:, :9], past_key_values=cache)
@@ -143,7 +142,7 @@ def test_what_is_handed_on_is_what_was_returned(way):
     """A text model of another make is given whole hidden states."""
     if way == "as on a CPU":
         return
-    theirs, ours = small("moe"), plugin.enable(small("moe"))
+    theirs, ours = small("experts"), plugin.enable(small("experts"))
     ids = some_ids(2, 8)
     for model in (theirs, ours):
         inner = copy.copy(model.model)  # shares its layers; its forward is an attribute now
@@ -173,33 +172,36 @@ def test_weights_stay_who_they_are(tmp_path, way):
     assert torch.equal(loaded.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
-@pytest.mark.parametrize("name", ["ple", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ple", pytest.param("experts", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_steps_compile_whole(name, way):
-    """With the cache's masks made outside, as `generate` does; a ring turns within."""
+    """In 16 bits, and with masks made outside, as `generate` does; a ring fills and turns."""
     torch.compiler.reset()
-    ours, theirs = plugin.enable(small(name)), small(name)
-    ids, found, nodes = some_ids(1, 14), [], []
+    exact, theirs = small(name), small(name).bfloat16()
+    ours = plugin.enable(small(name).bfloat16())
+    if name == "experts":  # which are too narrow for grouped_mm
+        ours.set_experts_implementation("eager")
+    nodes: list[str] = []
 
     def backend(graph, inputs):
         nodes.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
-    caches = [static_cache(model, 16) for model in (ours, theirs)]
-    for begin, end in zip([0, *range(5, 13)], range(5, 14), strict=True):
-        mask = torch.ones(1, end)
+    compiled, ids = torch.compile(ours, fullgraph=True, backend=backend), some_ids(1, 11)
+    caches = [static_cache(model, 12) for model in (ours, theirs)]
+    found = []
+    for begin, end in zip([0, *range(4, 10)], range(4, 11), strict=True):
         masks = transformers.masking_utils.create_masks_for_generate(
             config=ours.config,
             inputs_embeds=torch.empty(1, end - begin, 0),
-            attention_mask=mask,
+            attention_mask=torch.ones(1, end),
             cache=caches[0],
             position_ids=None,
         )
-        model = compiled if begin else ours
-        a = model(ids[:, begin:end], attention_mask=masks, past_key_values=caches[0]).logits
-        b = theirs(ids[:, begin:end], attention_mask=mask, past_key_values=caches[1]).logits
-        close(a, b)
-        found.append(a)
-    fused = any("qkv_attention_decode" in node for node in nodes)
-    assert fused == (way == "as on a GPU")
+        options = dict(attention_mask=masks, past_key_values=caches[0])
+        a = (compiled if begin else ours)(ids[:, begin:end], **options).logits
+        b = theirs(ids[:, begin:end], past_key_values=caches[1]).logits
+        found.append((a, b))
+    a, b = (torch.cat(logits, 1) - exact(ids[:, :10]).logits for logits in zip(*found, strict=True))
+    assert a.abs().mean() <= 1.25 * b.abs().mean()
+    assert any("qkv_attention_decode" in node for node in nodes) == (way == "as on a GPU")

@@ -120,7 +120,7 @@ def _model_options() -> Parser:
         "--model",
         type=_text,
         default=default,
-        help="folder, .gguf file or hub id (default: the demo)",
+        help="folder, .gguf file, hub id or owner/name:file.gguf (default: the demo)",
     )
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own")
