@@ -22,12 +22,14 @@ from support.small_calls import Call, launch_cases
 
 import gemma4_kernels
 from gemma4_kernels import opset
+from gemma4_kernels.packed import PackedWeight
 
 FAR = 0.02  # of a result's largest value: several roundings to bf16
 
 
 def moved(arguments: Arguments, device: str) -> Arguments:
-    return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    tensors = torch.Tensor, PackedWeight
+    return {n: x.to(device) if isinstance(x, tensors) else x for n, x in arguments.items()}
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:

@@ -15,18 +15,18 @@ Tensor linear_packed(Tensor x, Tensor weight, OptionalTensor weight_scales,
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3, "x must be [T, D] and weight one of codes");
   const int64_t tokens = x.size(0), width = x.size(1);
   const int64_t rows = weight.size(0) * gemma4::kPackedRows;
-  gemma4::LinearSmallParams p{};
+  gemma4::LinearPackedParams p{};
   call.expect("x", x, {tokens, width});
   const Tensor& held = call.keep(aligned(x));
   p.x = call.in("x", held);
   p.x_stride = held.stride(0);
-  p.packed = packed(call, "weight", weight, weight_scales, weight_row_scales, {}, rows, width);
+  p.weight = packed(call, "weight", weight, weight_scales, weight_row_scales, {}, rows, width);
   Tensor y = call.empty({tokens, rows});
   p.y = call.out("y", y);
-  p.tokens = as_int("x", tokens);
+  p.tokens = tokens;
   p.width = as_int("x", width);
   p.rows = as_int("weight", rows);
-  gemma4::linear_small(p, call.dtype(), call.device());
+  gemma4::linear_packed(p, call.dtype(), call.device());
   return y;
 }
 

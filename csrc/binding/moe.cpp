@@ -110,12 +110,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, T
                                                     Tensor expert_weight, Tensor router_scale,
                                                     Tensor router, double eps) {
   Call call(x);
-  STD_TORCH_CHECK(x.dim() == 2 && gate_up.dim() == 2 && router.dim() == 2,
+  const bool all_packed = is_packed(gate_up);
+  STD_TORCH_CHECK(x.dim() == 2 && gate_up.dim() == (all_packed ? 3 : 2) && router.dim() == 2,
                   "x must be [T, D], gate_up [2 F, D] and router [E, D]");
-  const int64_t tokens = x.size(0), width = x.size(1), rows = gate_up.size(0) / 2;
-  const int64_t num_experts = router.size(0);
+  const int64_t tokens = x.size(0), width = x.size(1), num_experts = router.size(0);
+  const int64_t height = gate_up.size(0) * (all_packed ? gemma4::kPackedRows : 1);
+  const int64_t rows = height / 2;
   STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens && width % 8 == 0 &&
-                      gate_up.size(0) % 16 == 0 && num_experts % 8 == 0 &&
+                      height % (all_packed ? 32 : 16) == 0 && num_experts % 8 == 0 &&
                       width <= gemma4::kMostNormedWidth &&
                       tokens * width <= gemma4::kMostNormedElements,
                   "there are kernels for at most ", gemma4::kMostSmallTokens, " tokens, ",
@@ -141,7 +143,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, T
   p.norm_weight = row("norm_weight", norm_weight);
   p.expert_weight = row("expert_weight", expert_weight);
   p.router_scale = row("router_scale", router_scale);
-  p.gate_up = whole(call, "gate_up", gate_up, {2 * rows, width});
+  p.packed = all_packed;
+  p.gate_up = weight(call, "gate_up", gate_up, gate_up_scales, gate_up_row_scales, {}, height,
+                     width, all_packed, call.dtype());
   p.router = whole(call, "router", router, {num_experts, width});
   p.hidden = call.out("hidden", hidden);
   p.logits = call.out("logits", logits);
@@ -163,10 +167,13 @@ std::tuple<Tensor, Tensor> moe_experts_small(
     Tensor per_expert_scale, int64_t k, Tensor dense_x, Tensor dense, OptionalTensor dense_scales,
     OptionalTensor dense_row_scales) {
   Call call(x);
-  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && logits.dim() == 2 && dense.dim() == 2,
+  const int more = is_packed(down) ? 1 : 0;
+  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 + more && logits.dim() == 2 &&
+                      dense.dim() == 2 + more && is_packed(dense) == is_packed(down),
                   "x must be [T, D], down [E, D, F], logits [T, E] and dense [D, N]");
-  const int64_t tokens = x.size(0), width = x.size(1), dense_width = dense.size(1);
-  const int64_t num_experts = down.size(0), hidden_width = down.size(2), assignments = tokens * k;
+  const int64_t tokens = x.size(0), width = x.size(1), dense_width = columns_of(dense);
+  const int64_t num_experts = down.size(0), hidden_width = columns_of(down);
+  const int64_t assignments = tokens * k;
   STD_TORCH_CHECK(1 <= k && k <= num_experts, "k must lie in 1..E = ", num_experts, ", got ", k);
   STD_TORCH_CHECK(tokens <= gemma4::kMostSmallTokens &&
                       assignments <= gemma4::kMostSmallAssignments && k <= gemma4::kMostRoutes &&
@@ -206,7 +213,9 @@ std::tuple<Tensor, Tensor> moe_experts_small(
   p.scale = call.floats("per_expert_scale", per_expert_scale, {num_experts});
   p.dense_x = call.in("dense_x", dense_held);
   p.dense_stride = dense_held.stride(0);
-  p.dense = whole(call, "dense", dense, {width, dense_width});
+  p.dense = matrix("dense", dense, dense_scales, dense_row_scales, {}, width, dense_width);
+  STD_TORCH_CHECK(!p.packed || bits_of(p.dense.numbers) == bits_of(p.gate_up.numbers),
+                  "gate_up and dense must have codes of as many bits");
   p.y = call.out("y", y);
   p.dense_y = call.out("dense_y", dense_y);
   p.chosen = static_cast<int32_t*>(call.out("chosen", chosen));

@@ -39,6 +39,15 @@ struct LinearSmallParams : OpeningParams {
 void linear_small(LinearSmallParams params, DType dtype, const Device& device);
 void linear_small_packed(const LinearSmallParams& params, DType dtype, const Device& device);
 
+struct LinearPackedParams {
+  const void* x;  // [tokens, width]
+  PackedWeight weight;
+  void* y;  // [tokens, rows]
+  int64_t x_stride, tokens;
+  int width, rows;
+};
+void linear_packed(const LinearPackedParams& params, DType dtype, const Device& device);
+
 struct GeluMulParams {
   const void* gate;   // [rows, width]
   const void* other;  // [rows, width], of ple_gate's other dtype

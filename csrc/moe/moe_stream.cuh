@@ -121,11 +121,8 @@ struct WeightRows {
 };
 
 // Of a packed weight, a tile a step; its 16 rows all exist.
-template <int kBits>
-struct Packed {};
-
 template <class T, int kBits>
-struct WeightRows<T, Packed<kBits>> {
+struct WeightRows<T, Bits<kBits>> {
   static constexpr int kColumns = kPackedColumns, kGroups = 2, kStepBytes = 4 * kBits;
   using Step = LaneTile<kBits>;
   const PackedWeight& weight;

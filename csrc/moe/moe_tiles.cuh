@@ -8,13 +8,16 @@
 // the worst routing needs; those without a tile leave.
 //
 // How a tile is multiplied is in linear/tiles.cuh. Weights in float are rounded on their way,
-// through registers. What is stored is finite in fp16 too. Shared memory: sizeof(MoeTilesSmem).
+// through registers; of a packed weight a warp reads two of a stage's eight packed tiles a stage
+// ahead, and writes them as numbers of T, their rows' scales being left for the sums. What is
+// stored is finite in fp16 too. Shared memory: sizeof(MoeTilesSmem).
 // Bound: tensor cores and shared memory alike; with few tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/elementwise.cuh"
 #include "../common/math.cuh"
 #include "../common/vec.cuh"
+#include "../linear/packed.cuh"
 #include "../linear/tiles.cuh"
 #include "moe_sort.cuh"
 
@@ -24,6 +27,85 @@ template <class T, int kRows>
 struct MoeTilesSmem {
   ProductTiles<T, kRows> tiles;
   int source[kRows];  // row of x
+};
+
+// A stage's 128 rows of an expert's weight, of which those from `first` on: of gate_up 64 gate
+// rows, then their up rows. Here of a dense weight of W.
+template <class T, class W, bool kGateUp>
+struct StageWeights {
+  static constexpr int kRows = kGateUp ? kTileWeightRows / 2 : kTileWeightRows;  // of a kind
+  const W* data;
+  int first, height, width;  // height: rows of a kind
+
+  DEVICE StageWeights(const PackedWeight& weight, int expert, int first, int height, int width)
+      : data(static_cast<const W*>(weight.codes) +
+             (kGateUp ? 2 : 1) * int64_t{expert} * height * width),
+        first(first),
+        height(height),
+        width(width) {}
+
+  DEVICE void load(T* to, int step) const {
+    const int column = step * kTileColumns;
+    const auto source = [&](int row) {
+      const int of_kind = first + row % kRows;
+      const int from = min(of_kind, height - 1) + (row < kRows ? 0 : height);
+      return SourceRow<W>{data + int64_t{from} * width + column, of_kind < height};
+    };
+    if constexpr (std::is_same_v<T, W>)
+      copy_rows<kTileColumns, kTileWeightRows, kTileThreads>(to, source, width - column);
+    else
+      round_rows<kTileColumns, kTileWeightRows, kTileThreads>(to, source, width - column);
+  }
+
+  // What the sums are yet to be multiplied by, of the stage's rows `row` and `row` + 1.
+  DEVICE float2 row_scales(int) const { return {1.0f, 1.0f}; }
+};
+
+template <class T, int kBits, bool kGateUp>
+struct StageWeights<T, Bits<kBits>, kGateUp> {
+  static constexpr int kRows = kGateUp ? kTileWeightRows / 2 : kTileWeightRows;
+  static constexpr int kWarpTiles = kTileWeightRows / kPackedRows / (kTileThreads / 32);
+  const PackedWeight& weight;
+  int64_t expert_row;
+  int first, height, steps;
+  LaneTile<kBits> held[kWarpTiles];  // of the next step
+
+  DEVICE StageWeights(const PackedWeight& weight, int expert, int first, int height, int width)
+      : weight(weight),
+        expert_row((kGateUp ? 2 : 1) * int64_t{expert} * height),
+        first(first),
+        height(height),
+        steps(width / kTileColumns) {
+    ask(0);
+  }
+
+  // Where in the weight a row of the stage is.
+  DEVICE int64_t row_at(int row) const {
+    return expert_row + first + row % kRows + (row < kRows ? 0 : height);
+  }
+
+  DEVICE void ask(int step) {
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; i++) {
+      const int row = (threadIdx.x / 32 * kWarpTiles + i) * kPackedRows;
+      held[i] = load_tile<kBits>(weight, row_at(row) / kPackedRows * steps + step,
+                                 first + row % kRows < height && step < steps);
+    }
+  }
+
+  DEVICE void load(T* to, int step) {
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; i++)
+      write_tile<kTileWeightRows>(to, (threadIdx.x / 32 * kWarpTiles + i) * kPackedRows, weight,
+                                  held[i]);
+    ask(step + 1);
+  }
+
+  DEVICE float2 row_scales(int row) const {
+    if (!weight.row_scales || first + row % kRows >= height) return {1.0f, 1.0f};
+    const float* scales = weight.row_scales + row_at(row);
+    return {scales[0], scales[1]};
+  }
 };
 
 template <class T, class W, int kRows, bool kGateUp>
@@ -46,8 +128,8 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const T* x = static_cast<const T*>(kGateUp ? p.x : p.hidden);
   const int64_t x_stride = kGateUp ? p.x_stride : p.hidden_width;
-  const W* weights = static_cast<const W*>((kGateUp ? p.gate_up : p.down).codes) +
-                     (kGateUp ? 2 : 1) * int64_t{tile.expert} * out_width * width;
+  StageWeights<T, W, kGateUp> weights(kGateUp ? p.gate_up : p.down, tile.expert, first_column,
+                                      out_width, width);
   const auto load_stage = [&](auto& stage, int step) {
     const int first = step * kTileColumns;
     copy_rows<kTileColumns, kRows, kTileThreads>(
@@ -57,15 +139,7 @@ __global__ void __launch_bounds__(kTileThreads)
           return SourceRow<T>{x + source * x_stride + first, row < tile.rows};
         },
         width - first);
-    const auto weight = [&](int row) {
-      const int column = first_column + row % kOutColumns;  // gate rows, then up rows
-      const int weight_row = min(column, out_width - 1) + (row < kOutColumns ? 0 : p.hidden_width);
-      return SourceRow<W>{weights + int64_t{weight_row} * width + first, column < out_width};
-    };
-    if constexpr (std::is_same_v<T, W>)
-      copy_rows<kTileColumns, kTileWeightRows, kTileThreads>(stage.weight, weight, width - first);
-    else
-      round_rows<kTileColumns, kTileWeightRows, kTileThreads>(stage.weight, weight, width - first);
+    weights.load(stage.weight, step);
   };
 
   float sum[kRows / 64][16][4] = {};
@@ -74,20 +148,23 @@ __global__ void __launch_bounds__(kTileThreads)
 
   // Through shared memory to rows of whole sectors.
 #pragma unroll
-  for (int i = 0; i < kRows / 64; i++)
+  for (int n = 0; n < kOutColumns / 8; n++) {
+    const float2 scale = weights.row_scales(n * 8 + lane % 4 * 2);
+    const float2 up_scale = weights.row_scales((n + 8) % 16 * 8 + lane % 4 * 2);
 #pragma unroll
-    for (int n = 0; n < kOutColumns / 8; n++)
+    for (int i = 0; i < kRows / 64; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int row = i * 64 + warp * 16 + lane / 4 + half * 8;
-        float low = sum[i][n][2 * half], high = sum[i][n][2 * half + 1];
+        float low = sum[i][n][2 * half] * scale.x, high = sum[i][n][2 * half + 1] * scale.y;
         if constexpr (kGateUp) {
-          low = gated<T>(low, sum[i][n + 8][2 * half]);
-          high = gated<T>(high, sum[i][n + 8][2 * half + 1]);
+          low = gated<T>(low, sum[i][n + 8][2 * half] * up_scale.x);
+          high = gated<T>(high, sum[i][n + 8][2 * half + 1] * up_scale.y);
         }
         T* to = smem.tiles.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));
       }
+  }
   __syncthreads();
   constexpr int kChunks = kOutColumns / 8;
   for (int i = threadIdx.x; i < tile.rows * kChunks; i += kTileThreads) {

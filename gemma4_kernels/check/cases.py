@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..e4m3 import to_e4m3
 from ..ops.attention import HEAD_DIMS
+from ..ops.decode import CODED_HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..opset import HALF
+from ..packed import pack
 from ..reference.decode import COUNTERS
 
 HOST = torch.device("cpu")
@@ -111,17 +115,44 @@ def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
         yield q, None, None, weights[0], None, *rest
 
 
+def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
+    """Caches in e4m3, and their scales."""
+    codes, scales = zip(*map(to_e4m3, caches), strict=True)
+    return *codes, *scales
+
+
 def qkv_norm_rope_cache(draw: Draw) -> Iterator[Arguments]:
     for q, k, *rest in qkv_norm_rope(draw):
         if k is not None:
             shape = (2, 4, *k.shape[1:])
-            caches = (torch.full(shape, torch.nan).to(k) for _ in range(2))
-            yield q, k, *rest, *caches, draw.ints(6, -1, 1)
+            caches = [torch.full(shape, torch.nan).to(k) for _ in range(2)]
+            yield q, k, *rest, *caches, None, None, draw.ints(6, -1, 1)
+            if draw.dtype in HALF and q.shape[-1] in HEAD_DIMS:
+                yield q, k, *rest, *coded(caches), draw.ints(6, -1, 1)
 
 
 def geglu(draw: Draw) -> Iterator[Arguments]:
     for width in (1, 77, 512):
         yield (draw.strided(3, 2 * width),)
+
+
+def packed_weight(draw: Draw, *shape: int, eight: bool) -> list[Tensor]:
+    """int4, or float8_e4m3fn, with scales of both kinds; what a schema has of it."""
+    *rows, width = shape
+    codes = torch.randint(16, shape, generator=draw.generator, dtype=torch.uint8)
+    if eight:
+        codes = torch.randn(shape, generator=draw.generator).to(torch.float8_e4m3fn)
+    each = torch.rand((*rows, width // 32), generator=draw.generator).to(torch.bfloat16)
+    row = torch.rand(rows, generator=draw.generator) * width**-0.5
+    parts = pack(codes, each, row).parts
+    return [part.to(draw.device) for part in parts if part is not None]
+
+
+def linear_packed(draw: Draw) -> Iterator[Arguments]:
+    # Streamed; tiles of 64 tokens, and of 128 where they are enough for the largest card.
+    for tokens, width, rows in ((1, 192, 48), (70, 192, 144), (130, 64, 12_800)):
+        for eight in (False, True):
+            yield draw.strided(tokens, width), *packed_weight(draw, rows, width, eight=eight)
 
 
 def linear_small(draw: Draw) -> Iterator[Arguments]:
@@ -143,6 +174,14 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
             x_weight, other_weight = (draw.weight(width) if two else None for _ in range(2))
             norms = residual, post_weight, scale, norm_weight, factor, x_weight, other, other_weight
             yield x, weight, None, None, *norms, EPS, gated
+    # Packed ones: all that stands before and behind them; a tile a block, or two.
+    for tokens, rows, gated in ((2, 32, False), (10, 64, True), (1, 12_800, False)):
+        for eight in (False, True):
+            x = draw.strided(tokens, 64)
+            parts = packed_weight(draw, rows * (1 + gated), 64, eight=eight)
+            opening = draw.strided(tokens, 64), draw.weight(64), None, draw.weight(64)
+            yield x, *parts, *opening, *([None] * 4), EPS, gated
+            yield x, *parts, *([None] * 8), EPS, gated
 
 
 def heads(draw: Draw, *shape: int) -> Tensor:
@@ -213,12 +252,15 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
             for b, length in enumerate(lengths):
                 for cache in rows:
                     cache[b, length:] = torch.nan
-            yield q, *rows, seq_lens, None, 1.0, 0, False, 0.0, True
-            yield q, *rows, seq_lens, None, 0.5, 33, False, 20.0, True
+            yield q, *rows, None, None, seq_lens, None, 1.0, 0, False, 0.0, True
+            yield q, *rows, None, None, seq_lens, None, 0.5, 33, False, 20.0, True
             k, v, table = paged(draw, lengths, 16, 2, head_dim)
-            yield q, k, v, seq_lens, table, 1.0, 0, False, 0.0, False
+            yield q, k, v, None, None, seq_lens, table, 1.0, 0, False, 0.0, False
             ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
-            yield q, *ring, seq_lens, None, 1.0, 37, True, 0.0, True
+            yield q, *ring, None, None, seq_lens, None, 1.0, 37, True, 0.0, True
+            if head_dim in CODED_HEAD_DIMS:
+                yield q, *coded(rows), seq_lens, None, 1.0, 0, False, 0.0, True
+                yield q, *coded([k, v]), seq_lens, table, 1.0, 33, False, 0.0, True
 
 
 def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
@@ -240,14 +282,22 @@ def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
             for cache in rows:
                 cache[b, max(length - 1, 0) :] = torch.nan
         seq_lens, scale = draw.ints(*lengths), head_dim**-0.5
-        yield *qkv(4), *rope, *rows, seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        whole = seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        yield *qkv(4), *rope, *rows, None, None, *whole
+        if head_dim in CODED_HEAD_DIMS:
+            # The new k and v of one size and not turned: no rounding makes another code of them.
+            q, k, v = (x.sign() if i else x for i, x in enumerate(qkv(4)))
+            still = weights[0], weights[1].sign(), positions, torch.zeros_like(rope[-1])
+            yield q, k, v, *still, *coded(rows), *whole
+            yield qkv(16)[0], k, None, *still, *coded(rows), *whole
         q, k, _ = qkv(16)
         k_pages, v_pages, table = paged(draw, lengths, 16, 2, head_dim)
-        pages = k_pages, v_pages, seq_lens, table, counters
+        pages = k_pages, v_pages, None, None, seq_lens, table, counters
         yield q, k, None, *rope, *pages, EPS, scale, 33, False, 20.0
         ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
         borrowed = None, None, weights[0], None, *rope[2:]
-        yield qkv(1)[0], *borrowed, *ring, seq_lens, None, counters, EPS, scale, 37, True, 0.0
+        seen = *ring, None, None, seq_lens, None, counters
+        yield qkv(1)[0], *borrowed, *seen, EPS, scale, 37, True, 0.0
 
 
 def moe_route(draw: Draw) -> Iterator[Arguments]:
@@ -272,6 +322,16 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
                 chosen.to(draw.device),  # the last is one that lives elsewhere
                 draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
             )
+    # Packed ones, whose tiles have one height.
+    for tokens in (1, 12, 20):
+        for eight in (False, True):
+            yield (
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 2, 128, 64, eight=eight),
+                *packed_weight(draw, 2, 64, 64, eight=eight),
+                (torch.arange(tokens)[:, None] % 3).to(draw.device),
+                draw.randn(tokens, 1, mean=0.5, std=0.1, dtype=torch.float32),
+            )
 
 
 def moe_open(draw: Draw) -> Iterator[Arguments]:
@@ -285,6 +345,11 @@ def moe_open(draw: Draw) -> Iterator[Arguments]:
             draw.randn(experts, width),
             EPS,
         )
+    for eight in (False, True):
+        x, residual = draw.strided(3, 64), draw.strided(3, 64)
+        weights = [draw.weight(64) for _ in range(4)]
+        gate_up = packed_weight(draw, 64, 64, eight=eight)
+        yield x, residual, *weights[:2], *gate_up, *weights[2:], draw.randn(8, 64), EPS
 
 
 def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
@@ -301,6 +366,19 @@ def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
                 k,
                 draw.strided(tokens + more, 136),
                 *(draw.randn(width, 136, std=0.1), None, None),
+            )
+    for tokens in (2, 10):
+        for eight in (False, True):
+            logits = torch.stack([draw.permutation(4) for _ in range(tokens)])
+            yield (
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 4, 128, 64, eight=eight),
+                *packed_weight(draw, 4, 64, 64, eight=eight),
+                logits.to(draw.device, draw.dtype),
+                draw.weight(4, torch.float32),
+                2,
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 64, 64, eight=eight),
             )
 
 
@@ -361,6 +439,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_norm_rope,
         qkv_norm_rope_cache,
         geglu,
+        linear_packed,
         linear_small,
         attention_prefill,
         attention_prefill_backward,

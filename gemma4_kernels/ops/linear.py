@@ -40,8 +40,6 @@ def _packed_unserved(
 ) -> str | None:
     if x.ndim != 2 or weight.ndim != 3:
         return f"it is for x [T, D] and one weight, got {list(x.shape)}, {list(weight.shape)}"
-    if x.shape[0] > MOST_TOKENS:
-        return f"it is for at most {MOST_TOKENS} tokens, got {x.shape[0]}"
     return packed_unserved("weight", weight, weight_scales, weight_row_scales)
 
 

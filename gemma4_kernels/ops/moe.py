@@ -204,23 +204,22 @@ def _open_unserved(
     router: Tensor,
 ) -> str | None:
     parts = gate_up, gate_up_scales, gate_up_row_scales
-    if is_packed(parts):
-        return "there is none for packed weights"
-    if x.ndim != 2 or gate_up.ndim != 2 or router.ndim != 2:
+    shape, row_step = shape_of(parts), 32 if is_packed(parts) else 16
+    if x.ndim != 2 or len(shape) != 2 or router.ndim != 2:
         return "it is for x [T, D], gate_up [2F, D] and router [E, D]"
     tokens, width = x.shape
     if tokens > MOST_TOKENS or width > MOST_NORMED_WIDTH or tokens * width > MOST_NORMED_ELEMENTS:
         most = f"{MOST_TOKENS} tokens, {MOST_NORMED_WIDTH} columns and {MOST_NORMED_ELEMENTS}"
         return f"it is for at most {most} elements, got {list(x.shape)}"
-    if width % 8 or gate_up.shape[0] % 16 or router.shape[0] % 8:
-        shapes = f"{list(gate_up.shape)} and {list(router.shape)}"
+    if width % 8 or shape[0] % row_step or router.shape[0] % 8:
+        shapes = f"{list(shape)} and {list(router.shape)}"
         return f"it is for widths that are multiples of 8, got {shapes}"
-    rows = (residual, post_weight, norm_weight, expert_weight, router_scale, gate_up, router)
-    if any(t.dtype != x.dtype for t in rows):
+    rows = (residual, post_weight, norm_weight, expert_weight, router_scale, router)
+    if any(t.dtype != x.dtype for t in rows) or not (is_packed(parts) or gate_up.dtype == x.dtype):
         return f"it is for tensors of the dtype of x, {x.dtype}, alone"
     if not (lies_ready(gate_up) and lies_ready(router)):
         return "gate_up or router is not contiguous, or does not begin on a multiple of 16 bytes"
-    return None
+    return packed_unserved("gate_up", *parts) if is_packed(parts) else None
 
 
 def _opened(
@@ -298,9 +297,14 @@ def _experts_small_unserved(
         "down": (down, down_scales, down_row_scales),
         "dense": (dense, dense_scales, dense_row_scales),
     }
+    all_packed = all(map(is_packed, weights.values()))
     if any(map(is_packed, weights.values())):
-        return "there is none for packed weights"
-    if x.ndim != 2 or down.ndim != 3 or dense.ndim != 2:
+        if reason := _packed_unserved(**weights):
+            return reason
+        if (gate_up.dtype == torch.uint8) != (dense.dtype == torch.uint8):
+            return "it is for gate_up and dense whose codes have as many bits"
+    down_shape, dense_shape = shape_of(weights["down"]), shape_of(weights["dense"])
+    if x.ndim != 2 or len(down_shape) != 3 or len(dense_shape) != 2:
         return "it is for x [T, D], down [E, D, F] and dense [D, N]"
     tokens, num_experts = x.shape[0], down.shape[0]
     if (
@@ -312,10 +316,11 @@ def _experts_small_unserved(
         most = f"{MOST_TOKENS} tokens, {MOST_SMALL_ASSIGNMENTS} assignments, {MOST_SMALL_EXPERTS}"
         got = f"{tokens} tokens and {k} of {num_experts} experts"
         return f"it is for at most {most} experts and k = {MOST_ROUTES}, got {got}"
-    if down.shape[1] % 8 or down.shape[2] % 8 or not down.shape[2] or dense.shape[1] % 8:
-        shapes = f"{list(down.shape)} and {list(dense.shape)}"
+    if any(n % 8 for n in (*down_shape[1:], dense_shape[1])) or not down_shape[2]:
+        shapes = f"{list(down_shape)} and {list(dense_shape)}"
         return f"it is for widths that are multiples of 8, got {shapes}"
-    if any(t.dtype != x.dtype for t in (gate_up, down, logits, dense_x, dense)):
+    floats = (logits, dense_x) if all_packed else (logits, dense_x, gate_up, down, dense)
+    if any(t.dtype != x.dtype for t in floats):
         return f"it is for tensors of the dtype of x, {x.dtype}, alone"
     if not all(map(lies_ready, (gate_up, down, dense))):
         return "a weight is not contiguous, or does not begin on a multiple of 16 bytes"

@@ -1,6 +1,7 @@
 """Twins and checks of `ops/linear.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +44,31 @@ def _blocks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, T
         yield slice(begin, end), weight.rows(begin, end).to(dtype)
 
 
+class _Product(torch.autograd.Function):
+    """x Wᵀ, which keeps for its backward what is packed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parts: Tensor | None) -> Tensor:
+        ctx.parts = parts
+        whole = PackedWeight(*parts)  # type: ignore[arg-type]
+        return torch.cat([F.linear(x, block) for _, block in _blocks(whole, x.dtype)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return linear_packed_backward(grads[0], *ctx.parts), None, None, None
+
+
 def linear_packed(
     x: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
 ) -> Tensor:
-    whole = PackedWeight(weight, weight_scales, weight_row_scales)
-    return torch.cat([F.linear(x, block) for _, block in _blocks(whole, x.dtype)], -1)
+    y: Tensor = _Product.apply(x, weight, weight_scales, weight_row_scales)
+    return y
 
 
 def linear_packed_backward(
     grad: Tensor, weight: Tensor, weight_scales: Tensor | None, weight_row_scales: Tensor | None
 ) -> Tensor:
-    """Of x: grad weight."""
+    """Of x: grad W."""
     whole = PackedWeight(weight, weight_scales, weight_row_scales)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     sum = grad.new_zeros(grad.shape[0], whole.shape[1], dtype=dtype)
@@ -140,7 +155,9 @@ def linear_small(
     other_weight: Tensor | None,
     eps: float,
     gated: bool,
+    multiply: Callable[..., Tensor] = linear_packed,
 ) -> tuple[Tensor, Tensor]:
+    """`multiply` is of packed weights."""
     a, new_residual = x, x.new_empty(0)
     if residual is not None:
         assert post_weight is not None  # they come together
@@ -152,9 +169,7 @@ def linear_small(
     if norm_weight is not None:
         a = rms_norm(a, norm_weight, eps)
     if weight.dtype in packed.CODES:
-        # The op, whose gradient knows no weight as numbers all at once.
-        scales = weight_scales, weight_row_scales
-        y = torch.ops.gemma4_kernels.linear_packed(a.to(x.dtype), weight, *scales)
+        y = multiply(a.to(x.dtype), weight, weight_scales, weight_row_scales)
     else:
         y = F.linear(a.to(weight.dtype), weight)
     if gated:

@@ -19,7 +19,8 @@ from gemma4_kernels.check.cases import CASES, HOST, Draw
 from gemma4_kernels.integrations.transformers import report
 
 # Their cases are large.
-SLOW = {name for name in CASES if name.startswith("attention") or name.endswith("_norm")}
+SLOW = {name for name in CASES if name.startswith(("attention", "linear"))}
+SLOW |= {name for name in CASES if name.endswith("_norm")}
 CARD = record.Card("A GPU", "9.0", "580.65.06", "ab" * 32)
 DEVICE = torch.device("cuda", 0)
 

@@ -53,6 +53,10 @@ INSTRUCTIONS = {
     r"attention_delta_kernel<.*>": (LOAD,),
     r"attention_backward_kernel<.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
     r"linear_small_kernel<\w+, true,.*>": (LOAD, STORE, r"STS\.128.*"),
+    r"linear_small_packed_kernel<.*>": (LOAD, r"HMMA\.16816\..*"),
+    r"linear_packed_kernel<.*>": (
+        *(LOAD, COPY, STORE, r"STS\.128.*", r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
+    ),
     r"linear_small_kernel<.*>": (LOAD, r"HMMA\.16816\..*"),
     r"moe_stream_\w+_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_open_kernel<.*>": (LOAD, STORE, r"STS\.128.*", r"HMMA\.16816\..*"),
@@ -66,6 +70,8 @@ INSTRUCTIONS = {
 # bytes where rows allow it, each has on its way before it waits.
 DEPENDENT = {
     r"linear_small_kernel<\w+, \w+, (?P<sets>\d), .*>": lambda m: 4 * int(m["sets"]),
+    # Codes alone: scales of each kind have a branch of their own.
+    r"linear_small_packed_kernel<.*>": lambda m: 4,
     r"rms_norm_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),
     r"(add_rms|moe)_norm_kernel<.*, (?P<vectors>\d)>": lambda m: 2 * int(m["vectors"]),
     r"ple_embed_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),

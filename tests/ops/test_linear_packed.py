@@ -49,7 +49,8 @@ def check(y, arguments, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear_packed(backend, poisoned_memory, case):
     tokens, width, form, row_scales = case
-    rows = 48 if tokens < 17 else 144
+    # Many: few blocks of tiles, or enough for the card, the last one not full.
+    rows = 48 if tokens < 17 else 80 if row_scales else 272
     dtype = FP16 if form[1] == FP16 else BF16
     arguments = draw(backend, tokens, width, rows, form, row_scales, dtype)
     check(backend.ops.linear_packed(**arguments), arguments, dtype)
@@ -59,8 +60,10 @@ def test_linear_packed(backend, poisoned_memory, case):
 @kernels_alone
 def test_no_further_from_float64_than_the_twin(backend, tokens):
     """On average; the twin rounds what it multiplies."""
-    for form, width in zip(FORMS[:: 1 + tokens // 16], itertools.cycle(WIDTHS), strict=False):
-        arguments = draw(backend, tokens, min(width, 1536), 48, form)
+    rows, every = (48, 1) if tokens < 17 else (272, 7)
+    turned = WIDTHS[tokens % 4 :] + WIDTHS[: tokens % 4]
+    for form, width in zip(FORMS[::every], itertools.cycle(turned), strict=False):
+        arguments = draw(backend, tokens, width, rows, form)
         twin = {"x": arguments["x"].cpu(), "weight": arguments["weight"].to("cpu")}
         exact = float64.linear_packed(**arguments)
         ours, theirs = (
@@ -68,6 +71,13 @@ def test_no_further_from_float64_than_the_twin(backend, tokens):
             for ops, given in ((backend.ops, arguments), (EAGER.ops, twin))
         )
         assert ours <= 1.05 * theirs
+
+
+@pytest.mark.parametrize("tokens", [40, 150])
+@pytest.mark.parametrize("form", FORMS[::3], ids=str)
+def test_tiles_on_hopper(on_card, poisoned_memory, tokens, form):
+    arguments = draw(on_card("Hopper"), tokens, 320, 400, form, True)
+    check(on_card("Hopper").ops.linear_packed(**arguments), arguments, BF16)
 
 
 SMALL = {  # of linear_small: tokens, width, rows of y, what comes with it

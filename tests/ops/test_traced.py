@@ -1,6 +1,7 @@
 """What a compiler is shown in the ops' places has the numbers of the ops."""
 
 import torch
+from support import cases
 from support.backends import EAGER
 
 from gemma4_kernels import opset
@@ -26,3 +27,15 @@ def test_the_compiler_is_shown_them():
     nodes.clear()
     assert torch.equal(compiled(x), shown)
     assert any("gemma4_kernels.geglu" in node for node in nodes)  # compiled anew
+
+
+def test_a_packed_product_stays_a_call():
+    """Its weight would be numbers all at once."""
+    arguments = cases.linear_small(EAGER, 2, 64, 32, "norm_weight", "gated", form={})
+
+    def call(x):
+        return EAGER.ops.linear_small(**arguments | {"x": x})[0]
+
+    with opset.showing(TRACED):
+        shown = torch.compile(call, backend="aot_eager", fullgraph=True)(arguments["x"])
+    torch.testing.assert_close(shown, call(arguments["x"]))

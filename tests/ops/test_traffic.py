@@ -16,6 +16,8 @@ from support.marks import emulated_backend
 from support.small_calls import CASES, SMALL, WEIGHTS, case_of, prefill
 
 from gemma4_kernels import opset
+from gemma4_kernels.e4m3 import E4M3
+from gemma4_kernels.packed import PackedWeight
 
 
 @pytest.fixture
@@ -155,11 +157,12 @@ def test_decode_work(counted, layout, head_dim):
     check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
 
 
+@pytest.mark.parametrize("dtype", [BF16, E4M3], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("layout", ["rows", "ring", "pages"])
 @pytest.mark.parametrize("head_dim", [256, 512])
-def test_qkv_decode_work(counted, layout, head_dim):
-    """One launch; of the cache every visible key is read once, and the newest written once. Each
-    split of the keys reads q for itself."""
+def test_qkv_decode_work(counted, layout, head_dim, dtype):
+    """One launch; of the cache every visible key is read once, and the newest written once, in e4m3
+    with a scale each. Each split of the keys reads q for itself."""
     backend = emulated_backend()
     batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
     slots, lengths = 528 if layout == "ring" else 640, [length] * batch
@@ -170,19 +173,24 @@ def test_qkv_decode_work(counted, layout, head_dim):
             arguments[name] = arguments[name].view(-1, 64, kv_heads, head_dim)
         order = torch.randperm(batch * slots // 64)
         arguments["block_table"] = order.int().view(batch, -1)
+    if dtype == E4M3:
+        arguments = cases.in_e4m3(backend, arguments)
     with emulated.one_schedule():
         backend.ops.qkv_attention_decode(**arguments, window=window, ring=layout == "ring")
     counts = counted.counts()
     assert counts.launches == 1
-    keys = (window or length) * batch * kv_heads * head_dim * 2
+    keys, new = (window or length) * batch * kv_heads, batch * kv_heads
     asked = {b.name: (b.read_bytes, b.written_bytes) for b in counts.buffers}
-    new = batch * kv_heads * head_dim * 2
-    assert asked["k_cache"] == asked["v_cache"] == (keys, new)
+    size = head_dim * dtype.itemsize
+    assert asked["k_cache"] == asked["v_cache"] == (keys * size, new * size)
+    if dtype == E4M3:
+        assert asked["k_scales"] == asked["v_scales"] == (keys * 4, new * 4)
+        assert keys * (size + 4) <= 1.03 * keys * size
     splits = 3  # two blocks for each of the card's 3 multiprocessors
     assert asked["q"][0] == splits * batch * heads * head_dim * 2
     assert asked["out"][1] == batch * heads * head_dim * 2
     small = {"seq_lens", "block_table", "positions", "inv_freq", "counters", "partial_lse"}
-    check_sites(counts, exempt=small)
+    check_sites(counts, exempt=small | {"k_scales", "v_scales"})
 
 
 # The counts that find a block its tile, and the few values that say where results belong.
@@ -217,6 +225,79 @@ def test_moe_experts_few_work(counted, tokens, dtype):
     # Which rows of the products meet is the router's choice.
     after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
     check_sites(counts, MOE_SMALL, after_the_loop)
+
+
+def packed_parts(arguments, touched):
+    """The bytes of each part of packed weights, of experts as many as are touched; the parts are
+    moved to where sectors begin."""
+    floor = {}
+    for name in {"gate_up", "down", "dense"} & arguments.keys():
+        arguments[name] = PackedWeight(*map(torch.clone, arguments[name].parts))
+        ends = "", "_scales", "_row_scales"
+        for end, part in zip(ends, arguments[name].parts, strict=True):
+            floor[name + end] = part.nbytes if name == "dense" else part[0].nbytes * touched
+    return floor
+
+
+def check_packed(counts, floor):
+    """Each code is asked for once, and sectors of scales come once."""
+    read, came = dict.fromkeys(floor, 0), dict.fromkeys(floor, 0)
+    for buffer in counts.buffers:
+        if buffer.name in floor:
+            read[buffer.name] += buffer.read_bytes
+            came[buffer.name] += 32 * buffer.sectors_touched
+    for name in floor:
+        assert name.endswith("scales") or read[name] == floor[name]
+    assert sum(came.values()) <= 1.03 * sum(floor.values())
+
+
+FOUR, EIGHT = {"row_scales": True}, {"codes": torch.int8, "row_scales": True}
+
+
+@pytest.mark.parametrize("form", [FOUR, EIGHT], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("tokens", [1, 12, 60])
+def test_packed_experts_few_work(counted, tokens, form):
+    backend = emulated_backend()
+    arguments = cases.moe_experts(backend, tokens, 32, 4, 576, 192, dtype=BF16, form=form)
+    floor = packed_parts(arguments, arguments["experts"].unique().numel())
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 3
+    check_packed(counts, floor)
+    after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
+    check_sites(counts, (*MOE_SMALL, *(n for n in floor if "scales" in n)), after_the_loop)
+
+
+@pytest.mark.parametrize("form", [FOUR, EIGHT], ids=["4 bits", "8 bits"])
+def test_packed_experts_small_work(counted, form):
+    backend = emulated_backend()
+    sizes = 1, 32, 4, 576, 192, 320
+    arguments = cases.moe_experts_small(backend, *sizes, dtype=BF16, form=form)
+    floor = packed_parts(arguments, touched=4)
+    with emulated.one_schedule():
+        backend.ops.moe_experts_small(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 2
+    check_packed(counts, floor)
+
+
+def test_packed_experts_many_work(counted):
+    """Codes are asked for once a tile of tokens, and the tile they become meets no bank twice."""
+    backend = emulated_backend()
+    arguments = cases.moe_experts(backend, 200, 2, 1, 128, 64, dtype=BF16, form=FOUR)
+    arguments["experts"][:] = 1
+    floor = packed_parts(arguments, touched=1)
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 4
+    read = dict.fromkeys(("gate_up", "down"), 0)
+    for buffer in counts.buffers:
+        if buffer.name in read:
+            read[buffer.name] += buffer.read_bytes
+    assert read == {name: 4 * floor[name] for name in read}
+    check_sites(counts, (*MOE_SMALL, *(n for n in floor if "scales" in n)))
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(128, 64), (256, 128)])

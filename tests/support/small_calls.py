@@ -44,10 +44,27 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             for opens in ((), ("residual", "norm_weight")):
                 arguments = cases.linear_small(b, 2, 72, rows, *parts, *opens, dtype=dtype)
                 yield "linear_small", arguments
+        for form in ({}, {"codes": torch.int8}):
+            for rows, *parts in ((12_800,), (32,), (32, "gated")):
+                for opens in ((), ("residual", "norm_weight")):
+                    sizes = 2, 64, rows, *parts, *opens
+                    yield "linear_small", cases.linear_small(b, *sizes, dtype=dtype, form=form)
+            for tokens, rows in ((70, 144), (130, 400)):
+                yield "linear_packed", cases.linear_packed(b, tokens, 64, rows, dtype=dtype, **form)
         for tokens, experts, k in ((1, 2, 1), (12, 2, 1), (20, 2, 1), (160, 16, 8)):
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        for form in ({}, {"codes": torch.int8}):
+            for sizes in ((1, 2, 1), (12, 2, 1), (20, 2, 1)):
+                arguments = cases.moe_experts(b, *sizes, 64, 64, dtype=dtype, form=form)
+                yield "moe_experts", arguments
+            yield "moe_open", cases.moe_open(b, 2, 64, 16, 8, dtype=dtype, form=form)
+            for tokens in (2, 9):
+                arguments = cases.moe_experts_small(
+                    b, tokens, 4, 2, 64, 64, 64, dtype=dtype, form=form
+                )
+                yield "moe_experts_small", arguments
         yield "moe_open", cases.moe_open(b, 2, 72, 24, 8, dtype=dtype)
         for tokens in (2, 9):
             sizes = tokens, 8, 2, 64, 16, 72
@@ -58,6 +75,10 @@ def launch_cases(b: Backend) -> Iterator[Call]:
                     arguments = prefill(b, n, 17, 1, head_dim, dtype)
                     yield "attention_prefill", arguments | {"softcap": softcap}
             yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            if head_dim >= 256:
+                yield "attention_decode", cases.in_e4m3(b, decode(b, 70, 1, head_dim, dtype))
+                arguments = cases.qkv_attention_decode(b, [70], 70, 2, 1, head_dim, dtype=dtype)
+                yield "qkv_attention_decode", cases.in_e4m3(b, arguments)
             for softcap in (0.0, 30.0):
                 arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
                 yield "qkv_attention_decode", arguments | {"softcap": softcap}
