@@ -24,7 +24,7 @@ void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& 
   }
   if (p.packed) return moe_experts_packed(p, dtypes.x, device);
   with_half_type("moe_experts", dtypes.x, [&]<class T>() {
-    launch_experts<T, 64>(p, device, [&](const PackedWeight&, auto&& f) {
+    launch_experts<T, 128>(p, device, [&](const PackedWeight&, auto&& f) {
       dtypes.weight == DType::kFloat32 ? f.template operator()<float>()
                                        : f.template operator()<T>();
     });

@@ -69,8 +69,8 @@ void launch_tiled(const MoeExpertsParams& p, const Device& device, With&& with) 
                      p);
 }
 
-// In tiles of kFewRows rows if they suffice for most experts, else of 128.
-template <class T, int kFewRows, class With>
+// In tiles of 64 rows if they suffice for most experts, else of kManyRows.
+template <class T, int kManyRows, class With>
 void launch_experts(const MoeExpertsParams& p, const Device& device, With&& with) {
   const int64_t assignments = int64_t{p.tokens} * p.k;
   const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
@@ -80,10 +80,10 @@ void launch_experts(const MoeExpertsParams& p, const Device& device, With&& with
     launch_streamed<T, SmallBatch>(p, device, with);
   else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
     launch_streamed<T, MediumBatch>(p, device, with);
-  else if (assignments <= int64_t{kFewRows} * p.num_experts)
-    launch_tiled<T, kFewRows>(p, device, with);
+  else if (assignments <= int64_t{64} * p.num_experts)
+    launch_tiled<T, 64>(p, device, with);
   else
-    launch_tiled<T, 128>(p, device, with);
+    launch_tiled<T, kManyRows>(p, device, with);
 }
 
 }  // namespace gemma4

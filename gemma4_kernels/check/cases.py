@@ -136,12 +136,13 @@ def geglu(draw: Draw) -> Iterator[Arguments]:
         yield (draw.strided(3, 2 * width),)
 
 
-def packed_weight(draw: Draw, rows: int, width: int, eight: bool = False) -> list[Tensor]:
+def packed_weight(draw: Draw, *shape: int, eight: bool) -> list[Tensor]:
     """int4, or float8_e4m3fn, with scales of both kinds; what a schema has of it."""
-    codes = torch.randint(16, (rows, width), generator=draw.generator, dtype=torch.uint8)
+    *rows, width = shape
+    codes = torch.randint(16, shape, generator=draw.generator, dtype=torch.uint8)
     if eight:
-        codes = torch.randn((rows, width), generator=draw.generator).to(torch.float8_e4m3fn)
-    each = torch.rand((rows, width // 32), generator=draw.generator).to(torch.bfloat16)
+        codes = torch.randn(shape, generator=draw.generator).to(torch.float8_e4m3fn)
+    each = torch.rand((*rows, width // 32), generator=draw.generator).to(torch.bfloat16)
     row = torch.rand(rows, generator=draw.generator) * width**-0.5
     parts = pack(codes, each, row).parts
     return [part.to(draw.device) for part in parts if part is not None]
@@ -151,7 +152,7 @@ def linear_packed(draw: Draw) -> Iterator[Arguments]:
     # Streamed; tiles of 64 tokens, and of 128 where they are enough for the largest card.
     for tokens, width, rows in ((1, 192, 48), (70, 192, 144), (130, 64, 12_800)):
         for eight in (False, True):
-            yield draw.strided(tokens, width), *packed_weight(draw, rows, width, eight)
+            yield draw.strided(tokens, width), *packed_weight(draw, rows, width, eight=eight)
 
 
 def linear_small(draw: Draw) -> Iterator[Arguments]:
@@ -176,7 +177,8 @@ def linear_small(draw: Draw) -> Iterator[Arguments]:
     # Packed ones: all that stands before and behind them; a tile a block, or two.
     for tokens, rows, gated in ((2, 32, False), (10, 64, True), (1, 12_800, False)):
         for eight in (False, True):
-            x, parts = draw.strided(tokens, 64), packed_weight(draw, rows * (1 + gated), 64, eight)
+            x = draw.strided(tokens, 64)
+            parts = packed_weight(draw, rows * (1 + gated), 64, eight=eight)
             opening = draw.strided(tokens, 64), draw.weight(64), None, draw.weight(64)
             yield x, *parts, *opening, *([None] * 4), EPS, gated
             yield x, *parts, *([None] * 8), EPS, gated
@@ -320,6 +322,16 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
                 chosen.to(draw.device),  # the last is one that lives elsewhere
                 draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
             )
+    # Packed ones, whose tiles have one height.
+    for tokens in (1, 12, 20):
+        for eight in (False, True):
+            yield (
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 2, 128, 64, eight=eight),
+                *packed_weight(draw, 2, 64, 64, eight=eight),
+                (torch.arange(tokens)[:, None] % 3).to(draw.device),
+                draw.randn(tokens, 1, mean=0.5, std=0.1, dtype=torch.float32),
+            )
 
 
 def moe_open(draw: Draw) -> Iterator[Arguments]:
@@ -333,6 +345,11 @@ def moe_open(draw: Draw) -> Iterator[Arguments]:
             draw.randn(experts, width),
             EPS,
         )
+    for eight in (False, True):
+        x, residual = draw.strided(3, 64), draw.strided(3, 64)
+        weights = [draw.weight(64) for _ in range(4)]
+        gate_up = packed_weight(draw, 64, 64, eight=eight)
+        yield x, residual, *weights[:2], *gate_up, *weights[2:], draw.randn(8, 64), EPS
 
 
 def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
@@ -349,6 +366,19 @@ def moe_experts_small(draw: Draw) -> Iterator[Arguments]:
                 k,
                 draw.strided(tokens + more, 136),
                 *(draw.randn(width, 136, std=0.1), None, None),
+            )
+    for tokens in (2, 10):
+        for eight in (False, True):
+            logits = torch.stack([draw.permutation(4) for _ in range(tokens)])
+            yield (
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 4, 128, 64, eight=eight),
+                *packed_weight(draw, 4, 64, 64, eight=eight),
+                logits.to(draw.device, draw.dtype),
+                draw.weight(4, torch.float32),
+                2,
+                draw.strided(tokens, 64),
+                *packed_weight(draw, 64, 64, eight=eight),
             )
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -153,10 +154,12 @@ class Format:
         shape = torch.tensor(code.shape)
         each = 32 // self.bits
         rows, columns = code.shape
-        padded = torch.zeros(rows, -(-columns // each) * each, dtype=torch.int64)
-        padded[:, :columns] = code.long() + 2 ** (self.bits - 1)
-        shifts = torch.arange(each) * self.bits
-        words = (padded.unflatten(1, (-1, each)) << shifts).sum(-1).to(torch.int32)
+        padded = torch.zeros(rows, -(-columns // each) * each, dtype=torch.uint8)
+        # All bits of eight, or the low four of them.
+        padded[:, :columns] = code.view(torch.uint8) + 2 ** (self.bits - 1)
+        if self.bits == 4:
+            padded = padded[:, 0::2] | padded[:, 1::2] << 4
+        words = padded.view(torch.int32)
         return {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
 
 
@@ -191,15 +194,19 @@ def quantize(
     target: str | Path,
     format: str = "w4a16",
     progress: Callable[[str], object] = lambda name: None,
+    head: str | None = None,
 ) -> Report:
     """Writes the checkpoint `source` (folder or hub id) to the folder `target`, compressed-tensors.
 
     format: "w4a16" (int4, a scale for 32 columns), "w8a16" (int8, a scale for each row) or "fp8"
     (e4m3, a scale for each row). Weights that lie on the grid of quantisation-aware training keep
     its codes and steps; others are rounded to the nearest. Linear layers whose columns do not fit
-    stay dense. progress is told of each tensor. Raises ValueError for another format, a source that
-    is quantised already, and weights that are not finite.
+    stay dense. head="8bit" writes a head of its own in eight bits, which every token reads whole,
+    beside the embedding that it was tied to. progress is told of each tensor. Raises ValueError for
+    another format, a source that is quantised already, and weights that are not finite.
     """
+    if head not in (None, "8bit"):
+        raise ValueError(f"head must be '8bit' or None, got {head!r}")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     how, folder = FORMATS[format], resolve(source)
@@ -215,19 +222,28 @@ def quantize(
     with replacing(Path(target)) as (staging, removed):
         removed |= owned_files(Path(target))
         made = _converted(entries, how, report, left, progress)
+        wide = how if how.bits == 8 else FORMATS["w8a16"]
+        if head:
+            left.remove("lm_head")
+            made = chain(made, _head(entries, wide, report))
         report.after_bytes = write_shards(staging, made, SHARD_BYTES)
         for name in ("generation_config.json", *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         config = read_json(folder / "config.json")
+        groups = {"group_0": {"targets": ["Linear"], "input_activations": None, **how.config}}
+        if head:
+            own = {"targets": ["re:.*lm_head"], "input_activations": None, **wide.config}
+            groups |= {} if wide is how else {"group_1": own}
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "format": how.name,
             "quantization_status": "compressed",
             "ignore": left,
-            "config_groups": {
-                "group_0": {"targets": ["Linear"], "input_activations": None, **how.config}
-            },
+            "config_groups": groups,
             "kv_cache_scheme": None,
         }
         write_json(staging / "config.json", config)
@@ -245,6 +261,8 @@ def _converted(
     for entry in sorted(entries, key=lambda entry: entry.name):
         progress(entry.name)
         linear, experts = LINEAR.fullmatch(entry.name), EXPERTS.fullmatch(entry.name)
+        if entry.name == "lm_head.weight" and "lm_head" not in left:
+            continue
         if OTHER_MODALITIES.match(entry.name) or not (linear or experts):
             yield entry.name, read_rows(entry)
         elif not how.fits(entry.shape[-1]):
@@ -262,6 +280,13 @@ def _converted(
                     yield from _rounded(f"{experts['stem']}.{e}.{name}", part, how, report)
 
 
+def _head(entries: list[Entry], how: Format, report: Report) -> Iterator[tuple[str, Tensor]]:
+    """The head's tensors, of its own weight or of the embedding that is the head."""
+    found = {entry.name: entry for entry in entries if not OTHER_MODALITIES.match(entry.name)}
+    table = next(entry for name, entry in found.items() if name.endswith("embed_tokens.weight"))
+    yield from _rounded("lm_head", read_rows(found.get("lm_head.weight", table)), how, report)
+
+
 def _rounded(
     module: str, weight: Tensor, how: Format, report: Report
 ) -> Iterator[tuple[str, Tensor]]:
@@ -275,7 +300,7 @@ def _rounded(
         code, scale = how.rounded(w, None if steps is None else steps[i])
         each = w.shape[1] // scale.shape[1]
         report.add(module, w, code.float() * scale.repeat_interleave(each, 1) - w)
-        codes.append(code)
+        codes.append(code if code.dtype == torch.float8_e4m3fn else code.to(torch.int8))
         scales.append(scale.bfloat16())
     report.tensors += 1
     report.on_grid += steps is not None

@@ -43,8 +43,8 @@ FAULTS = {
             ),
             (
                 "moe/moe_stream.cuh",
-                "gate_row + int64_t{p.hidden_width} * p.width;",
-                "gate_row + int64_t{p.hidden_width - 1} * p.width;",
+                "gate_row + p.hidden_width, exist",
+                "gate_row + p.hidden_width - 1, exist",
             ),
             (
                 "moe/moe_stream.cuh",
@@ -55,10 +55,10 @@ FAULTS = {
             ("moe/moe_stream.cuh", "(row ^ token / 4 % 2 * 8)", "row"),
             (
                 "moe/moe_stream.cuh",
-                "first += kStreamWarps * Columns::kColumns",
-                "first += Columns::kColumns",
+                "kStreamWarps * Rows::kColumns, p.width",
+                "Rows::kColumns, p.width",
             ),
-            ("moe/moe_stream.cuh", "order[i] / p.k", "order[i]"),
+            ("moe/moe_stream.cuh", "tile.rows - 1)] / p.k", "tile.rows - 1)]"),
             ("moe/moe_stream.cuh", "for (int t = warp;;", "for (int t = warp + 1;;"),
             (
                 "moe/moe_stream.cuh",
@@ -80,15 +80,15 @@ FAULTS = {
         "test_moe_experts[emulated-one expert-bfloat16]": [
             (
                 "moe/moe_stream.cuh",
-                "return load_once_if(exists && column < width,",
-                "return load_once_if(exists,",
+                "i * 8 < rows && column < width,",
+                "i * 8 < rows,",
             ),
         ],
         "test_fp32_weights[emulated-one expert-bf16]": [
             (
                 "moe/moe_stream.cuh",
-                "load_once_if(exists && column + 16 < width,",
-                "load_once_if(exists,",
+                "lane_row() + i * 8 < rows",
+                "lane_row() < rows",
             ),
         ],
         "test_fp32_weights[emulated-one token-bf16]": [
@@ -133,7 +133,11 @@ FAULTS = {
             ("moe/moe_stream.cuh", "expert < 0 || expert >= p.num_experts", "expert < 0"),
         ],
         "test_moe_experts[emulated-all on one expert-bfloat16]": [
-            ("moe/moe_tiles.cuh", "row < kOutColumns ? 0 : p.hidden_width", "0"),
+            (
+                "moe/moe_tiles.cuh",
+                "(row < kRows ? 0 : height);\n      return",
+                "0;\n      return",
+            ),
             (
                 "moe/moe_tiles.cuh",
                 "gated<T>(low, sum[i][n + 8]",
@@ -141,8 +145,8 @@ FAULTS = {
             ),
             (
                 "moe/moe_tiles.cuh",
-                "width - first);\n    const auto weight",
-                "kTileColumns);\n    const auto weight",
+                "width - first);\n    weights",
+                "kTileColumns);\n    weights",
             ),
         ],
         "test_traffic.py::test_moe_experts_many_work[128-64]": [
@@ -192,6 +196,32 @@ FAULTS = {
             ("linear/tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
         ],
     },
+    "moe_experts_packed": {
+        "test_moe_packed.py::test_moe_experts[emulated-26B-A4B, a part]": [
+            ("moe/moe_stream.cuh", "      ask(i);\n    }", "    }"),
+            ("moe/moe_stream.cuh", "int64_t{row_tile} * (width", "int64_t{row_tile % 4} * (width"),
+        ],
+        "test_moe_packed.py::test_moe_experts[emulated-2 tokens]": [
+            ("moe/moe_stream.cuh", "e < 2 ? low : high", "e % 2 ? low : high"),
+            ("moe/moe_stream.cuh", "row_scales + int64_t{row_tile} * kPackedRows", "row_scales"),
+        ],
+        "test_moe_packed.py::test_moe_experts[emulated-uint8, float16, 70 tokens]": [
+            ("moe/moe_tiles.cuh", "row_scales((n + 8) % 16 * 8", "row_scales(n * 8"),
+            ("moe/moe_tiles.cuh", "ask(step + 1);", "ask(step);"),
+        ],
+    },
+    "moe_open_packed": {
+        "test_moe_packed.py::test_moe_open[emulated-int4-9 tokens]": [
+            (OPEN, ".next_set = row_tiles", ".next_set = 1"),
+            (OPEN, "rows + row, total[1]", "row, total[1]"),
+        ],
+    },
+    "moe_experts_small_packed": {
+        "test_moe_packed.py::test_moe_experts_small[emulated-int4-16 tokens]": [
+            (SMALL, "scale_rows(p.dense, row, total", "scale_rows(p.dense, 0, total"),
+            (SMALL, ".tiles = p.width / kPackedRows", ".tiles = p.width / kPackedColumns"),
+        ],
+    },
     "moe_open": {
         "test_moe_open[emulated-9 tokens-bfloat16]": [
             (OPEN, "scale, p.norm_weight, column", "scale, p.expert_weight, column"),
@@ -201,7 +231,7 @@ FAULTS = {
             (OPEN, "rows % 16 != 0 ? 1 : 2", "rows % 16 > 16 ? 1 : 2"),
         ],
         "test_moe_open[emulated-more tiles than blocks-bfloat16]": [
-            (OPEN, ": p.dense_blocks)}", ": gridDim.x)}"),
+            (OPEN, ": p.dense_blocks);", ": gridDim.x);"),
         ],
         "test_the_router_reads_what_moe_norm_makes[emulated]": [
             (
@@ -214,7 +244,7 @@ FAULTS = {
     "moe_experts_small": {
         "test_moe_experts_small[emulated-nine tokens-bfloat16]": [
             (SMALL, "\n  ptx::wait_for_previous_kernel();\n", "\n"),
-            (SMALL, "      ptx::wait_for_previous_kernel();\n      return", "      return"),
+            (SMALL, "    ptx::wait_for_previous_kernel();\n    return", "    return"),
             ("moe/moe_stream.cuh", "return load_fresh_if(exists", "return load_once_if(exists"),
             (SMALL, "expert == own && a < i", "expert == own && a <= i"),
             (SMALL, "lower += expert < i", "lower += expert <= i"),

@@ -12,7 +12,6 @@ from support.plugged import (
     left_padding,
     plugin,
     small,
-    small_models,
     some_ids,
     transformers,
     use_ops,
@@ -89,7 +88,7 @@ def test_a_static_cache_serves_steps_chunks_and_others(name, padded, way):
     )
 
 
-@small_models
+@pytest.mark.parametrize("name", ["experts", "ple"])
 @torch.no_grad()
 def test_hooks_between_steps(name, way):
     """A hook comes and goes while a conversation runs over a ring that has turned."""
@@ -119,7 +118,7 @@ def test_ops_of_a_step(way, monkeypatch):
     """Whole, and with one module after the other hooked."""
     if way == "as on a CPU":
         return  # where no op runs
-    for name, layers, gates in (("ple", 4, 1), ("moe", 2, 0)):
+    for name, layers, gates in (("ple", 4, 1), ("experts", 2, 0)):
         model = plugin.enable(small(name))
         cache, ids = static_cache(model, 16), some_ids(1, 16)
         model(ids[:, :9], past_key_values=cache)
@@ -143,7 +142,7 @@ def test_what_is_handed_on_is_what_was_returned(way):
     """A text model of another make is given whole hidden states."""
     if way == "as on a CPU":
         return
-    theirs, ours = small("moe"), plugin.enable(small("moe"))
+    theirs, ours = small("experts"), plugin.enable(small("experts"))
     ids = some_ids(2, 8)
     for model in (theirs, ours):
         inner = copy.copy(model.model)  # shares its layers; its forward is an attribute now
@@ -173,14 +172,14 @@ def test_weights_stay_who_they_are(tmp_path, way):
     assert torch.equal(loaded.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
-@pytest.mark.parametrize("name", ["ple", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ple", pytest.param("experts", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_steps_compile_whole(name, way):
     """In 16 bits, and with masks made outside, as `generate` does; a ring fills and turns."""
     torch.compiler.reset()
     exact, theirs = small(name), small(name).bfloat16()
     ours = plugin.enable(small(name).bfloat16())
-    if name == "moe":  # whose experts are too narrow for grouped_mm
+    if name == "experts":  # which are too narrow for grouped_mm
         ours.set_experts_implementation("eager")
     nodes: list[str] = []
 

@@ -16,7 +16,6 @@ from support.plugged import (
     left_padding,
     plugin,
     small,
-    small_models,
     some_ids,
     transformers,
     use_ops,
@@ -113,11 +112,12 @@ def expected_of(name, change):
     return expected
 
 
+models = pytest.mark.parametrize("name", ["experts", "ple"])
 IDS, PADDING = some_ids(2, 11), left_padding(2, 11)
 
 
 @pytest.mark.parametrize("change", [hook, pre_hook, pre_hook_with_kwargs, wrapper])
-@small_models
+@models
 def test_every_submodule(name, change, monkeypatch):
     use_ops(monkeypatch, ops)  # these experts are too narrow for grouped_mm on a CPU
     static = change is not wrapper
@@ -140,7 +140,7 @@ def test_every_submodule(name, change, monkeypatch):
     assert without_effect == (by_keyword if change is pre_hook else set())
 
 
-@small_models
+@models
 @torch.no_grad()
 def test_what_is_not_plain_leaves_the_rest_fused(name, way, monkeypatch):
     if way == "as on a CPU":
@@ -180,7 +180,7 @@ def test_what_is_not_plain_leaves_the_rest_fused(name, way, monkeypatch):
 
 def test_the_rotary_embedding_gives_cosines_to_others():
     """Called by hand, and to a hook; within a model that is all plain and outside of it."""
-    theirs, ours = small("moe"), plugin.enable(small("moe"))
+    theirs, ours = small("experts"), plugin.enable(small("experts"))
     x, positions = torch.randn(1, 5, 32), torch.arange(5)[None]
     ours(IDS)
     for model in (theirs, ours):
@@ -198,7 +198,7 @@ class Half(nn.Module):
         return scalar / 2
 
 
-@small_models
+@models
 def test_layer_scalars_that_are_trained_or_computed(name, monkeypatch):
     use_ops(monkeypatch, ops)
     theirs, ours = small(name), plugin.enable(small(name))

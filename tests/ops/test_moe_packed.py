@@ -130,11 +130,12 @@ def test_autocast_leaves_packed_weights_alone(backend):
     assert torch.equal(y, backend.ops.moe_experts(**arguments).float())
 
 
-OPENINGS = [(1, 704, 64, 8), (9, 192, 48, 24), (16, 64, 16, 16), (17, 64, 16, 8)]
+KINDS = {"int4": FORMS[0], "nvfp4": FORMS[2], "int8": FORMS[5], "fp8 of tiles": FORMS[11]}
+OPENINGS = [(1, 704, 64, 8), (9, 192, 48, 24), (16, 64, 80, 16), (17, 64, 64, 8)]
 
 
-@pytest.mark.parametrize("sizes", OPENINGS, ids=str)
-@pytest.mark.parametrize("kind", [FORMS[0], FORMS[2], FORMS[5], FORMS[11]], ids=str)
+@pytest.mark.parametrize("sizes", OPENINGS, ids=lambda sizes: f"{sizes[0]} tokens")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_moe_open(backend, poisoned_memory, sizes, kind):
     arguments = cases.moe_open(backend, *sizes, dtype=BF16, form=form(kind, sizes[0] > 1))
     results = backend.ops.moe_open(**arguments)
@@ -149,8 +150,8 @@ BESIDE = [(1, 9, 8, 192, 64, 704), (8, 3, 2, 64, 128, 64), (9, 128, 8, 64, 64, 1
 BESIDE += [(16, 4, 3, 128, 64, 192), (17, 4, 2, 64, 64, 64)]
 
 
-@pytest.mark.parametrize("sizes", BESIDE, ids=str)
-@pytest.mark.parametrize("kind", [FORMS[0], FORMS[2], FORMS[5], FORMS[11]], ids=str)
+@pytest.mark.parametrize("sizes", BESIDE, ids=lambda sizes: f"{sizes[0]} tokens")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_moe_experts_small(backend, poisoned_memory, sizes, kind):
     arguments = cases.moe_experts_small(backend, *sizes, dtype=BF16, form=form(kind, sizes[0] > 1))
     results = backend.ops.moe_experts_small(**arguments)

@@ -17,6 +17,7 @@ from support.small_calls import CASES, SMALL, WEIGHTS, case_of, prefill
 
 from gemma4_kernels import opset
 from gemma4_kernels.e4m3 import E4M3
+from gemma4_kernels.packed import PackedWeight
 
 
 @pytest.fixture
@@ -224,6 +225,79 @@ def test_moe_experts_few_work(counted, tokens, dtype):
     # Which rows of the products meet is the router's choice.
     after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
     check_sites(counts, MOE_SMALL, after_the_loop)
+
+
+def packed_parts(arguments, touched):
+    """The bytes of each part of packed weights, of experts as many as are touched; the parts are
+    moved to where sectors begin."""
+    floor = {}
+    for name in {"gate_up", "down", "dense"} & arguments.keys():
+        arguments[name] = PackedWeight(*map(torch.clone, arguments[name].parts))
+        ends = "", "_scales", "_row_scales"
+        for end, part in zip(ends, arguments[name].parts, strict=True):
+            floor[name + end] = part.nbytes if name == "dense" else part[0].nbytes * touched
+    return floor
+
+
+def check_packed(counts, floor):
+    """Each code is asked for once, and sectors of scales come once."""
+    read, came = dict.fromkeys(floor, 0), dict.fromkeys(floor, 0)
+    for buffer in counts.buffers:
+        if buffer.name in floor:
+            read[buffer.name] += buffer.read_bytes
+            came[buffer.name] += 32 * buffer.sectors_touched
+    for name in floor:
+        assert name.endswith("scales") or read[name] == floor[name]
+    assert sum(came.values()) <= 1.03 * sum(floor.values())
+
+
+FOUR, EIGHT = {"row_scales": True}, {"codes": torch.int8, "row_scales": True}
+
+
+@pytest.mark.parametrize("form", [FOUR, EIGHT], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("tokens", [1, 12, 60])
+def test_packed_experts_few_work(counted, tokens, form):
+    backend = emulated_backend()
+    arguments = cases.moe_experts(backend, tokens, 32, 4, 576, 192, dtype=BF16, form=form)
+    floor = packed_parts(arguments, arguments["experts"].unique().numel())
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 3
+    check_packed(counts, floor)
+    after_the_loop = lines_with("moe/moe_stream.cuh", "smem.product[")
+    check_sites(counts, (*MOE_SMALL, *(n for n in floor if "scales" in n)), after_the_loop)
+
+
+@pytest.mark.parametrize("form", [FOUR, EIGHT], ids=["4 bits", "8 bits"])
+def test_packed_experts_small_work(counted, form):
+    backend = emulated_backend()
+    sizes = 1, 32, 4, 576, 192, 320
+    arguments = cases.moe_experts_small(backend, *sizes, dtype=BF16, form=form)
+    floor = packed_parts(arguments, touched=4)
+    with emulated.one_schedule():
+        backend.ops.moe_experts_small(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 2
+    check_packed(counts, floor)
+
+
+def test_packed_experts_many_work(counted):
+    """Codes are asked for once a tile of tokens, and the tile they become meets no bank twice."""
+    backend = emulated_backend()
+    arguments = cases.moe_experts(backend, 200, 2, 1, 128, 64, dtype=BF16, form=FOUR)
+    arguments["experts"][:] = 1
+    floor = packed_parts(arguments, touched=1)
+    with emulated.one_schedule():
+        backend.ops.moe_experts(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 4
+    read = dict.fromkeys(("gate_up", "down"), 0)
+    for buffer in counts.buffers:
+        if buffer.name in read:
+            read[buffer.name] += buffer.read_bytes
+    assert read == {name: 4 * floor[name] for name in read}
+    check_sites(counts, (*MOE_SMALL, *(n for n in floor if "scales" in n)))
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(128, 64), (256, 128)])

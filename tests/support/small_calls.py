@@ -55,6 +55,16 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        for form in ({}, {"codes": torch.int8}):
+            for sizes in ((1, 2, 1), (12, 2, 1), (20, 2, 1)):
+                arguments = cases.moe_experts(b, *sizes, 64, 64, dtype=dtype, form=form)
+                yield "moe_experts", arguments
+            yield "moe_open", cases.moe_open(b, 2, 64, 16, 8, dtype=dtype, form=form)
+            for tokens in (2, 9):
+                arguments = cases.moe_experts_small(
+                    b, tokens, 4, 2, 64, 64, 64, dtype=dtype, form=form
+                )
+                yield "moe_experts_small", arguments
         yield "moe_open", cases.moe_open(b, 2, 72, 24, 8, dtype=dtype)
         for tokens in (2, 9):
             sizes = tokens, 8, 2, 64, 16, 72

@@ -14,6 +14,7 @@ prompts.
     layer       so its layer, and what its text model tells the layers
     decode      the parts of a layer for a few tokens
     cache       transformers' static cache, as a step of decoding writes and reads it
+    packed      linear layers that other libraries quantised, as packed ones of ours
     swap        puts them in and takes them out
     report      says what they do
 """

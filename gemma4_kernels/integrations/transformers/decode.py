@@ -24,6 +24,7 @@ from ...joined import joined
 from ...ops.decode import MOST_GROUP
 from ...ops.linear import MOST_TOKENS, linear_small_pays
 from ...packed import Weight
+from ...packed_linear import LINEAR, PackedLinear, has_kernels
 from ...reference.decode import COUNTERS
 from ...residual import Branches, Norm, Residual, Two
 from . import base, modules
@@ -201,14 +202,18 @@ def projected(x: Tensor, linear: nn.Module) -> Tensor:
 
 def _weights(*linears: nn.Module) -> list[Weight]:
     """Of all the linears as one where they lie so, else of each; none where a module is no plain
-    linear without a bias."""
+    linear without a bias, or is packed where no kernel multiplies it."""
     plain: list[nn.Linear] = []
     for linear in linears:
-        if not is_plain(linear, nn.Linear) or linear.bias is not None:
+        if not is_plain(linear, LINEAR) or linear.bias is not None:
+            return []
+        if isinstance(linear, PackedLinear) and not has_kernels(linear.weight.device):
             return []
         plain.append(linear)
     one = joined(*plain) if len(plain) > 1 else None
-    return [linear.weight for linear in plain] if one is None else [one[0]]
+    if one is not None:
+        return [one[0]]
+    return [x.weight() if isinstance(x, PackedLinear) else x.weight for x in plain]
 
 
 def _pay(x_TD: Tensor, norm: Norm, weights: Sequence[Weight], gated: bool = False) -> bool:

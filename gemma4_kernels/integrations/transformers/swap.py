@@ -11,6 +11,7 @@ from . import base, layer
 from .attention import attention
 from .experts import experts
 from .mask import mask
+from .packed import put_packed
 
 ORIGINAL = {ours: theirs for theirs, ours in layer.SWAPPED.items()}
 
@@ -26,14 +27,21 @@ def register() -> None:
     ExpertsInterface.register(base.NAME, experts)
 
 
-def enable(model: nn.Module) -> nn.Module:
+def enable(model: nn.Module, *, packed: bool = False) -> nn.Module:
     """Puts a Gemma 4 model's modules, attention and experts on these ops, in place.
 
     Weights, their names and the outputs stay; `disable` takes it back but for the implementations,
     which `set_attn_implementation` sets. On a CPU all of it runs what transformers would, but for
-    the attention of long prompts. Returns the model, which may be one that others wrapped (PEFT).
-    Raises ValueError for a model without Gemma 4 text layers, or with an activation or rotary
-    embedding that these ops do not compute.
+    the attention of long prompts.
+
+    Linear layers that another library quantised are called, as it has them. packed: those of four
+    or eight bits whose numbers a `PackedWeight` holds (of bitsandbytes, torchao and
+    compressed-tensors) become `PackedLinear`, multiplied by our kernels, their activations in 16
+    bits; for good, for what was there is gone.
+
+    Returns the model, which may be one that others wrapped (PEFT). Raises ValueError for a model
+    without Gemma 4 text layers, or with an activation or rotary embedding that these ops do not
+    compute.
     """
     layers = _all(model, gemma4.Gemma4TextDecoderLayer)
     if not layers:
@@ -47,6 +55,9 @@ def enable(model: nn.Module) -> nn.Module:
             raise ValueError(f"enable needs default or proportional rope, got {sorted(odd)}")
     register()
     disable(model)
+    if packed:
+        for text_model in _all(model, gemma4.Gemma4TextModel):
+            put_packed(text_model)
     _swap(model, layer.SWAPPED)
     for text_model in _all(model, gemma4.Gemma4TextModel):
         text_model.register_forward_pre_hook(layer.before_model, with_kwargs=True)
