@@ -5,8 +5,9 @@
 
 A line a model: those of a layer of each kind (from..to where layers differ), those after the last
 layer (norm and head, the choice of a token, the positions' next) and those of one whole token of
-`generate`. A fused op counts as the kernels that it starts, any other operator that is no view as
-one.
+`generate`; with "plugin-" the same of a layer and of one whole forward of transformers' model with
+the plug-in, over its static cache. A fused op counts as the kernels that it starts, any other
+operator that is no view as one.
 
 The models have their own layers, experts aside, but are narrow; the card is an H100's 132
 multiprocessors, and the context 1,024 tokens at most, if none is given.
@@ -23,6 +24,7 @@ from unittest import mock
 
 import paths  # noqa: F401
 import torch
+import transformers
 from support import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +33,8 @@ import gemma4.decode_layers
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from gemma4.layers import DecoderLayer
 from gemma4.presets import RELEASED
+from gemma4_kernels.integrations import transformers as plugin
+from gemma4_kernels.integrations.transformers import base
 
 NARROW = dict(
     vocab_size=96,
@@ -112,10 +116,44 @@ def steady_step(model: Gemma4ForCausalLM, context: int = CONTEXT) -> dict[str, l
         launches,
     ):
         model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=context, eos_token_id=[])
+    return _by_kind(steps[-1])
+
+
+def _by_kind(counts: Counter[str]) -> dict[str, list[int]]:
     by_kind: dict[str, list[int]] = defaultdict(list)
-    for part, number in steps[-1].items():
+    for part, number in counts.items():
         by_kind[part.split()[-1]].append(number)
     return by_kind
+
+
+@torch.no_grad()
+def plugged_step(name: str) -> dict[str, list[int]]:
+    """Launches of one step of transformers' model under the plug-in, over a static cache."""
+    options = dataclasses.asdict(narrow(name))
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**options))
+    plugin.enable(model.bfloat16().eval())
+    cache = transformers.StaticCache(model.config, max_cache_len=CONTEXT)
+    launches, ids, forward = Launches(), torch.tensor([[3, 4, 5]]), plugin.DecoderLayer.forward
+
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = layer.config.layer_types[layer.layer_idx].partition("_")[0]
+        launches.part = f"{layer.layer_idx} {kind}"
+        result = forward(layer, *args, **kwargs)
+        launches.part = "final"
+        return result
+
+    with (
+        mock.patch.object(plugin.DecoderLayer, "forward", counted),
+        mock.patch.object(base, "takes_ops", lambda x: True),
+        emulated.one_schedule(),
+        launches,
+    ):
+        for _ in range(3):  # the second step is the first that makes nothing anew
+            launches.counts, launches.part = Counter(), "first"
+            model(ids, cache=cache)
+            ids = ids[:, :1]
+    return _by_kind(launches.counts)
 
 
 def counted(name: str, context: int = CONTEXT) -> dict[str, list[int]]:
@@ -125,13 +163,17 @@ def counted(name: str, context: int = CONTEXT) -> dict[str, list[int]]:
 
 
 def line(name: str) -> str:
-    """As in `E4B sliding 7 full 7 first 5 final 3 total 302`."""
-    by_kind = counted(name)
-    words = [name]
-    for kind in ("sliding", "full", "first", "final"):
-        least, most = min(by_kind[kind]), max(by_kind[kind])
-        words += [kind, str(most) if least == most else f"{least}..{most}"]
-    return " ".join([*words, "total", str(sum(map(sum, by_kind.values())))])
+    """As in `E4B sliding 7 full 7 first 5 final 3 total 302`, and of the plug-in."""
+    words, ours, plugged = [name], counted(name), plugged_step(name)
+    for before, by_kind, kinds in (
+        ("", ours, ("sliding", "full", "first", "final")),
+        ("plugin-", plugged, ("sliding", "full")),
+    ):
+        for kind in kinds:
+            least, most = min(by_kind[kind]), max(by_kind[kind])
+            words += [before + kind, str(most) if least == most else f"{least}..{most}"]
+        words += [f"{before}total", str(sum(map(sum, by_kind.values())))]
+    return " ".join(words)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import ops, opset
 from .packed import PackedWeight
+from .packed_cpu import TorchProduct, torch_product
 
 NAMES = ("codes", "scales", "row_scales")
 
@@ -32,6 +33,7 @@ class PackedParameter(nn.Module):
 
     def __init__(self, weight: PackedWeight):
         super().__init__()
+        self._on_cpu: list[TorchProduct | None] = []
         for name, part in zip(NAMES, weight.parts, strict=True):
             self.register_buffer(name, part)
 
@@ -56,7 +58,22 @@ class PackedParameter(nn.Module):
         """Of bytes: nothing should be cast to what codes are."""
         return torch.uint8
 
+    @property
+    def on_cpu(self) -> TorchProduct | None:
+        """What torch multiplies by on a CPU, made when it is asked for first and as large again."""
+        if not self._on_cpu:
+            self._on_cpu.append(torch_product(self.forward()))
+        return self._on_cpu[0]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_on_cpu": []}
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        self._on_cpu = []
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedParameter":
+        self._on_cpu = []
         for name, part in self._buffers.items():
             if part is not None:
                 self._buffers[name] = fn(part.view(torch.uint8)).view(part.dtype)
@@ -97,7 +114,13 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight(), self.bias)
+        if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or has_kernels(x.device):
+            return product(x, self.weight(), self.bias)
+        multiplied = self.weight.on_cpu if x.is_cpu and self.weight.codes.is_cpu else None
+        if multiplied is None:
+            return product(x, self.weight(), self.bias)
+        y = multiplied(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 # What a linear layer may be.

@@ -70,9 +70,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
   const auto online_softmax = [&](uint32_t (&weight)[kKeys / 8][2], float (&score)[kKeys / 8][4],
                                   int iteration) {
     const int key = keys.first_key(iteration);
+    keys.scale_scores(score, iteration);
     scale_scores<kSoftcap>(score, p);
     if (key < by_all.begin || key + kKeys > by_all.end) mask_scores(score, key, visible);
-    softmax.template update<T>(weight, score, out);
+    softmax.template update<T>(weight, score, out, [&](float x, int n, int e) {
+      return keys.of_codes(x, iteration, n, e);
+    });
   };
   if (iterations > 0) {
     copy_rows<Tile::kHeadDim, kRows, Tile::kThreads>(smem.q, [&](int row) {

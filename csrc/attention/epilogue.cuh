@@ -10,6 +10,7 @@ namespace gemma4 {
 // start at to(row). They go through the warp's own part of a tile, which no other warp reads any
 // more, to leave in whole sectors.
 template <class Tile, class T, class To>
+  requires(!Tile::kCoded)
 DEVICE void store_rows(T* tile, const float (&d)[Tile::kColumns / 8][4], const float (&factor)[2],
                        int rows, const To& to) {
   constexpr int kChunks = Tile::kColumns / 8;
@@ -31,6 +32,25 @@ DEVICE void store_rows(T* tile, const float (&d)[Tile::kColumns / 8][4], const f
     if (row >= rows) continue;
     const T* from = tile + chunk_offset<Tile::kRows>(row, chunk);
     ptx::store_16(to(row) + chunk * 8, load_shared(reinterpret_cast<const uint4*>(from)));
+  }
+}
+
+// The same of products with codes, which have whole sectors in neighbouring lanes.
+template <class Tile, class T, class To>
+  requires(Tile::kCoded)
+DEVICE void store_rows(T*, const float (&d)[Tile::kColumns / 8][4], const float (&factor)[2],
+                       int rows, const To& to) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int row = Tile::row() + lane / 4 + i * 8;
+    if (row >= rows) continue;
+    T* at = to(row) + Tile::column() + lane % 4 * 4;
+#pragma unroll
+    for (int n = 0; n < Tile::kColumns / 8; n += 2)
+      ptx::store_8(at + n * 8,
+                   {pack_pair<T>(d[n][2 * i] * factor[i], d[n + 1][2 * i] * factor[i]),
+                    pack_pair<T>(d[n][2 * i + 1] * factor[i], d[n + 1][2 * i + 1] * factor[i])});
   }
 }
 
@@ -67,11 +87,17 @@ DEVICE void store_split(const AttentionParams& p, const float (&out)[Tile::kColu
     float* to =
         p.partial_out + ((split * p.tokens + token) * p.q_heads + queries.head(first_row + row)) *
                             int64_t{Tile::kHeadDim};
+    const auto bits = [&](int n, int e) { return __float_as_uint(out[n][2 * i + e] * inverse[i]); };
+    if constexpr (Tile::kCoded) {
 #pragma unroll
-    for (int n = 0; n < Tile::kColumns / 8; n++)
-      ptx::store_8(to + Tile::column() + n * 8 + lane % 4 * 2,
-                   {__float_as_uint(out[n][2 * i] * inverse[i]),
-                    __float_as_uint(out[n][2 * i + 1] * inverse[i])});
+      for (int n = 0; n < Tile::kColumns / 8; n += 2)
+        ptx::store_16(to + Tile::column() + n * 8 + lane % 4 * 4,
+                      {bits(n, 0), bits(n + 1, 0), bits(n, 1), bits(n + 1, 1)});
+    } else {
+#pragma unroll
+      for (int n = 0; n < Tile::kColumns / 8; n++)
+        ptx::store_8(to + Tile::column() + n * 8 + lane % 4 * 2, {bits(n, 0), bits(n, 1)});
+    }
   }
 }
 

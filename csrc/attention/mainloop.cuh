@@ -40,7 +40,7 @@ DEVICE void mainloop(Smem& smem, float (&out)[Tile::kColumns / 8][4], const Keys
 
     ptx::cp_async_wait<1>();
     __syncthreads();
-    accumulate<Tile>(out, weight, smem.v[0]);
+    accumulate<Tile, typename Smem::Operand>(out, weight, smem.v[0]);
   }
 }
 

@@ -22,6 +22,7 @@ struct KeyStrides {
 struct AttentionParams {
   const void* q;                               // [tokens, H, C]
   const void *k, *v;                           // heads of C contiguous elements
+  const float *k_scales, *v_scales;            // of k and v in e4m3, which are contiguous, or null
   void* out;                                   // [tokens, H, C]
   float* lse;                                  // log-sum-exp of each row, or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], or null: new_tokens and seq_lens
@@ -60,6 +61,7 @@ struct QkvAttentionDecodeParams {
   const void *q_weight, *k_weight;  // [C], in fp32 if wide_weights
   const float* inv_freq;            // [C / 2]
   void *k_cache, *v_cache;          // those of `attention`
+  float *k_scales, *v_scales;       // the same
   Indices positions;                // [B]
   int64_t k_stride, v_stride, k_head_stride, v_head_stride;
   unsigned* counters;  // [B, G, kDecodeCounters], zeros before and after

@@ -11,13 +11,23 @@
 
 namespace gemma4 {
 
+// The scales of the keys and values that are codes: of this tile and of the next one.
+template <class Tile, bool kNeeded = Tile::kCoded>
+struct KeyScales {
+  float scale[Tile::kStages + 1][2][Tile::kKeys];
+};
+template <class Tile>
+struct KeyScales<Tile, false> {};
+
 template <class T, class Tile>
-struct AttentionSmem : ScoreExchange<Tile> {
+struct AttentionSmem : ScoreExchange<Tile>, KeyScales<Tile> {
+  using Operand = T;
+  using Key = std::conditional_t<Tile::kCoded, e4m3, T>;
   static constexpr int kOffsets = Tile::kStages + 1;
   static constexpr int kAlignment = Tile::kWgmma ? 1024 : 128;
   alignas(kAlignment) T q[Tile::kRows * Tile::kHeadDim];  // at the end: out
-  alignas(kAlignment) T k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
-  alignas(kAlignment) T v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) Key k[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
+  alignas(kAlignment) Key v[Tile::kStages][Tile::kKeys * Tile::kHeadDim];
   // Where this tile's and the next ones' keys lie, in elements.
   int64_t offset[kOffsets][Tile::kKeys];
 };
@@ -77,10 +87,20 @@ void with_tile(const char* name, int head_dim, int64_t rows, const Device& devic
   with_tile<T>(name, head_dim, rows, Card{device.max_smem_bytes, has_wgmma(device)}, f);
 }
 
+// The same for keys in e4m3, for whose heads there is one tile that fits every card.
+template <class F>
+void with_coded_tile(const char* name, int head_dim, F&& f) {
+  if (head_dim == 256) return f.template operator()<CodedTile<256, 32>>();
+  if (head_dim == 512) return f.template operator()<CodedTile<512, 32>>();
+  throw std::runtime_error(std::string(name) +
+                           ": there are kernels for e4m3 of head_dim 256 and 512, got " +
+                           std::to_string(head_dim));
+}
+
 // Whether a card that runs this code is ever given this tile.
 template <class T, class Tile>
 constexpr bool chosen_on_any_card() {
-  bool found = false;
+  bool found = Tile::kCoded;
   for (const Card& card : kCards)
     for (int rows : {16, 64, 128})
       with_tile<T>("", Tile::kHeadDim, rows, card,

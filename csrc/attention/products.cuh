@@ -14,7 +14,8 @@ template <int kHeadDim_, int kRows_, int kKeys_, int kColumnWarps_>
 struct AttentionTile {
   static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kKeys = kKeys_;
   static constexpr bool kWgmma = false;
-  static constexpr int kStages = 1;  // tiles of keys in shared memory at a time
+  static constexpr bool kCoded = false;  // whether keys are codes with a scale each
+  static constexpr int kStages = 1;      // tiles of keys in shared memory at a time
   static constexpr int kColumnWarps = kColumnWarps_, kRowWarps = kRows / 16;
   static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * 32;
   static constexpr int kColumns = kHeadDim / kColumnWarps;
@@ -23,6 +24,13 @@ struct AttentionTile {
   // The first of the warp's rows and of its columns.
   DEVICE static int row() { return threadIdx.x / 32 % kRowWarps * 16; }
   DEVICE static int column() { return threadIdx.x / 32 / kRowWarps * kColumns; }
+};
+
+// The same over keys in e4m3, 16 rows at a time.
+template <int kHeadDim, int kKeys>
+struct CodedTile : AttentionTile<kHeadDim, 16, kKeys, 4> {
+  static constexpr bool kCoded = true;
+  static_assert(kHeadDim / 4 % 64 == 0);
 };
 
 // Where the warps of the same rows add their parts of a product over all columns.
@@ -92,6 +100,70 @@ DEVICE void accumulate(float (&d)[Tile::kColumns / 8][4], const uint32_t (&a)[Ti
       ptx::ldmatrix_x4_trans(b, b_at.at(n * 16, m * 16));
       ptx::mma_16816<T>(d[2 * m], operand, b[0], b[1]);
       ptx::mma_16816<T>(d[2 * m + 1], operand, b[2], b[3]);
+    }
+  }
+}
+
+// The same two products with tiles of codes, of which they make code / 256 in registers. A word of
+// four codes gives two operands, of its even and of its odd ones, and that is how the columns of q
+// are paired here and how those of the result come out: elements 0 and 1 of d[2 m] are the lane's
+// columns 0 and 2 of the four that begin with m * 16 + lane % 4 * 4, those of d[2 m + 1] are
+// columns 1 and 3.
+template <class Tile, class T>
+DEVICE void multiply(float (&d)[Tile::kKeys / 8][4], const T* a_tile, const e4m3* b_tile) {
+  const int lane = threadIdx.x % 32, row = lane / 4;
+#pragma unroll
+  for (int first = 0; first < Tile::kColumns; first += 64) {
+    const int column = Tile::column() + first + lane % 4 * 16;  // the lane's sixteen
+    uint32_t a[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // a row's first eight columns, then its others
+      const T* from =
+          chunk_of<Tile::kRows>(a_tile, Tile::row() + row + i % 2 * 8, column / 8 + i / 2);
+      const uint4 q = load_shared(reinterpret_cast<const uint4*>(from));
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const uint32_t low = j ? q.z : q.x, high = j ? q.w : q.y;
+        a[i / 2 * 2 + j][i % 2] = (low & 0xffff) | high << 16;
+        a[i / 2 * 2 + j][i % 2 + 2] = low >> 16 | (high & 0xffff0000u);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::kKeys / 8; n++) {
+      const e4m3* from = chunk_of<Tile::kKeys>(b_tile, n * 8 + row, column / 16);
+      const uint4 codes = load_shared(reinterpret_cast<const uint4*>(from));
+      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        uint32_t even, odd;
+        unpack_codes<T>(words[j], even, odd);
+        ptx::mma_16816<T>(d[n], a[j], even, odd);
+      }
+    }
+  }
+}
+
+template <class Tile, class T>
+DEVICE void accumulate(float (&d)[Tile::kColumns / 8][4], const uint32_t (&a)[Tile::kKeys / 8][2],
+                       const e4m3* b_tile) {
+  const int lane = threadIdx.x % 32;
+  const e4m3* first = chunk_of<Tile::kKeys>(b_tile, lane % 16, Tile::column() / 16 + lane / 16);
+  const LaneAddress<Tile::kKeys> b_at{ptx::shared_address(first)};
+#pragma unroll
+  for (int n = 0; n < Tile::kKeys / 16; n++) {
+    const uint32_t operand[4] = {a[2 * n][0], a[2 * n][1], a[2 * n + 1][0], a[2 * n + 1][1]};
+#pragma unroll
+    for (int m = 0; m < Tile::kColumns / 32; m++) {
+      uint32_t codes[4];  // of keys 0 to 7 and 8 to 15, of the first 16 columns and of the last
+      ptx::ldmatrix_x4_trans(codes, b_at.at(n * 16, m * 16));  // which counts columns of 16 bits
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        uint32_t even[2], odd[2];
+        unpack_codes<T>(codes[2 * i], even[0], odd[0]);
+        unpack_codes<T>(codes[2 * i + 1], even[1], odd[1]);
+        ptx::mma_16816<T>(d[4 * m + 2 * i], operand, even[0], even[1]);
+        ptx::mma_16816<T>(d[4 * m + 2 * i + 1], operand, odd[0], odd[1]);
+      }
     }
   }
 }

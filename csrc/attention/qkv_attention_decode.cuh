@@ -43,16 +43,26 @@ DEVICE void norm_and_turn(const QkvAttentionDecodeParams& p, T* q_tile, int b, i
   const Rotation<T, Tile::kHeadDim> rotation(p.inv_freq,
                                              static_cast<float>(index_at(p.positions, b)));
   if (newest >= 0 && p.k) {
-    const auto to = [&](void* cache) {
-      T* head = static_cast<T*>(cache) + newest;
-      return [head](int column, const auto& vector) { store(head + column, vector); };
-    };
     const bool is_k = of_lanes == 0, is_v = of_lanes == 1 && p.v;
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride + g * p.k_head_stride;
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride + g * p.v_head_stride;
     const Head head(is_v ? v : k, is_k || is_v, p.eps);
-    if (is_k) head.turned(static_cast<const W*>(p.k_weight), rotation, to(p.k_cache));
-    if (is_v || (is_k && !p.v)) head.normed(to(p.v_cache));
+    const bool makes_v = is_v || (is_k && !p.v);
+    const auto* k_weight = static_cast<const W*>(p.k_weight);
+    if constexpr (Tile::kCoded) {
+      HeadCodes<T, Tile::kHeadDim> key, value;
+      if (is_k) head.turned(k_weight, rotation, key.hold());
+      if (makes_v) head.normed(value.hold());
+      key.store(is_k, p.k_cache, p.k_scales, newest / Tile::kHeadDim);
+      value.store(makes_v, p.v_cache, p.v_scales, newest / Tile::kHeadDim);
+    } else {
+      const auto to = [&](void* cache) {
+        T* row = static_cast<T*>(cache) + newest;
+        return [row](int column, const auto& vector) { store(row + column, vector); };
+      };
+      if (is_k) head.turned(k_weight, rotation, to(p.k_cache));
+      if (makes_v) head.normed(to(p.v_cache));
+    }
   }
   for (int first = 0; first < Tile::kRows; first += kHeadsAtOnce) {
     const int row = first + of_lanes;
@@ -144,9 +154,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<Tile>)
         smem, out, keys,
         [&](uint32_t (&weight)[kKeys / 8][2], float (&score)[kKeys / 8][4], int iteration) {
           const int key = keys.first_key(iteration);
+          keys.scale_scores(score, iteration);
           scale_scores<kSoftcap>(score, a);
           if (key + kKeys > range.end) mask_scores(score, key, visible);
-          softmax.template update<T>(weight, score, out);
+          softmax.template update<T>(weight, score, out, [&](float x, int n, int e) {
+            return keys.of_codes(x, iteration, n, e);
+          });
         });
   }
 

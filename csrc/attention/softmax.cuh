@@ -39,11 +39,12 @@ template <class Tile>
 struct OnlineSoftmax {
   float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
 
-  // Makes weights of scores, which are multiples of ln 2, and rescales what stands in out.
-  template <class T>
+  // Makes weights of scores, which are multiples of ln 2, and rescales what stands in out. Values
+  // are multiplied with of_codes(weight, n, e), e being 0 or 1, of scores e and e + 2 of score[n].
+  template <class T, class OfCodes>
   DEVICE void update(uint32_t (&weight)[Tile::kKeys / 8][2],
-                     const float (&score)[Tile::kKeys / 8][4],
-                     float (&out)[Tile::kColumns / 8][4]) {
+                     const float (&score)[Tile::kKeys / 8][4], float (&out)[Tile::kColumns / 8][4],
+                     const OfCodes& of_codes) {
     float rescale[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -63,7 +64,7 @@ struct OnlineSoftmax {
         const float low = ptx::exp2_approx(score[n][2 * i] - base);
         const float high = ptx::exp2_approx(score[n][2 * i + 1] - base);
         row_sum[i] += low + high;
-        weight[n][i] = pack_pair<T>(low, high);
+        weight[n][i] = pack_pair<T>(of_codes(low, n, 0), of_codes(high, n, 1));
       }
     }
     // Once the maxima stand still, which is soon, there is nothing to rescale.

@@ -16,7 +16,7 @@ using gemma4::AttentionParams, gemma4::Divisor;
 
 // The common part of both attention ops: what does not depend on where the keys lie.
 AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
-                                 double scale, int64_t window, double softcap) {
+                                 double scale, int64_t window, double softcap, ScalarType of_keys) {
   const int64_t heads = q.size(q.dim() - 2), kv_heads = k.size(k.dim() - 2);
   const int64_t head_dim = q.size(q.dim() - 1);
   STD_TORCH_CHECK(k.size(k.dim() - 1) == head_dim, "k must have the head_dim of q, ", head_dim,
@@ -25,8 +25,11 @@ AttentionParams attention_params(Call& call, const Tensor& q, const Tensor& k, c
                   "the query heads must be a multiple of the KV heads, got ", heads, " and ",
                   kv_heads);
   STD_TORCH_CHECK(window >= 0, "window must be 0 (none) or a key count, got ", window);
-  call.expect("k", k, shape_of(k));
-  call.expect("v", v, shape_of(k));
+  for (const auto& [name, t] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
+    expect_dtype(name, *t, of_keys);
+    call.expect_here(name, *t);
+    expect_shape(name, *t, shape_of(k));
+  }
   AttentionParams p{};
   p.q_heads = as_int("q", heads);
   p.kv_heads = as_int("k", kv_heads);
@@ -96,7 +99,7 @@ AttentionParams packed(Call& call, const Tensor& q, const Tensor& k, const Tenso
                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                        double scale, bool causal, int64_t window, int64_t window_right,
                        double softcap) {
-  AttentionParams p = attention_params(call, q, k, v, scale, window, softcap);
+  AttentionParams p = attention_params(call, q, k, v, scale, window, softcap, q.scalar_type());
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   const Tensor& q_held = call.keep(aligned(q));
   if (k.dim() == 4)
@@ -200,11 +203,18 @@ void set_splits(Call& call, AttentionParams& p, bool ring) {
 
 // Everything of a decoding op but q and out: where the keys are, and how they are divided.
 AttentionParams decode_params(Call& call, const Tensor& q, const Tensor& k_cache,
-                              const Tensor& v_cache, const Tensor& seq_lens,
+                              const Tensor& v_cache, const OptionalTensor& k_scales,
+                              const OptionalTensor& v_scales, const Tensor& seq_lens,
                               const OptionalTensor& block_table, int64_t new_tokens, double scale,
                               int64_t window, bool ring, double softcap) {
   STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache must be 4-d, got ", text(shape_of(k_cache)));
-  AttentionParams p = attention_params(call, q, k_cache, v_cache, scale, window, softcap);
+  AttentionParams p = attention_params(call, q, k_cache, v_cache, scale, window, softcap,
+                                       k_scales ? ScalarType::Float8_e4m3fn : q.scalar_type());
+  if (expect_scales(call, k_cache, v_cache, k_scales, v_scales)) {
+    STD_TORCH_CHECK(softcap == 0, "a cache in e4m3 has no kernel with a softcap");
+    p.k_scales = static_cast<const float*>(call.in("k_scales", k_scales));
+    p.v_scales = static_cast<const float*>(call.in("v_scales", v_scales));
+  }
   const int64_t batch = q.size(0), slots = k_cache.size(1);
   STD_TORCH_CHECK(block_table || k_cache.size(0) == batch,
                   "k_cache must have one row per sequence, ", batch, ", got ", k_cache.size(0));
@@ -224,14 +234,15 @@ AttentionParams decode_params(Call& call, const Tensor& q, const Tensor& k_cache
 }
 
 std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_cache,
+                                            OptionalTensor k_scales, OptionalTensor v_scales,
                                             Tensor seq_lens, OptionalTensor block_table,
                                             double scale, int64_t window, bool ring, double softcap,
                                             bool return_lse) {
   Call call(q);
   STD_TORCH_CHECK(q.dim() == 4, "q must be [B, N, H, C], got ", text(shape_of(q)));
   const int64_t batch = q.size(0), new_tokens = q.size(1);
-  AttentionParams p = decode_params(call, q, k_cache, v_cache, seq_lens, block_table, new_tokens,
-                                    scale, window, ring, softcap);
+  AttentionParams p = decode_params(call, q, k_cache, v_cache, k_scales, v_scales, seq_lens,
+                                    block_table, new_tokens, scale, window, ring, softcap);
   Tensor out = call.empty(shape_of(q));
   Tensor lse = call.empty({batch, q.size(2), return_lse ? new_tokens : 0}, ScalarType::Float);
   Tensor flat = aligned(q);
@@ -250,16 +261,17 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
 
 Tensor qkv_attention_decode(Tensor q, OptionalTensor k, OptionalTensor v, Tensor q_weight,
                             OptionalTensor k_weight, Tensor positions, Tensor inv_freq,
-                            Tensor k_cache, Tensor v_cache, Tensor seq_lens,
-                            OptionalTensor block_table, Tensor counters, double eps, double scale,
-                            int64_t window, bool ring, double softcap) {
+                            Tensor k_cache, Tensor v_cache, OptionalTensor k_scales,
+                            OptionalTensor v_scales, Tensor seq_lens, OptionalTensor block_table,
+                            Tensor counters, double eps, double scale, int64_t window, bool ring,
+                            double softcap) {
   Call call(q);
   STD_TORCH_CHECK(q.dim() == 3, "q must be [B, H, C], got ", text(shape_of(q)));
   STD_TORCH_CHECK(k.has_value() == k_weight.has_value(), "k and k_weight must come together");
   STD_TORCH_CHECK(k || !v, "v must not come without k");
   const int64_t batch = q.size(0), head_dim = q.size(2);
-  AttentionParams a = decode_params(call, q, k_cache, v_cache, seq_lens, block_table, 1, scale,
-                                    window, ring, softcap);
+  AttentionParams a = decode_params(call, q, k_cache, v_cache, k_scales, v_scales, seq_lens,
+                                    block_table, 1, scale, window, ring, softcap);
   STD_TORCH_CHECK(a.group.divisor <= 16, "at most 16 query heads may share a KV head, got ",
                   a.group.divisor);
   call.expect_here("counters", counters);
@@ -291,6 +303,10 @@ Tensor qkv_attention_decode(Tensor q, OptionalTensor k, OptionalTensor v, Tensor
     p.k = heads("k", *k, p.k_stride, p.k_head_stride);
     p.k_cache = call.out("k_cache", k_cache);
     p.v_cache = call.out("v_cache", v_cache);
+    if (k_scales) {
+      p.k_scales = static_cast<float*>(call.out("k_scales", *k_scales));
+      p.v_scales = static_cast<float*>(call.out("v_scales", *v_scales));
+    }
   }
   if (v) p.v = heads("v", *v, p.v_stride, p.v_head_stride);
   p.inv_freq = static_cast<const float*>(call.in("inv_freq", call.keep(aligned(inv_freq))));

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "register.h"
 #include "torch.h"
@@ -159,8 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> qkv_norm_rope(Tensor q, OptionalTensor k, Opt
 
 Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight, Tensor k_weight,
                            Tensor positions, Tensor inv_freq, double eps, Tensor k_cache,
-                           Tensor v_cache, Tensor slots) {
+                           Tensor v_cache, OptionalTensor k_scales, OptionalTensor v_scales,
+                           Tensor slots) {
   Call call(q);
+  if (k_scales) {  // 16 bytes at a time alone
+    q = aligned(q), k = aligned(k), inv_freq = aligned(inv_freq);
+    if (v) v = aligned(*v);
+  }
   OptionalTensor k_in = k;
   const DTypes dtypes = call.dtypes(q.scalar_type(), {&q_weight, &k_weight});
   QkvNormRopeParams p =
@@ -169,8 +175,12 @@ Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight
   STD_TORCH_CHECK(cache_shape.size() >= 3 && cache_shape.rbegin()[0] == p.head_dim &&
                       cache_shape.rbegin()[1] == p.kv_heads,
                   "k_cache must end in [G, C], got ", text(cache_shape));
-  call.expect("k_cache", k_cache, cache_shape);
-  call.expect("v_cache", v_cache, cache_shape);
+  const ScalarType of_cache = k_scales ? ScalarType::Float8_e4m3fn : q.scalar_type();
+  for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, std::pair{"v_cache", &v_cache}}) {
+    expect_dtype(name, *t, of_cache);
+    call.expect_here(name, *t);
+    expect_shape(name, *t, cache_shape);
+  }
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(),
                   "k_cache and v_cache must be contiguous");
   p.num_slots = 1;
@@ -180,6 +190,10 @@ Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight
   p.k_out = call.out("k_cache", k_cache);
   p.v_out = call.out("v_cache", v_cache);
   p.slots = call.indices("slots", slots, p.tokens);
+  if (expect_scales(call, k_cache, v_cache, k_scales, v_scales)) {
+    p.k_scales = static_cast<float*>(call.out("k_scales", *k_scales));
+    p.v_scales = static_cast<float*>(call.out("v_scales", *v_scales));
+  }
   gemma4::qkv_norm_rope(p, dtypes, call.device());
   return q_out;
 }

@@ -229,6 +229,24 @@ inline const void* whole(Call& call, const char* name, const Tensor& t, const Sh
   return call.in(name, t);
 }
 
+// Whether a cache is in e4m3, which has a scale for each head of each key.
+inline bool expect_scales(Call& call, const Tensor& k_cache, const Tensor& v_cache,
+                          const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
+  STD_TORCH_CHECK(k_scales.has_value() == v_scales.has_value(),
+                  "k_scales and v_scales must come together");
+  if (!k_scales) return false;
+  Shape shape = shape_of(k_cache);
+  shape.pop_back();
+  for (const Tensor* scales : {&*k_scales, &*v_scales}) {
+    call.expect_here("k_scales and v_scales", *scales);
+    expect_dtype("k_scales and v_scales", *scales, ScalarType::Float);
+    expect_shape("k_scales and v_scales", *scales, shape);
+  }
+  for (const Tensor* t : {&k_cache, &v_cache, &*k_scales, &*v_scales})
+    STD_TORCH_CHECK(t->is_contiguous(), "a cache in e4m3 and its scales must be contiguous");
+  return true;
+}
+
 inline int as_int(const char* name, int64_t value) {
   STD_TORCH_CHECK(value <= INT32_MAX, name, " is too wide: ", value);
   return static_cast<int>(value);

@@ -15,6 +15,15 @@ DEVICE V lane_sum(V value) {
   return value;
 }
 
+// The largest of each group of kLanes neighbouring lanes, in all of them.
+template <int kLanes = 32, class V>
+DEVICE V lane_max(V value) {
+#pragma unroll
+  for (int other = kLanes / 2; other > 0; other /= 2)
+    value = max(value, __shfl_xor_sync(0xffffffffu, value, other));
+  return value;
+}
+
 constexpr int kMaxWarps = 32;
 
 // Partial sums of a block's warps, twice: while slow threads still read the one, fast threads may

@@ -4,6 +4,7 @@
 // tile begins on a multiple of 1024 bytes.
 #pragma once
 
+#include "e4m3.cuh"
 #include "ptx.h"
 #include "vec.cuh"
 
@@ -50,18 +51,29 @@ DEVICE int chunk_offset(int row, int chunk) {
   return row * 64 + (chunk ^ (row & 7)) * 8 + chunk / 8 * (kRows - 1) * 64;
 }
 
+// Chunk `chunk` of row `row`. Tiles of bytes have the same rows of 128, with other permutations: of
+// neighbouring rows the first four chunks and the last four change places, so that lanes that read
+// four chunks of a row each meet no bank twice either.
+template <int kRows, class T>
+DEVICE T* chunk_of(T* tile, int row, int chunk) {
+  if constexpr (sizeof(T) == 2)
+    return tile + chunk_offset<kRows>(row, chunk);
+  else
+    return tile + (chunk / 8 * kRows + row) * 128 + (chunk % 8 ^ (row % 2 * 4 + row / 2 % 4)) * 16;
+}
+
 template <class T>
 struct SourceRow {
   const T* data;  // a valid address in any case
   bool exists;    // or it is not read, and zeros come in its place
 };
 
-// Starts the copies of kRows rows, of which the first `columns` (a multiple of 8) exist; all
-// kThreads threads take part, each with one chunk of every kStep-th row.
+// Starts the copies of kRows rows, of which the first `columns` (a multiple of a chunk's) exist;
+// all kThreads threads take part, each with one chunk of every kStep-th row.
 template <int kWidth, int kRows, int kThreads, class T, class Source>
 DEVICE void copy_rows(T* tile, const Source& source, int columns FROM_HERE) {
-  constexpr int kChunks = kWidth / 8, kStep = kThreads / kChunks;
-  constexpr int kSteps = (kRows + kStep - 1) / kStep;
+  constexpr int kOfChunk = 16 / sizeof(T), kChunks = kWidth / kOfChunk;
+  constexpr int kStep = kThreads / kChunks, kSteps = (kRows + kStep - 1) / kStep;
   static_assert(kThreads % kChunks == 0);
   const int first_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   const auto in_tile = [&](int i) {
@@ -75,9 +87,9 @@ DEVICE void copy_rows(T* tile, const Source& source, int columns FROM_HERE) {
 #pragma unroll
   for (int i = 0; i < kSteps; i++) {
     if (!in_tile(i)) break;
-    ptx::cp_async<16>(
-        ptx::shared_address(tile + chunk_offset<kRows>(i * kStep + first_row, chunk) HERE),
-        from[i].data + chunk * 8, from[i].exists && chunk * 8 < columns ? 16 : 0 HERE);
+    ptx::cp_async<16>(ptx::shared_address(chunk_of<kRows>(tile, i * kStep + first_row, chunk) HERE),
+                      from[i].data + chunk * kOfChunk,
+                      from[i].exists && chunk * kOfChunk < columns ? 16 : 0 HERE);
   }
 }
 template <int kWidth, int kRows, int kThreads, class T, class Source>

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int i = 0; i < kWarpTiles; i++) {
       const int row = first_row + (warp * kWarpTiles + i) * kPackedRows;
-      held[i] = load_tile<kBits>(p.weight, int64_t{row / kPackedRows} * steps + step,
-                                 row < p.rows && step < steps);
+      if (row < p.rows && step < steps)
+        load_tile(held[i], p.weight, row / kPackedRows * steps + step);
     }
   };
   ask(0);

@@ -234,7 +234,7 @@ DEVICE auto tokens_at(const OpeningParams& p, const T* a) {
   };
 }
 
-// What a product of a block's tiles reads tokens by, once a is there.
+// Makes a and returns read(t, column), of 8 columns that exist.
 template <class T, bool kOpens, int kSets>
 DEVICE auto open_tokens(const LinearSmallParams& p, LinearSmallSmem<kSets>& smem) {
   if constexpr (kOpens) {
@@ -242,12 +242,13 @@ DEVICE auto open_tokens(const LinearSmallParams& p, LinearSmallSmem<kSets>& smem
     open_branch(p, a, smem.sum, [&](int, int column, auto& y, float scale) {
       if (p.norm_weight) scale_by(y, scale, p.norm_weight, column);
     });
-    return tokens_at(p, a);
+    return [&p, a](int t, int from) {
+      return load_shared(reinterpret_cast<const uint4*>(a + t * p.a_stride + from));
+    };
   } else {
     ptx::wait_for_previous_kernel();
-    return [&](int t, int from) {
-      return load_fresh_if(t < p.tokens && from < p.width,
-                           static_cast<const T*>(p.x) + t * p.x_stride + from);
+    return [&p](int t, int from) {
+      return ptx::load_16_coherent(static_cast<const T*>(p.x) + t * p.x_stride + from);
     };
   }
 }
@@ -267,7 +268,12 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
                              .sets = kSets,
                              .first = static_cast<int>(blockIdx.x),
                              .step = static_cast<int>(gridDim.x)};
-  const auto open = [&] { return open_tokens<T, kOpens>(p, smem); };
+  const auto open = [&] {
+    return [&p, read = open_tokens<T, kOpens>(p, smem)](int t, int from) {
+      const bool exists = t < p.tokens && from < p.width;
+      return exists ? read(t, from) : uint4{0, 0, 0, 0};
+    };
+  };
   multiply_tiles(tiles, smem, open, [&](int tile, const float4(&total)[kSets]) {
     if constexpr (kGated)
       return write_rows<T>(p.y, p.tokens, p.rows, tile * kRows, gated<T>(total[0], total[1]));

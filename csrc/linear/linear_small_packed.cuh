@@ -24,10 +24,10 @@ struct PackedTiles {
   int tiles, first, step;  // the block's are first, first + step, ...
 };
 
-// The products of a block's tiles with tokens. `open` is that of multiply_tiles; `finish` is given
-// a tile, which eight of the tokens, and what a lane of one warp has of them, without row scales:
-// in x, y row lane / 4 of a set's 16, of tokens lane % 4 * 2 and the next; in z, w row 8 + lane
-// / 4.
+// The products of a block's tiles with tokens. `open` is that of multiply_tiles, but is asked for
+// what there is alone; `finish` is given a tile, which eight of the tokens, and what a lane of one
+// warp has of them, without row scales: in x, y row lane / 4 of a set's 16, of tokens lane % 4 * 2
+// and the next; in z, w row 8 + lane / 4.
 template <class T, int kBits, int kSets, class Open, class Finish>
 DEVICE void multiply_packed_tiles(const PackedTiles& w, int tokens, LinearSmallSmem<kSets>& smem,
                                   Open&& open, Finish&& finish) {
@@ -41,11 +41,10 @@ DEVICE void multiply_packed_tiles(const PackedTiles& w, int tokens, LinearSmallS
   LaneTile<kBits> weight[kLines][kSets];
   const auto ask = [&](int i) {
     const int line = (first + i) * kLinearWarps + warp;
+    if (ahead >= w.tiles || line >= w.lines) return;
 #pragma unroll
     for (int set = 0; set < kSets; set++)
-      weight[i][set] =
-          load_tile<kBits>(w.weight, int64_t{ahead * w.next + set * w.next_set} * w.lines + line,
-                           ahead < w.tiles && line < w.lines);
+      load_tile(weight[i][set], w.weight, (ahead * w.next + set * w.next_set) * w.lines + line);
   };
   const auto advance = [&] {
     first += kLines;
@@ -58,6 +57,8 @@ DEVICE void multiply_packed_tiles(const PackedTiles& w, int tokens, LinearSmallS
   advance();
 
   const auto token = open();
+  // Of tokens that do not exist nobody asks for a sum.
+  const int lane_token[] = {min(lane / 4, tokens - 1), min(8 + lane / 4, tokens - 1)};
   for (int tile = w.first, turn = 0; tile < w.tiles; tile += w.step, turn++) {
     float sum[kSets][2][4] = {};
     for (int first_line = 0; first_line < lines; first_line += kLines) {
@@ -65,16 +66,21 @@ DEVICE void multiply_packed_tiles(const PackedTiles& w, int tokens, LinearSmallS
       for (int i = 0; i < kLines; i++) {
         const int line = (first_line + i) * kLinearWarps + warp;
         if (line < w.lines) {
-          uint4 x[2][2];
-#pragma unroll
-          for (int eight = 0; eight < 2; eight++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-              if (eight < eights)
-                x[eight][half] = token(eight * 8 + lane / 4, line * 64 + half * 32 + lane % 4 * 8);
+          LaneScales scales[kSets];
 #pragma unroll
           for (int set = 0; set < kSets; set++)
-            multiply_tile<T, kBits>(sum[set], w.weight, weight[i][set], x, eights);
+            scales[set] = lane_scales<T, kBits>(w.weight, weight[i][set].scales);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            uint4 x[2];
+#pragma unroll
+            for (int eight = 0; eight < 2; eight++)
+              if (eight < eights)
+                x[eight] = token(lane_token[eight], line * 64 + half * 32 + lane % 4 * 8);
+#pragma unroll
+            for (int set = 0; set < kSets; set++)
+              multiply_half<T>(sum[set], w.weight, weight[i][set], scales[set], half, x, eights);
+          }
         }
         ask(i);
       }

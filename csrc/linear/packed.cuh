@@ -31,25 +31,29 @@ struct LaneTile {
   uint2 scales;  // of rows r and r + 8; kE8m0 and kTile: in x
 };
 
-// Tile `tile` of a weight, by loads that stay before the wait for the previous kernel; zeros where
-// it does not exist.
+// Tile `tile` of a weight, by loads that stay before the wait for the previous kernel.
 template <int kBits>
-DEVICE LaneTile<kBits> load_tile(const PackedWeight& w, int64_t tile, bool exists FROM_HERE) {
+DEVICE void load_tile(LaneTile<kBits>& to, const PackedWeight& w, int tile FROM_HERE) {
   constexpr int kBytes = kPackedRows * kPackedColumns * kBits / 8;
   const int lane = threadIdx.x % 32;
-  LaneTile<kBits> of_lane{};
-  const char* codes = static_cast<const char*>(w.codes) + tile * kBytes + lane * 16;
+  const char* codes = static_cast<const char*>(w.codes) + int64_t{tile} * kBytes + lane * 16;
 #pragma unroll
-  for (int i = 0; i < kBits / 4; i++)
-    of_lane.codes[i] = load_first_if(exists, codes + i * 512 HERE);
-  if (w.kind == Scales::kNone || !exists) return of_lane;
-  const char* scales = static_cast<const char*>(w.scales) + tile * scale_bytes(w.kind);
+  for (int i = 0; i < kBits / 4; i++) to.codes[i] = ptx::load_16_first(codes + i * 512 HERE);
+  if (w.kind == Scales::kNone) return;
+  const char* scales = static_cast<const char*>(w.scales) + int64_t{tile} * scale_bytes(w.kind);
   if (w.kind == Scales::kTile || w.kind == Scales::kE8m0) {
     const int row = w.kind == Scales::kTile ? 0 : lane / 4;
-    of_lane.scales.x = ptx::load_one_first(reinterpret_cast<const uint32_t*>(scales) + row HERE);
+    to.scales.x = ptx::load_one_first(reinterpret_cast<const uint32_t*>(scales) + row HERE);
   } else {
-    of_lane.scales = ptx::load_8_first(scales + lane / 4 * 8 HERE);
+    to.scales = ptx::load_8_first(scales + lane / 4 * 8 HERE);
   }
+}
+
+// The same, zeros where there is none.
+template <int kBits>
+DEVICE LaneTile<kBits> load_tile(const PackedWeight& w, int64_t tile, bool exists FROM_HERE) {
+  LaneTile<kBits> of_lane{};
+  if (exists) load_tile(of_lane, w, static_cast<int>(tile) HERE);
   return of_lane;
 }
 
@@ -61,7 +65,7 @@ DEVICE uint4 int4_numbers(uint32_t codes) {
   constexpr uint32_t kMagic = kTwice<(kIsBf16<T> ? 0x4300 : 0x6400)>;
   constexpr uint32_t kLess = kTwice<(kIsBf16<T> ? 0xc308 : 0xe408)>;
   const auto pair = [&](int i) {
-    return ptx::fma_pair<T>((codes >> 4 * i & 0x000f000f) | kMagic, kOnes<T>, kLess);
+    return ptx::fma_pair<T>(ptx::and_or(codes >> 4 * i, kTwice<0xf>, kMagic), kOnes<T>, kLess);
   };
   return {pair(0), pair(1), pair(2), pair(3)};
 }
@@ -83,8 +87,8 @@ DEVICE uint4 e2m1_numbers(uint32_t codes, uint32_t factor) {
 template <class T>
 DEVICE uint32_t int8_pair(uint32_t pair) {
   if constexpr (kIsBf16<T>) {  // 128 and the last seven bits, less 128 or, with the sign, 256
-    const uint32_t low = (pair & kTwice<0x7f>) | kTwice<0x4300>;
-    return ptx::fma_pair<T>((pair & kTwice<0x80>) | kTwice<0x4300>, kTwice<0xbf80>, low);
+    const uint32_t low = ptx::and_or(pair, kTwice<0x7f>, kTwice<0x4300>);
+    return ptx::fma_pair<T>(ptx::and_or(pair, kTwice<0x80>, kTwice<0x4300>), kTwice<0xbf80>, low);
   } else {  // 1024 and code + 128, less 1152
     return ptx::fma_pair<T>((pair ^ kTwice<0x80>) | kTwice<0x6400>, kOnes<T>, kTwice<0xe480>);
   }
@@ -117,11 +121,11 @@ DEVICE uint4 e4m3_numbers(uint32_t first, uint32_t last) {
   return {pairs(first, 0), pairs(first, 1), pairs(last, 0), pairs(last, 1)};
 }
 
-// ---- and their scales, [half][r or r + 8]
+// ---- and their scales
 
 struct LaneScales {
-  float after[2][2];      // of the sums
-  uint32_t before[2][2];  // of e2m1_numbers, in both halves
+  float after[2][2];   // [half][r or r + 8], of the sums
+  uint32_t before[2];  // [r or r + 8], of e2m1_numbers, in T's bits: the low half's, the high one's
 };
 
 template <class T, int kBits>
@@ -131,10 +135,8 @@ DEVICE LaneScales lane_scales(const PackedWeight& w, uint2 scales) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
-      for (int row = 0; row < 2; row++) {
-        made.after[half][row] = f(half, row);
-        made.before[half][row] = kTwice<(kIsBf16<T> ? 0x7e80 : 0x7400)>;
-      }
+      for (int row = 0; row < 2; row++) made.after[half][row] = f(half, row);
+    made.before[0] = made.before[1] = kTwice<(kIsBf16<T> ? 0x7e80 : 0x7400)>;
     return made;
   };
   const auto of_row = [&](int row) { return row ? scales.y : scales.x; };
@@ -163,13 +165,12 @@ DEVICE LaneScales lane_scales(const PackedWeight& w, uint2 scales) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       // Of the row's four groups of 16 columns the lane's, one in each half.
-      uint32_t pair = __byte_perm(of_row(row), 0, threadIdx.x % 4 / 2 ? 0x3414 : 0x2404);
+      const uint32_t pair = __byte_perm(of_row(row), 0, threadIdx.x % 4 / 2 ? 0x3414 : 0x2404);
       if constexpr (kIsBf16<T>)  // times 2^110
-        pair = ptx::fma_pair<T>(e4m3_pair<T>(pair), kTwice<0x7680>, kTwice<0x8000>);
+        made.before[row] = ptx::fma_pair<T>(e4m3_pair<T>(pair), kTwice<0x7680>, kTwice<0x8000>);
       else  // times 2^6
-        pair = ptx::fma_pair<T>(e4m3_pair_unscaled<T>(pair), kTwice<0x7400>, kTwice<0x8000>);
-      made.before[0][row] = __byte_perm(pair, 0, 0x1010);
-      made.before[1][row] = __byte_perm(pair, 0, 0x3232);
+        made.before[row] =
+            ptx::fma_pair<T>(e4m3_pair_unscaled<T>(pair), kTwice<0x7400>, kTwice<0x8000>);
     }
   }
   return made;
@@ -191,7 +192,7 @@ DEVICE LaneRows lane_rows(const PackedWeight& w, const LaneTile<kBits>& tile,
     const uint32_t low = half ? codes.z : codes.x, high = half ? codes.w : codes.y;
     if (w.numbers == Numbers::kInt4) return {int4_numbers<T>(low), int4_numbers<T>(high)};
     const auto factor = [&](int row) {
-      return half ? scales.before[1][row] : scales.before[0][row];
+      return __byte_perm(scales.before[row], 0, half ? 0x3232 : 0x1010);
     };
     return {e2m1_numbers<T>(low, factor(0)), e2m1_numbers<T>(high, factor(1))};
   } else {
@@ -201,9 +202,27 @@ DEVICE LaneRows lane_rows(const PackedWeight& w, const LaneTile<kBits>& tile,
   }
 }
 
-// sum[i] += a tile times kEights times eight tokens: x[i][half] is what a lane has of token lane /
-// 4 of the i-th eight, the same 8 columns as of a row. The sums are those of mma_16816: rows r and
-// r + 8, tokens lane % 4 * 2 and the next. The first `eights` are added to.
+// sum[i] += half a tile times the i-th eight tokens: x[i] is what a lane has of token lane / 4 of
+// them, the same 8 columns as of a row. The sums are those of mma_16816: rows r and r + 8, tokens
+// lane % 4 * 2 and the next. The first `eights` are added to.
+template <class T, int kBits, int kEights>
+DEVICE void multiply_half(float (&sum)[kEights][4], const PackedWeight& w,
+                          const LaneTile<kBits>& tile, const LaneScales& scales, int half,
+                          const uint4 (&x)[kEights], int eights FROM_HERE) {
+  const LaneRows rows = lane_rows<T>(w, tile, scales, half);
+  const uint4 a = rows.low, a_8 = rows.high;
+#pragma unroll
+  for (int i = 0; i < kEights; i++) {
+    if (i >= eights) break;
+    float of_half[4];
+    ptx::mma_16816_first<T>(of_half, {a.x, a_8.x, a.y, a_8.y}, x[i].x, x[i].y HERE);
+    ptx::mma_16816<T>(of_half, {a.z, a_8.z, a.w, a_8.w}, x[i].z, x[i].w HERE);
+#pragma unroll
+    for (int e = 0; e < 4; e++) sum[i][e] += of_half[e] * scales.after[half][e / 2];
+  }
+}
+
+// The same of both halves: x[i][half].
 template <class T, int kBits, int kEights>
 DEVICE void multiply_tile(float (&sum)[kEights][4], const PackedWeight& w,
                           const LaneTile<kBits>& tile, const uint4 (&x)[kEights][2],
@@ -211,17 +230,10 @@ DEVICE void multiply_tile(float (&sum)[kEights][4], const PackedWeight& w,
   const LaneScales scales = lane_scales<T, kBits>(w, tile.scales);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const LaneRows rows = lane_rows<T>(w, tile, scales, half);
+    uint4 of_half[kEights];
 #pragma unroll
-    for (int i = 0; i < kEights; i++) {
-      if (i >= eights) break;
-      float of_half[4];
-      const uint4 a = rows.low, a_8 = rows.high, b = x[i][half];
-      ptx::mma_16816_first<T>(of_half, {a.x, a_8.x, a.y, a_8.y}, b.x, b.y HERE);
-      ptx::mma_16816<T>(of_half, {a.z, a_8.z, a.w, a_8.w}, b.z, b.w HERE);
-#pragma unroll
-      for (int e = 0; e < 4; e++) sum[i][e] += of_half[e] * scales.after[half][e / 2];
-    }
+    for (int i = 0; i < kEights; i++) of_half[i] = x[i][half];
+    multiply_half<T>(sum, w, tile, scales, half, of_half, eights HERE);
   }
 }
 

@@ -2,6 +2,7 @@
 // first half and those that pair with them, so that the rotation never leaves a lane.
 #pragma once
 
+#include "../common/e4m3.cuh"
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
 #include "../common/row.cuh"
@@ -88,6 +89,40 @@ struct HeadRow {
       store(column, out_a);
       store(Lanes::kHalf + column, out_b);
     });
+  }
+};
+
+// A row of `normed` or `turned` on its way into a cache of e4m3, with a scale of its own.
+template <class T, int kHeadDim>
+struct HeadCodes {
+  using Lanes = HeadLanes<T, kHeadDim>;
+  using Vector = typename Lanes::Vector;
+  static_assert(Lanes::kWidth == 8 && Lanes::kVectors == 1);
+  Vector halves[2] = {};
+
+  DEVICE auto hold() {
+    return [this](int column, const Vector& vector) { halves[column / Lanes::kHalf] = vector; };
+  }
+
+  // All lanes of the warp, to head `row` of codes and of scales if it exists.
+  DEVICE void store(bool exists, void* codes, float* scales, int64_t row FROM_HERE) const {
+    // As bits sizes have the order of the numbers, and NaN is the largest.
+    unsigned most = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i++) most = max(most, __float_as_uint(fabsf(halves[i / 8][i % 8])));
+    most = lane_max<Lanes::kLanes>(most);
+    if (!exists) return;
+    const float scale = e4m3_scale(__uint_as_float(most));
+    const int lane = threadIdx.x % Lanes::kLanes;
+    auto* to = static_cast<e4m3*>(codes) + row * kHeadDim + lane * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint32_t words[2] = {};
+#pragma unroll
+      for (int i = 0; i < 8; i++) words[i / 4] |= e4m3_code(halves[half][i] / scale) << i % 4 * 8;
+      ptx::store_8(to + half * Lanes::kHalf, {words[0], words[1]} HERE);
+    }
+    if (lane == 0) scales[row] = scale;
   }
 };
 

@@ -44,6 +44,7 @@ struct QkvNormRopeParams {
   const void *q_weight, *k_weight;       // [C]
   const float* inv_freq;                 // [C / 2]
   void *q_out, *k_out, *v_out;           // q_out [T, H, C]; k_out, v_out [slots, G, C]
+  float *k_scales, *v_scales;            // [slots, G] of k_out and v_out in e4m3, or null
   Indices positions;                     // [T]
   Indices slots;                         // [T], or null: token t goes to row t
   int64_t q_stride, k_stride, v_stride;  // between tokens

@@ -25,6 +25,7 @@ bool heads_are_aligned(const QkvNormRopeParams& p) {
              are_aligned<float>(p.inv_freq, p.head_dim / 2, p.head_dim / 2);
   for (const void* weight : {p.q_weight, p.k_weight})
     all = all && are_aligned<W>(weight, p.head_dim, p.head_dim);
+  if (p.k_scales) return all && fits(p.q_out, p.head_dim, p.head_dim) && p.head_dim % 16 == 0;
   for (const void* out : {p.q_out, p.k_out, p.v_out})
     all = all && fits(out, p.head_dim, p.head_dim);
   return all;
@@ -47,6 +48,10 @@ void qkv_norm_rope(const QkvNormRopeParams& p, const DTypes& dtypes, const Devic
     if (head_dim == 128) return launch_heads<T, W, 128>(p, device);
     if (head_dim == 256) return launch_heads<T, W, 256>(p, device);
     if (head_dim == 512) return launch_heads<T, W, 512>(p, device);
+    if (p.k_scales)
+      throw std::runtime_error(
+          "qkv_norm_rope: there are kernels for e4m3 of head_dim 64, 128, 256 and 512 in 16-byte "
+          "rows alone");
     launch(device, "qkv_norm_rope", qkv_norm_rope_unaligned_kernel<T, W>, plan_grid(p, 8, device),
            256, 0, p);
   });

@@ -17,9 +17,10 @@ namespace gemma4 {
 template <class T, class W>
 struct Head {
   const T* in;
-  const W* weight;  // null: a v head, neither weighted nor turned
-  T* out;           // null: nowhere
-  T* raw_out;       // the same head as v, null if v comes by itself
+  const W* weight;   // null: a v head, neither weighted nor turned
+  T* out;            // null: nowhere
+  T* raw_out;        // the same head as v, null if v comes by itself
+  int64_t row = -1;  // of k_out and v_out, if it goes there
 };
 
 // The number of heads a token has: v's are absent where they are made from k's.
@@ -37,14 +38,31 @@ DEVICE Head<T, W> head_at(const QkvNormRopeParams& p, int64_t token, int64_t slo
   h -= p.q_heads;
   const bool is_v = h >= p.kv_heads;
   if (is_v) h -= p.kv_heads;
-  const int64_t to = (slot * p.kv_heads + h) * p.head_dim;
+  const int64_t row = slot * p.kv_heads + h, to = row * p.head_dim;
   T* v_out = kept ? static_cast<T*>(p.v_out) + to : nullptr;
   if (is_v)
     return {static_cast<const T*>(p.v) + token * p.v_stride + h * p.v_head_stride, nullptr, v_out,
-            nullptr};
+            nullptr, kept ? row : -1};
   return {static_cast<const T*>(p.k) + token * p.k_stride + h * p.k_head_stride,
           static_cast<const W*>(p.k_weight), kept ? static_cast<T*>(p.k_out) + to : nullptr,
-          p.v ? nullptr : v_out};
+          p.v ? nullptr : v_out, kept ? row : -1};
+}
+
+// A head of q as it is, one of k and v in e4m3. All lanes of the warp.
+template <class T, class W, int kHeadDim, class StoreOut>
+DEVICE void store_coded(const QkvNormRopeParams& p, const Head<T, W>& head,
+                        const HeadRow<T, kHeadDim>& x, const Rotation<T, kHeadDim>& rotation,
+                        const StoreOut& to_out) {
+  const bool is_k = head.weight && head.row >= 0;
+  const bool makes_v = head.row >= 0 && (!head.weight || head.raw_out);
+  HeadCodes<T, kHeadDim> key, value;
+  if (is_k)
+    x.turned(head.weight, rotation, key.hold());
+  else if (head.weight && head.out)
+    x.turned(head.weight, rotation, to_out);
+  if (makes_v) x.normed(value.hold());
+  key.store(is_k, p.k_out, p.k_scales, head.row);
+  value.store(makes_v, p.v_out, p.v_scales, head.row);
 }
 
 template <class T, class W, int kHeadDim>
@@ -68,6 +86,11 @@ __global__ void __launch_bounds__(256, kLeastBlocks<T, W>)
       const auto to = [](T* out) {
         return [out](int column, const auto& vector) { store(out + column, vector); };
       };
+      if constexpr (sizeof(T) == 2)
+        if (p.k_scales) {
+          store_coded(p, head, row, rotation, to(head.out));
+          continue;
+        }
       T* raw_out = head.weight ? head.raw_out : head.out;
       if (raw_out) row.normed(to(raw_out));
       if (head.weight && head.out) row.turned(head.weight, rotation, to(head.out));

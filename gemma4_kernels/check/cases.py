@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..e4m3 import to_e4m3
 from ..ops.attention import HEAD_DIMS
+from ..ops.decode import CODED_HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..opset import HALF
 from ..packed import pack
 from ..reference.decode import COUNTERS
 
@@ -112,12 +115,20 @@ def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
         yield q, None, None, weights[0], None, *rest
 
 
+def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
+    """Caches in e4m3, and their scales."""
+    codes, scales = zip(*map(to_e4m3, caches), strict=True)
+    return *codes, *scales
+
+
 def qkv_norm_rope_cache(draw: Draw) -> Iterator[Arguments]:
     for q, k, *rest in qkv_norm_rope(draw):
         if k is not None:
             shape = (2, 4, *k.shape[1:])
-            caches = (torch.full(shape, torch.nan).to(k) for _ in range(2))
-            yield q, k, *rest, *caches, draw.ints(6, -1, 1)
+            caches = [torch.full(shape, torch.nan).to(k) for _ in range(2)]
+            yield q, k, *rest, *caches, None, None, draw.ints(6, -1, 1)
+            if draw.dtype in HALF and q.shape[-1] in HEAD_DIMS:
+                yield q, k, *rest, *coded(caches), draw.ints(6, -1, 1)
 
 
 def geglu(draw: Draw) -> Iterator[Arguments]:
@@ -241,12 +252,15 @@ def attention_decode(draw: Draw) -> Iterator[Arguments]:
             for b, length in enumerate(lengths):
                 for cache in rows:
                     cache[b, length:] = torch.nan
-            yield q, *rows, seq_lens, None, 1.0, 0, False, 0.0, True
-            yield q, *rows, seq_lens, None, 0.5, 33, False, 20.0, True
+            yield q, *rows, None, None, seq_lens, None, 1.0, 0, False, 0.0, True
+            yield q, *rows, None, None, seq_lens, None, 0.5, 33, False, 20.0, True
             k, v, table = paged(draw, lengths, 16, 2, head_dim)
-            yield q, k, v, seq_lens, table, 1.0, 0, False, 0.0, False
+            yield q, k, v, None, None, seq_lens, table, 1.0, 0, False, 0.0, False
             ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
-            yield q, *ring, seq_lens, None, 1.0, 37, True, 0.0, True
+            yield q, *ring, None, None, seq_lens, None, 1.0, 37, True, 0.0, True
+            if head_dim in CODED_HEAD_DIMS:
+                yield q, *coded(rows), seq_lens, None, 1.0, 0, False, 0.0, True
+                yield q, *coded([k, v]), seq_lens, table, 1.0, 33, False, 0.0, True
 
 
 def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
@@ -268,14 +282,22 @@ def qkv_attention_decode(draw: Draw) -> Iterator[Arguments]:
             for cache in rows:
                 cache[b, max(length - 1, 0) :] = torch.nan
         seq_lens, scale = draw.ints(*lengths), head_dim**-0.5
-        yield *qkv(4), *rope, *rows, seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        whole = seq_lens, None, counters, EPS, scale, 0, False, 0.0
+        yield *qkv(4), *rope, *rows, None, None, *whole
+        if head_dim in CODED_HEAD_DIMS:
+            # The new k and v of one size and not turned: no rounding makes another code of them.
+            q, k, v = (x.sign() if i else x for i, x in enumerate(qkv(4)))
+            still = weights[0], weights[1].sign(), positions, torch.zeros_like(rope[-1])
+            yield q, k, v, *still, *coded(rows), *whole
+            yield qkv(16)[0], k, None, *still, *coded(rows), *whole
         q, k, _ = qkv(16)
         k_pages, v_pages, table = paged(draw, lengths, 16, 2, head_dim)
-        pages = k_pages, v_pages, seq_lens, table, counters
+        pages = k_pages, v_pages, None, None, seq_lens, table, counters
         yield q, k, None, *rope, *pages, EPS, scale, 33, False, 20.0
         ring = [heads(draw, 4, 40, 2, head_dim) for _ in range(2)]
         borrowed = None, None, weights[0], None, *rope[2:]
-        yield qkv(1)[0], *borrowed, *ring, seq_lens, None, counters, EPS, scale, 37, True, 0.0
+        seen = *ring, None, None, seq_lens, None, counters
+        yield qkv(1)[0], *borrowed, *seen, EPS, scale, 37, True, 0.0
 
 
 def moe_route(draw: Draw) -> Iterator[Arguments]:

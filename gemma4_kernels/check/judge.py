@@ -97,14 +97,15 @@ def _labels(names: list[str], arguments: Arguments, values: list[Tensor]) -> lis
 
 def _in_float64(names: list[str], arguments: Arguments) -> Arguments:
     given = dict(zip(names, arguments, strict=True))
-    kept = {"inv_freq"}  # angles are fp32 by definition
+    # Angles are fp32 by definition; codes and their scales are what they are.
+    kept = {"inv_freq", "k_scales", "v_scales"}
     for name in names:
         parts = name, f"{name}_scales", f"{name}_row_scales"
         if parts[-1] in given and given[name].dtype in CODES:
-            kept |= set(parts)  # so are a packed weight's dtypes
+            kept |= set(parts)
 
     def convert(name: str, x: Any) -> Any:
-        wide = isinstance(x, Tensor) and x.is_floating_point() and name not in kept
-        return x.double() if wide else x
+        wide = isinstance(x, Tensor) and x.is_floating_point() and x.itemsize > 1
+        return x.double() if wide and name not in kept else x
 
     return tuple(map(convert, names, arguments))

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from ..opset import Op, needs_grad, new
+from ..opset import HALF, Op, needs_grad, new
 from ..reference import rope as reference
+from .attention import HEAD_DIMS
 
 
 def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,14 +48,24 @@ def qkv_norm_rope(
     return (q, None, None) if k is None else (q, new_k, new_v)
 
 
+def _cache_unserved(q: Tensor, k_scales: Tensor | None) -> str | None:
+    if k_scales is None or (q.dtype in HALF and q.shape[-1:] in [(c,) for c in HEAD_DIMS]):
+        return None
+    return (
+        f"into e4m3 it is for {', '.join(map(str, HALF))} and head_dim {HEAD_DIMS}, "
+        f"got {q.dtype} and {list(q.shape)}"
+    )
+
+
 _qkv_norm_rope_cache = Op(
     "qkv_norm_rope_cache(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight,"
     " Tensor positions, Tensor inv_freq, float eps, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor slots) -> Tensor",
+    " Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor slots) -> Tensor",
     reference.qkv_norm_rope_cache,
     check=reference.check_qkv_norm_rope_cache,
     outputs=lambda q: new(q, *q.shape),
     beside=("q_weight", "k_weight"),
+    unserved=_cache_unserved,
 )
 
 
@@ -70,6 +81,9 @@ def qkv_norm_rope_cache(
     v_cache: Tensor,
     slots: Tensor,
     eps: float = 1e-6,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`qkv_norm_rope` that writes k and v of token t into slot slots[t] of a cache.
 
@@ -78,11 +92,16 @@ def qkv_norm_rope_cache(
     rows [B, S, G, C], whose leading dimensions count slots. slots [T] integers; a negative one
     drops its token, and so does, in a kernel, one past the cache (the eager twin raises
     ValueError). Returns q [T, H, C]. Has no backward.
+
+    With k_scales, v_scales [..., G] fp32, contiguous, the caches are float8_e4m3fn: of each head of
+    k and v, as it comes in the dtype of q, the scale is max |x| / 448 (1 of zeros), and x / scale
+    is rounded to the nearest code.
     """
     # Not in the backward: keys that went into the cache would lose their gradient without a word.
     if needs_grad(q, k, v, q_weight, k_weight):
         raise RuntimeError(
             "qkv_norm_rope_cache has no backward; use qkv_norm_rope, or torch.no_grad()"
         )
-    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps, k_cache, v_cache, slots)
+    cache = k_cache, v_cache, k_scales, v_scales, slots
+    args = (q, k, v, q_weight, k_weight, positions, inv_freq, eps, *cache)
     return _qkv_norm_rope_cache(*args)

@@ -35,6 +35,7 @@ def check_heads(
     window: int,
     k_name: str = "k",
     v_name: str = "v",
+    coded: bool = False,
 ) -> None:
     check_floating("q", q)
     if block_table is not None and k.ndim != 4:
@@ -43,7 +44,7 @@ def check_heads(
             f"got {list(k.shape)}"
         )
     for name, x in ((k_name, k), (v_name, v)):
-        check_like(name, x, "q", q)
+        (check_same_device if coded else check_like)(name, x, "q", q)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{k_name} must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]}")
     check_shape(v_name, v, k.shape)

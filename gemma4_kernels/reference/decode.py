@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..e4m3 import check_scales, from_e4m3, to_e4m3
 from .attention import check_heads
 from .common import check_same_device, check_shape
 from .rope import check_qkv_norm_rope, qkv_norm_rope
@@ -30,6 +31,8 @@ def check_attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     window: int,
@@ -39,7 +42,8 @@ def check_attention_decode(
         raise ValueError(f"q must be [B, N, H, C], got {list(q.shape)}")
     if k_cache.ndim != 4:
         raise ValueError(f"k_cache must be 4-d, got {list(k_cache.shape)}")
-    check_heads(q, k_cache, v_cache, block_table, window, "k_cache", "v_cache")
+    coded = check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_heads(q, k_cache, v_cache, block_table, window, "k_cache", "v_cache", coded)
     if seq_lens.dtype != torch.int32:
         raise TypeError(f"seq_lens must be int32, got {seq_lens.dtype}")
     check_same_device("seq_lens", seq_lens, "q", q)
@@ -64,6 +68,8 @@ def attention_decode(
     q_BNHC: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     scale: float,
@@ -72,7 +78,8 @@ def attention_decode(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    fused = q_BNHC.is_cpu and not softcap and not return_lse
+    # Codes are no longer exact in a narrow dtype once they are scaled.
+    fused = q_BNHC.is_cpu and not softcap and not return_lse and k_scales is None
     acc = torch.promote_types(q_BNHC.dtype, torch.float32)
     _, num_new, heads, _ = q_BNHC.shape
     kv_heads = k_cache.shape[2]
@@ -95,18 +102,8 @@ def attention_decode(
         first = length - num_new
         lo, hi = visible_keys(first, length, length, window, 0)
         mask = visible_mask(first, length, lo, hi, window, 0, q_BNHC.device)
-        if block_table is None:
-            # Views, not one copied block: a wrapped ring is two spans whose scores are joined.
-            spans = ring_spans(page_size, lo, hi) if ring else [slice(lo, hi)]
-            ks, vs = ([cache[rows, span] for span in spans] for cache in (k_cache, v_cache))
-        else:
-            skipped = lo // page_size
-            pages = block_table[b, skipped : -(-hi // page_size)].tolist()
-            seen = slice(lo - skipped * page_size, None)
-            num_keys = hi - skipped * page_size
-            ks, vs = (
-                [keys_on_pages(cache, pages, num_keys)[None, seen]] for cache in (k_cache, v_cache)
-            )
+        where = rows, lo, hi, block_table, ring
+        ks, vs = _visible(k_cache, *where), _visible(v_cache, *where)
         if fused and first >= 0:
             k, v = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (ks, vs))
             out[rows] = F.scaled_dot_product_attention(
@@ -118,7 +115,14 @@ def attention_decode(
                 enable_gqa=kv_heads != heads,
             ).transpose(1, 2)
             continue
-        ks, vs = ([x[0].to(acc) for x in xs] for xs in (ks, vs))
+        if k_scales is None or v_scales is None:
+            ks, vs = ([x[0].to(acc) for x in xs] for xs in (ks, vs))
+        else:
+            pairs = (ks, _visible(k_scales, *where)), (vs, _visible(v_scales, *where))
+            ks, vs = (
+                [from_e4m3(x[0], scales[0], acc) for x, scales in zip(*pair, strict=True)]
+                for pair in pairs
+            )
         q = grouped(q_BNHC[b].to(acc), kv_heads)
         scores = [masked_scores(q, k, None, scale, softcap) for k in ks]
         s = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
@@ -135,6 +139,21 @@ def attention_decode(
     return out, lse_BHN
 
 
+def _visible(
+    cache: Tensor, rows: slice, lo: int, hi: int, block_table: Tensor | None, ring: bool
+) -> list[Tensor]:
+    """Keys lo..hi - 1 of the rows, [B, S, ...]: views, where they are not pages out of order. A
+    wrapped ring is two of them."""
+    size = cache.shape[1]
+    if block_table is None:
+        spans = ring_spans(size, lo, hi) if ring else [slice(lo, hi)]
+        return [cache[rows, span] for span in spans]
+    skipped = lo // size
+    pages = block_table[rows.start, skipped : -(-hi // size)].tolist()
+    seen = slice(lo - skipped * size, None)
+    return [keys_on_pages(cache, pages, hi - skipped * size)[None, seen]]
+
+
 def check_qkv_attention_decode(
     q: Tensor,
     k: Tensor | None,
@@ -145,6 +164,8 @@ def check_qkv_attention_decode(
     inv_freq: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     counters: Tensor,
@@ -152,7 +173,7 @@ def check_qkv_attention_decode(
     ring: bool,
 ) -> None:
     check_qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq)
-    decode = (k_cache, v_cache, seq_lens, block_table, window, ring)
+    decode = (k_cache, v_cache, k_scales, v_scales, seq_lens, block_table, window, ring)
     check_attention_decode(q.unsqueeze(1), *decode)
     kv_heads = k_cache.shape[2]
     if k is not None and k.shape[1] != kv_heads:
@@ -175,6 +196,8 @@ def qkv_attention_decode(
     inv_freq: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     counters: Tensor,
@@ -188,10 +211,14 @@ def qkv_attention_decode(
     q_BHC, new_k_BGC, new_v_BGC = qkv_norm_rope(q_BHC, k_BGC, v_BGC, *rope)
     if k_BGC is not None:
         rows, outer, inner = _newest(k_cache, seq_lens, block_table, ring)
-        k_cache[outer, inner] = new_k_BGC[rows]
-        v_cache[outer, inner] = new_v_BGC[rows]
-    options = block_table, scale, window, ring, softcap, False
-    out, _ = attention_decode(q_BHC.unsqueeze(1), k_cache, v_cache, seq_lens, *options)
+        for cache, scales, new in ((k_cache, k_scales, new_k_BGC), (v_cache, v_scales, new_v_BGC)):
+            if scales is None:
+                cache[outer, inner] = new[rows]
+            else:
+                cache[outer, inner], scales[outer, inner] = to_e4m3(new[rows])
+    cache_of = k_cache, v_cache, k_scales, v_scales, seq_lens, block_table
+    options = scale, window, ring, softcap, False
+    out, _ = attention_decode(q_BHC.unsqueeze(1), *cache_of, *options)
     return out.squeeze(1)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..e4m3 import check_scales, write_slots
 from .common import (
     check_beside,
     check_floating,
@@ -104,11 +105,14 @@ def check_qkv_norm_rope_cache(
     inv_freq: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     slots: Tensor,
 ) -> None:
     check_qkv_norm_rope(q, k, v, q_weight, k_weight, positions, inv_freq)
+    coded = check_scales(k_cache, v_cache, k_scales, v_scales)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_like(name, cache, "q", k)
+        (check_same_device if coded else check_like)(name, cache, "q", k)
         if cache.ndim < 3 or cache.shape[-2:] != k.shape[1:]:
             raise ValueError(
                 f"{name} must end in [G, C] = {list(k.shape[1:])}, got {list(cache.shape)}"
@@ -132,6 +136,8 @@ def qkv_norm_rope_cache(
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     slots_T: Tensor,
 ) -> Tensor:
     q, k, v = qkv_norm_rope(q_THC, k_TGC, v_TGC, q_weight, k_weight, positions_T, inv_freq, eps)
@@ -145,6 +151,6 @@ def qkv_norm_rope_cache(
     if lowest < 0:
         keep = slots_T >= 0
         slots_T, k, v = slots_T[keep], k[keep], v[keep]
-    k_cache.flatten(0, -3).index_copy_(0, slots_T, k)
-    v_cache.flatten(0, -3).index_copy_(0, slots_T, v)
+    write_slots(k_cache, k_scales, slots_T, k)
+    write_slots(v_cache, v_scales, slots_T, v)
     return q

@@ -32,6 +32,8 @@ def attention_decode(
     q_BNHC: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     scale: float,
@@ -43,6 +45,8 @@ def attention_decode(
     """One new token of each sequence, over rows or a ring of finite numbers."""
     if q_BNHC.shape[1] != 1 or block_table is not None or softcap or return_lse:
         raise NotImplementedError("a compiled step has one token a row, no pages and no softcap")
+    if k_scales is not None:
+        raise NotImplementedError("a compiled step has no cache in e4m3")
     out = F.scaled_dot_product_attention(
         q_BNHC.transpose(1, 2),
         k_cache.transpose(1, 2),
@@ -65,10 +69,14 @@ def qkv_norm_rope_cache(
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     slots_T: Tensor,
 ) -> Tensor:
     """Every token has its slot."""
     rope_of = q_weight, k_weight, positions_T, inv_freq, eps
+    if k_scales is not None:
+        raise NotImplementedError("a compiled step has no cache in e4m3")
     q, k, v = rope.qkv_norm_rope(q_THC, k_TGC, v_TGC, *rope_of)
     k_cache.flatten(0, -3).index_copy_(0, slots_T.long(), k)
     v_cache.flatten(0, -3).index_copy_(0, slots_T.long(), v)
@@ -85,6 +93,8 @@ def qkv_attention_decode(
     inv_freq: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     seq_lens: Tensor,
     block_table: Tensor | None,
     counters: Tensor,
@@ -96,15 +106,16 @@ def qkv_attention_decode(
 ) -> Tensor:
     """Of sequences that all have a new token."""
     rope_of = q_weight, k_weight, positions_B, inv_freq, eps
+    cache = k_cache, v_cache, k_scales, v_scales
     if k_BGC is None:
         q, _, _ = rope.qkv_norm_rope(q_BHC, None, None, *rope_of)
     else:
         rows, slots = k_cache.shape[:2]
         newest = seq_lens.long() - 1
         at = torch.arange(rows) * slots + (newest % slots if ring else newest)
-        q = qkv_norm_rope_cache(q_BHC, k_BGC, v_BGC, *rope_of, k_cache, v_cache, at)
-    options = block_table, scale, window, ring, softcap, False
-    out, _ = attention_decode(q[:, None], k_cache, v_cache, seq_lens, *options)
+        q = qkv_norm_rope_cache(q_BHC, k_BGC, v_BGC, *rope_of, *cache, at)
+    keys = *cache, seq_lens, block_table
+    out, _ = attention_decode(q[:, None], *keys, scale, window, ring, softcap, False)
     return out[:, 0]
 
 

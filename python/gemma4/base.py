@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gemma4_kernels.packed_linear import PackedParameter
+
 from .checkpoint import load, save_pretrained
 from .config import Gemma4TextConfig
 
@@ -88,16 +90,19 @@ class PreTrainedModel(nn.Module):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Elements of all parameters; a tied head counts once, as the embedding."""
+        """Elements of all parameters and packed weights; a tied head counts once, as the
+        embedding. Packed weights are not trained."""
         left_out = set()
         if exclude_embeddings:
-            tables = (m for m in self.modules() if isinstance(m, nn.Embedding))
-            left_out = {id(p) for table in tables for p in table.parameters()}
-        return sum(
-            p.numel()
-            for p in self.parameters()
-            if id(p) not in left_out and (p.requires_grad or not only_trainable)
-        )
+            tables = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+            held = (x for table in tables for x in (*table.parameters(), *table.children()))
+            left_out = {id(x) for x in held}
+        counts = {id(p): p.numel() for p in self.parameters() if p.requires_grad}
+        if not only_trainable:
+            packed = [m for m in self.modules() if isinstance(m, PackedParameter)]
+            counts |= {id(p): p.numel() for p in self.parameters()}
+            counts |= {id(m): m.shape.numel() for m in packed}
+        return sum(count for key, count in counts.items() if key not in left_out)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Keeps what trainers write into a model's card."""
@@ -120,8 +125,14 @@ class PreTrainedModel(nn.Module):
         """Gives the token table, the PLE table and the head `new_num_tokens` rows (as many as now
         if None), rounded up to a multiple of `pad_to_multiple_of`.
 
-        New rows are the mean of the old ones. Returns the token embedding.
+        New rows are the mean of the old ones. Returns the token embedding. Raises ValueError where
+        a table is packed.
         """
+        if any(isinstance(m, nn.Embedding) and m._modules for m in self.modules()):
+            raise ValueError(
+                "a packed token table has no room for rows: load the model with "
+                "quantized='dequantize' to resize it"
+            )
         stack, head, config = self.base_model, self.get_output_embeddings(), self.config
         table = stack.embed_tokens
         tied = head is not None and head.weight is table.weight

@@ -25,6 +25,8 @@ def prepare(cache: Cache) -> None:
     RuntimeError where there is no C++ compiler."""
     if cache.device.type != "cpu":
         raise ValueError(f"compile is for a CPU, got {cache.device}: a GPU runs a CUDA graph")
+    if cache.kv_dtype is not None:
+        raise ValueError(f"compile takes no cache in fp8, got kv_dtype {cache.kv_dtype!r}")
     import torch._inductor.config as inductor
 
     names = [name for name in inductor.cpp.cxx if name]

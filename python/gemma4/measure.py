@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import gemma4_kernels
+from gemma4_kernels.packed_linear import PackedParameter
 
 if TYPE_CHECKING:
     from .config import Gemma4TextConfig
@@ -160,10 +161,14 @@ def decode_bytes(model: "Gemma4ForCausalLM") -> int:
     if config.enable_moe_block:
         experts, chosen, _ = config.expert_sizes
         share = chosen / experts
+    sizes = {name: weight.nbytes for name, weight in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedParameter):
+            sizes[name] = module.nbytes
     total = 0.0
-    for name, weight in model.named_parameters():
+    for name, size in sizes.items():
         part = share if ".experts." in name else 1
-        total += 0 if name in tables else weight.numel() * weight.element_size() * part
+        total += 0 if name in tables else size * part
     return int(total)
 
 

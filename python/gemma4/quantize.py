@@ -9,16 +9,17 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint.folder import TOKENIZER_FILES, WEIGHTS, owned_files, resolve
+from .checkpoint.folder import TOKENIZER_FILES, owned_files, resolve
 from .checkpoint.load import LAYER, OTHER_MODALITIES, read_sources
 from .checkpoint.packed import Packed
-from .checkpoint.save import shard_names, size_of, write_index
-from .checkpoint.tensorfile import Entry, read_rows, write_tensors
+from .checkpoint.save import write_shards
+from .checkpoint.tensorfile import Entry, read_rows
 from .files import Json, read_json, replacing, write_json
 
 LINEAR = re.compile(
@@ -153,10 +154,12 @@ class Format:
         shape = torch.tensor(code.shape)
         each = 32 // self.bits
         rows, columns = code.shape
-        padded = torch.zeros(rows, -(-columns // each) * each, dtype=torch.int64)
-        padded[:, :columns] = code.long() + 2 ** (self.bits - 1)
-        shifts = torch.arange(each) * self.bits
-        words = (padded.unflatten(1, (-1, each)) << shifts).sum(-1).to(torch.int32)
+        padded = torch.zeros(rows, -(-columns // each) * each, dtype=torch.uint8)
+        # All bits of eight, or the low four of them.
+        padded[:, :columns] = code.view(torch.uint8) + 2 ** (self.bits - 1)
+        if self.bits == 4:
+            padded = padded[:, 0::2] | padded[:, 1::2] << 4
+        words = padded.view(torch.int32)
         return {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
 
 
@@ -191,15 +194,19 @@ def quantize(
     target: str | Path,
     format: str = "w4a16",
     progress: Callable[[str], object] = lambda name: None,
+    head: str | None = None,
 ) -> Report:
     """Writes the checkpoint `source` (folder or hub id) to the folder `target`, compressed-tensors.
 
     format: "w4a16" (int4, a scale for 32 columns), "w8a16" (int8, a scale for each row) or "fp8"
     (e4m3, a scale for each row). Weights that lie on the grid of quantisation-aware training keep
     its codes and steps; others are rounded to the nearest. Linear layers whose columns do not fit
-    stay dense. progress is told of each tensor. Raises ValueError for another format, a source that
-    is quantised already, and weights that are not finite.
+    stay dense. head="8bit" writes a head of its own in eight bits, which every token reads whole,
+    beside the embedding that it was tied to. progress is told of each tensor. Raises ValueError for
+    another format, a source that is quantised already, and weights that are not finite.
     """
+    if head not in (None, "8bit"):
+        raise ValueError(f"head must be '8bit' or None, got {head!r}")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     how, folder = FORMATS[format], resolve(source)
@@ -214,19 +221,29 @@ def quantize(
     report, left = Report(before_bytes=sum(entry.size for entry in entries)), list(LEFT_DENSE)
     with replacing(Path(target)) as (staging, removed):
         removed |= owned_files(Path(target))
-        _write_shards(staging, _converted(entries, how, report, left, progress), report)
+        made = _converted(entries, how, report, left, progress)
+        wide = how if how.bits == 8 else FORMATS["w8a16"]
+        if head:
+            left.remove("lm_head")
+            made = chain(made, _head(entries, wide, report))
+        report.after_bytes = write_shards(staging, made, SHARD_BYTES)
         for name in ("generation_config.json", *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         config = read_json(folder / "config.json")
+        groups = {"group_0": {"targets": ["Linear"], "input_activations": None, **how.config}}
+        if head:
+            own = {"targets": ["re:.*lm_head"], "input_activations": None, **wide.config}
+            groups |= {} if wide is how else {"group_1": own}
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "format": how.name,
             "quantization_status": "compressed",
             "ignore": left,
-            "config_groups": {
-                "group_0": {"targets": ["Linear"], "input_activations": None, **how.config}
-            },
+            "config_groups": groups,
             "kv_cache_scheme": None,
         }
         write_json(staging / "config.json", config)
@@ -244,6 +261,8 @@ def _converted(
     for entry in sorted(entries, key=lambda entry: entry.name):
         progress(entry.name)
         linear, experts = LINEAR.fullmatch(entry.name), EXPERTS.fullmatch(entry.name)
+        if entry.name == "lm_head.weight" and "lm_head" not in left:
+            continue
         if OTHER_MODALITIES.match(entry.name) or not (linear or experts):
             yield entry.name, read_rows(entry)
         elif not how.fits(entry.shape[-1]):
@@ -261,6 +280,13 @@ def _converted(
                     yield from _rounded(f"{experts['stem']}.{e}.{name}", part, how, report)
 
 
+def _head(entries: list[Entry], how: Format, report: Report) -> Iterator[tuple[str, Tensor]]:
+    """The head's tensors, of its own weight or of the embedding that is the head."""
+    found = {entry.name: entry for entry in entries if not OTHER_MODALITIES.match(entry.name)}
+    table = next(entry for name, entry in found.items() if name.endswith("embed_tokens.weight"))
+    yield from _rounded("lm_head", read_rows(found.get("lm_head.weight", table)), how, report)
+
+
 def _rounded(
     module: str, weight: Tensor, how: Format, report: Report
 ) -> Iterator[tuple[str, Tensor]]:
@@ -274,7 +300,7 @@ def _rounded(
         code, scale = how.rounded(w, None if steps is None else steps[i])
         each = w.shape[1] // scale.shape[1]
         report.add(module, w, code.float() * scale.repeat_interleave(each, 1) - w)
-        codes.append(code)
+        codes.append(code if code.dtype == torch.float8_e4m3fn else code.to(torch.int8))
         scales.append(scale.bfloat16())
     report.tensors += 1
     report.on_grid += steps is not None
@@ -291,26 +317,3 @@ def _steps(pieces: Iterable[Tensor]) -> list[Tensor] | None:
             return None
         steps.append(step)
     return steps
-
-
-def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], report: Report) -> None:
-    """As they come, in files of about SHARD_BYTES, and their index."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-
-    def write() -> None:
-        write_tensors(staging / f"shard-{len(shards)}", held, packed=True)
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(map(size_of, held.values())) + size_of(tensor) > SHARD_BYTES:
-            write()
-        held[name] = tensor
-        report.after_bytes += size_of(tensor)
-    write()
-    files = shard_names(len(shards)) if len(shards) > 1 else [WEIGHTS]
-    for i, file in enumerate(files):
-        (staging / f"shard-{i}").rename(staging / file)
-    if len(shards) > 1:
-        write_index(staging, dict(zip(files, shards, strict=True)), report.after_bytes)

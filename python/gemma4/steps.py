@@ -6,16 +6,16 @@ hands q, k and v to `write` (or normed and rotated k and v to `store`) and atten
 come back.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate
-from typing import NoReturn, TypeAlias, TypeGuard
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from gemma4_kernels import ops
 from gemma4_kernels.common import DECODE_TOKENS
+from gemma4_kernels.e4m3 import from_e4m3, to_e4m3
 from gemma4_kernels.fusion import Classes, M, is_plain, why_not_fused
 from gemma4_kernels.joined import joined
 from gemma4_kernels.ops.decode import MOST_GROUP
@@ -23,74 +23,8 @@ from gemma4_kernels.packed import Weight
 from gemma4_kernels.reference.decode import COUNTERS
 
 from .cache import PAGE_SIZE, Cache
+from .keys import CachedKeys, CodedKeys, Keys, PackedKeys, Slots, held
 from .layout import Layout, cumulative
-
-# The caches of k and v, and which of their slots, over all rows, the new tokens take.
-Slots: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Keys(ABC):
-    """The keys and values that a layer attends to."""
-
-    k: Tensor
-    v: Tensor
-
-    @abstractmethod
-    def attend(
-        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
-    ) -> Tensor:
-        """Attention of the packed queries of `layout`, the tail of each sequence's keys."""
-
-
-@dataclass(frozen=True)
-class PackedKeys(Keys):
-    """Keys one sequence after the other, or in pages."""
-
-    cu_seqlens_k: Tensor
-    max_seqlen_k: int
-    block_table: Tensor | None = None
-
-    def attend(
-        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
-    ) -> Tensor:
-        out, _ = ops.attention_prefill(
-            q_THC,
-            self.k,
-            self.v,
-            layout.cu_seqlens_q,
-            self.cu_seqlens_k,
-            layout.max_seqlen_q,
-            self.max_seqlen_k,
-            causal=causal,
-            window=window,
-            window_right=window_right,
-            block_table=self.block_table,
-        )
-        return out
-
-
-@dataclass(frozen=True)
-class CachedKeys(Keys):
-    """Rows of a cache, which a few tokens of each sequence are decoded against."""
-
-    seq_lens: Tensor
-    ring: bool
-
-    def attend(
-        self, q_THC: Tensor, layout: Layout, causal: bool, window: int, window_right: int
-    ) -> Tensor:
-        q_BNHC = q_THC.unflatten(0, (self.seq_lens.shape[0], -1))
-        out, _ = ops.attention_decode(
-            q_BNHC,
-            self.k,
-            self.v,
-            self.seq_lens,
-            window=window,
-            ring=self.ring,
-            return_lse=False,
-        )
-        return out.flatten(0, 1)
 
 
 class PackedPlan:
@@ -141,8 +75,10 @@ class PackedPlan:
         """Norms and rotates q, k and v and stores k and v; returns q and the keys it attends to."""
         args = (q, k, v, q_weight, k_weight, self.layout.positions, inv_freq)
         if (target := self.target(layer)) is not None:
-            slots, keys = target
-            return ops.qkv_norm_rope_cache(*args, *slots, eps), keys
+            to, keys = target
+            cache, (k_scales, v_scales) = (to.k, to.v, to.slots), to.scales
+            q = ops.qkv_norm_rope_cache(*args, *cache, eps, k_scales=k_scales, v_scales=v_scales)
+            return q, keys
         q, made_k, made_v = ops.qkv_norm_rope(*args, eps)
         assert made_k is not None and made_v is not None  # as k is
         return q, self.store(layer, made_k, made_v)
@@ -199,13 +135,17 @@ class CachePlan(PackedPlan):
     def target(self, layer: int) -> tuple[Slots, Keys] | None:
         if self.training or (self.cache.is_ring(layer) and not self.decoding):
             return None
+        return self._into(layer), self._cached(layer)
+
+    def _into(self, layer: int) -> Slots:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        return (k_cache, v_cache, self.slots(k_cache.shape[1])), self._cached(layer)
+        scales = self.cache.scales(layer)
+        return Slots(k_cache, v_cache, scales, self.slots(k_cache.shape[1]))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
         if (target := self.target(layer)) is not None:
             slots, keys = target
-            _fill(*slots, k, v)
+            slots.fill(k, v)
             return keys
         keys = self._join(layer, k, v)  # before the ring's slots are written over
         self._copy(layer, k.detach(), v.detach())
@@ -213,10 +153,13 @@ class CachePlan(PackedPlan):
 
     def _cached(self, layer: int) -> Keys:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        scales, layout, table = self.cache.scales(layer), self.layout, self.cache.block_table
         if self.seq_lens is not None:
-            return CachedKeys(k_cache, v_cache, self.seq_lens, self.cache.is_ring(layer))
+            return CachedKeys(k_cache, v_cache, scales, self.seq_lens, self.cache.is_ring(layer))
+        if scales[0] is not None:
+            keys = scales, self.totals, layout.cu_seqlens_k, self.cache.model_dtype
+            return CodedKeys(k_cache, v_cache, *keys)
         pages = (-1, PAGE_SIZE, *k_cache.shape[2:])
-        layout, table = self.layout, self.cache.block_table
         return PackedKeys(
             k_cache.view(pages),
             v_cache.view(pages),
@@ -226,8 +169,10 @@ class CachePlan(PackedPlan):
         )
 
     def _join(self, layer: int, k: Tensor, v: Tensor) -> Keys:
-        """The last window - 1 cached keys of each row before its new ones."""
-        layout = self.layout
+        """The last window - 1 cached keys of each row before its new ones, as a cache has them."""
+        layout, (k_scales, v_scales) = self.layout, self.cache.scales(layer)
+        if k_scales is not None and not self.training:
+            k, v = (from_e4m3(*to_e4m3(x), x.dtype) for x in (k, v))
         if not any(layout.pasts):
             return super().store(layer, k, v)
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
@@ -237,16 +182,15 @@ class CachePlan(PackedPlan):
             tail = torch.arange(max(0, past - self.cache.window + 1), past).remainder(slots)
             tail = tail.to(k.device)
             new = slice(ends[row], ends[row + 1])
-            ks += [k_cache[row, tail], k[new]]
-            vs += [v_cache[row, tail], v[new]]
+            ks += [held(k_cache, k_scales, row, tail, k.dtype), k[new]]
+            vs += [held(v_cache, v_scales, row, tail, v.dtype), v[new]]
             lengths.append(len(tail) + layout.lengths[row])
         return PackedKeys(torch.cat(ks), torch.cat(vs), cumulative(lengths, k.device), max(lengths))
 
     def _copy(self, layer: int, k: Tensor, v: Tensor) -> None:
         """The new tokens into their slots; of a run longer than a ring only its last ones."""
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        layout, slots = self.layout, k_cache.shape[1]
-        chosen = self.slots(slots)
+        into, layout = self._into(layer), self.layout
+        slots = into.k.shape[1]
         if layout.max_seqlen_q > slots:
             ends = accumulate(layout.lengths)
             last = torch.cat(
@@ -255,8 +199,8 @@ class CachePlan(PackedPlan):
                     for end, length in zip(ends, layout.lengths, strict=True)
                 ]
             ).to(k.device)
-            k, v, chosen = k[last], v[last], chosen[last]
-        _fill(k_cache, v_cache, chosen, k, v)
+            k, v, into = k[last], v[last], replace(into, slots=into.slots[last])
+        into.fill(k, v)
 
     def finish(self) -> None:
         """Makes the tokens count."""
@@ -292,8 +236,10 @@ class DecodePlan(PackedPlan):
         super().__init__(layout)
         self.cache, self.positions, self.seq_lens = cache, positions, seq_lens
         self.cached = {
-            layer: CachedKeys(cache.k[layer], cache.v[layer], seq_lens, cache.is_ring(layer))
-            for layer in cache.k
+            layer: CachedKeys(
+                k, cache.v[layer], cache.scales(layer), seq_lens, cache.is_ring(layer)
+            )
+            for layer, k in cache.k.items()
         }
         self.keys = dict(self.cached)
         self.counters = {
@@ -331,8 +277,8 @@ class DecodePlan(PackedPlan):
 
     def attends(self, owner: int, q: Tensor) -> bool:
         """Whether `attend` takes such heads of q."""
-        k = self.cached[owner].k
-        return q.dtype == k.dtype and q.shape[1] <= MOST_GROUP * k.shape[2]
+        kv_heads = self.cached[owner].k.shape[2]
+        return q.dtype == self.cache.model_dtype and q.shape[1] <= MOST_GROUP * kv_heads
 
     def attend(
         self,
@@ -350,13 +296,21 @@ class DecodePlan(PackedPlan):
         keys = self.cached[owner]
         args = (q, k, v, q_weight, k_weight, self.positions, inv_freq)
         cache, counters = (keys.k, keys.v, self.seq_lens), self.counters[keys.k.shape[2]]
+        k_scales, v_scales = keys.scales
         return ops.qkv_attention_decode(
-            *args, *cache, counters=counters, eps=eps, window=window, ring=keys.ring
+            *args,
+            *cache,
+            counters=counters,
+            eps=eps,
+            window=window,
+            ring=keys.ring,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
 
     def target(self, layer: int) -> tuple[Slots, Keys]:
         keys = self.cached[layer]
-        return (keys.k, keys.v, self.slots(keys.k.shape[1])), keys
+        return Slots(keys.k, keys.v, keys.scales, self.slots(keys.k.shape[1])), keys
 
     def slots(self, per_row: int) -> Tensor:
         """The slot of each new token in rows of `per_row` slots, where a layer asks for it."""
@@ -367,7 +321,7 @@ class DecodePlan(PackedPlan):
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Keys:
         slots, keys = self.target(layer)
-        _fill(*slots, k, v)
+        slots.fill(k, v)
         return keys
 
     def finish(self, tokens: int = 1) -> None:
@@ -377,11 +331,6 @@ class DecodePlan(PackedPlan):
     def rewind(self) -> None:
         """Takes back the last `finish`: the next step writes the same slots."""
         self.finish(-1)
-
-
-def _fill(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    k_cache.flatten(0, 1).index_copy_(0, slots, k)
-    v_cache.flatten(0, 1).index_copy_(0, slots, v)
 
 
 class _NoGradient(torch.autograd.Function):

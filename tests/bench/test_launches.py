@@ -22,7 +22,8 @@ def _multiprocessors(monkeypatch):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_layer_is_few_launches(name):
-    """And the total is that of all layers, and of what stands before and behind them."""
+    """And the total is that of all layers, and of what stands before and behind them; under the
+    plug-in too, whose first layer of a kind makes what all of it read, and whose last closes."""
     words = launches.line(name).split()
     assert words[0] == name
     counts = dict(zip(words[1::2], words[2::2], strict=True))
@@ -34,6 +35,9 @@ def test_a_layer_is_few_launches(name):
         layers = sum(found.startswith(kind) for found in kinds)
         low, high = (int(n) for n in (re.findall(r"\d+", counts[kind]) * 2)[:2])
         assert high <= MOST[name]
+        fewest, more = (int(n) for n in (re.findall(r"\d+", counts[f"plugin-{kind}"]) * 2)[:2])
+        assert fewest <= MOST[name] and more <= MOST[name] + 3
         most += layers * max(low, high)
         least += layers * min(low, high)
+    assert int(counts["plugin-total"]) <= int(counts["total"]) + 40
     assert least <= int(counts["total"]) <= most + int(counts["first"]) + int(counts["final"])

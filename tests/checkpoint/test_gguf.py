@@ -1,6 +1,7 @@
 """llama.cpp's files: blocks, configs, tokenizers and models equal what their own package makes."""
 
 import struct
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from support.gguf_files import TYPE, write
 from support.tiny import ALL, DENSE, E_SERIES, K_EQ_V, MOE, ids, tiny
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, demo
+from gemma4.checkpoint import folder
+from gemma4.checkpoint.folder import resolve
 from gemma4.checkpoint.gguf.blocks import BLOCKS
 from gemma4.checkpoint.gguf.file import read_file
 from gemma4.cli import main
@@ -229,3 +232,42 @@ def test_a_file_of_another_model_is_refused(options: dict, tmp_path: Path) -> No
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"m\.gguf: general\.architecture must be gemma4"):
         Gemma4TextConfig.from_pretrained(file)
+
+
+def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, the only one there is, and all shards of one; a choice is left to the user."""
+    repos = {
+        "some/one": ["README.md", "model-Q4_0.gguf", "mmproj-F16.gguf"],
+        "some/shards": [f"Q8_0/model-0000{n}-of-00002.gguf" for n in (1, 2)],
+        "some/many": ["config.json", "a.gguf", "b.gguf"],
+        "some/both": ["config.json", "model.safetensors", "a.gguf"],
+    }
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        there = tmp_path / repo
+        for name in repos[repo]:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (there / name).parent.mkdir(parents=True, exist_ok=True)
+                (there / name).touch()
+        return str(there)
+
+    def fetched(name: str) -> list[str]:
+        found = resolve(name)
+        below = tmp_path / name.partition(":")[0]
+        assert found.is_relative_to(below)
+        return sorted(str(x.relative_to(below)) for x in below.rglob("*") if x.is_file())
+
+    monkeypatch.setattr(folder, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(folder, "list_repo_files", repos.__getitem__)
+    assert fetched("some/one") == ["model-Q4_0.gguf"]
+    assert fetched("some/shards") == repos["some/shards"]
+    assert resolve("some/shards").name == "model-00001-of-00002.gguf"
+    assert fetched("some/both") == ["config.json", "model.safetensors"]
+    with pytest.raises(FileNotFoundError, match=r"name one, as in some/many:a\.gguf \(.* b\.gguf"):
+        resolve("some/many")
+    assert fetched("some/many:b.gguf") == ["b.gguf", "config.json"]
+    for absent in ("some/many:c.gguf", "some/many:../many/b.gguf"):
+        with pytest.raises(FileNotFoundError, match="some/many holds no "):
+            resolve(absent)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        resolve("some/many:a.bin")

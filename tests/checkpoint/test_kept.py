@@ -1,5 +1,6 @@
 """Quantised weights that stay packed: the same numbers, in the form that kernels multiply."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemma4.checkpoint import keep
 from gemma4.checkpoint.gguf.blocks import QUANTS, Blocks
 from gemma4.checkpoint.packed import Options, gathered, options_of, weight
 from gemma4.checkpoint.tensorfile import read_table
+from gemma4_kernels import packed as packing
 from gemma4_kernels.packed_linear import PackedLinear, PackedParameter
 
 load = Gemma4ForCausalLM.from_pretrained
@@ -198,6 +200,62 @@ def test_experts_of_unlike_forms_become_dense(tmp_path: Path) -> None:
 def test_the_word_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'keep' or 'dequantize', got 'packed'"):
         load(tmp_path, quantized="packed")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2] is not None])
+@torch.no_grad()
+def test_what_was_kept_is_saved_and_loads_again(name: str, tmp_path: Path) -> None:
+    """Codes and scales, bit by bit."""
+    config, pack, _ = CASES[name]
+    options = (MOE if name == "nvfp4" else DENSE) | WIDE | {"num_hidden_layers": 2}
+    quantised(tmp_path / "a", pack, config, options | {"layer_types": DENSE["layer_types"][-2:]})
+    model = load(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", max_shard_size="100KB")
+    assert (tmp_path / "b" / "model.safetensors.index.json").is_file()
+    again = load(tmp_path / "b")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and any(n.endswith("codes") for n in before)
+    for n, tensor in before.items():
+        assert tensor.dtype == after[n].dtype, n
+        assert torch.equal(tensor.view(torch.uint8), after[n].view(torch.uint8)), n
+    given = ids(1, 5)
+    assert torch.equal(again(given).logits, model(given).logits)
+
+
+@torch.no_grad()
+def test_tables_are_saved_and_load_again(tmp_path: Path) -> None:
+    """Of a tied head, and beside them weights of other forms, which the config tells apart."""
+    model = tiny(E_SERIES | WIDE, hidden_size_per_layer_input=64, vocab_size=96)
+    model.resize_token_embeddings(96)
+    write(tmp_path / "m.gguf", model, TYPE.Q8_0)
+    made = load(tmp_path / "m.gguf")
+    del made.folder  # which has no tokenizer
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+    codes = torch.randint(0, 16, made.get_submodule(q_proj).shape, dtype=torch.uint8)
+    scales = torch.rand(len(codes), codes.shape[1] // 32).bfloat16()
+    keep.install(made, q_proj, packing.pack(codes, scales), made.dtype)
+    made.save_pretrained(tmp_path / "b")
+    said = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "pack-quantized" and "model.layers.0.self_attn.q_proj" not in said
+    first, second = said["config_groups"].values()
+    assert first["targets"] == ["Linear"] and first["weights"]["num_bits"] == 8
+    assert second["targets"] == [q_proj.removesuffix(".weight")]
+    assert (second["weights"]["num_bits"], second["weights"]["group_size"]) == (4, 32)
+    again, given = load(tmp_path / "b"), ids(1, 5) % 96
+    assert torch.equal(again(given).logits, made(given).logits)
+
+
+def test_what_no_format_stores_is_refused(tmp_path: Path) -> None:
+    model = tiny(DENSE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = (96, 64)
+    codes, rows = torch.zeros(shape, dtype=torch.int8), torch.ones(96)
+    keep.install(
+        model, name, packing.pack(codes, torch.ones(96, 2).bfloat16(), rows), torch.float32
+    )
+    with pytest.raises(ValueError, match=r"0\.mlp\.up_proj has scales of groups and of rows"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 LOAD_AND_TELL_THE_PEAK = """

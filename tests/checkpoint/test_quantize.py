@@ -13,6 +13,7 @@ from gemma4 import Gemma4ForCausalLM, demo
 from gemma4 import quantize as module
 from gemma4.cli import main
 from gemma4.quantize import FORMATS, quantize
+from gemma4_kernels.packed_linear import PackedLinear
 
 load = partial(Gemma4ForCausalLM.from_pretrained, quantized="dequantize")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
@@ -144,12 +145,44 @@ def test_what_cannot_be_quantised_is_refused(format: str, tmp_path: Path) -> Non
         quantize(tmp_path / "a", tmp_path / "d")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+@torch.no_grad()
+def test_a_head_of_its_own(format: str, tied: bool, tmp_path: Path) -> None:
+    """In eight bits, near the weight that it was made of; the embedding stays what it was."""
+    model = tiny(DENSE, tie_word_embeddings=tied, vocab_size=96)
+    model.save_pretrained(tmp_path / "a")
+    quantize(tmp_path / "a", tmp_path / "b", format, head="8bit")
+    made = load(tmp_path / "b")
+    assert not made.config.tie_word_embeddings
+    assert torch.equal(made.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    w, head = model.lm_head.weight, made.lm_head.weight
+    step = STEPS["fp8" if format == "fp8" else "w8a16"]
+    assert ((head - w).abs() <= step * w.abs().amax(1, keepdim=True)).all()
+    assert not torch.equal(head, w)
+    kept = load(tmp_path / "b", quantized="keep")
+    assert type(kept.lm_head) is PackedLinear and kept.lm_head.weight.codes.dtype.itemsize == 1
+    given = ids(1, 5) % 96
+    torch.testing.assert_close(kept(given).logits, made(given).logits, atol=2e-5, rtol=0)
+    said = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" not in said["ignore"]
+    heads = [group for group in said["config_groups"].values() if group["targets"] != ["Linear"]]
+    wanted = [] if format != "w4a16" else [(["re:.*lm_head"], 8)]
+    assert [(group["targets"], group["weights"]["num_bits"]) for group in heads] == wanted
+    with pytest.raises(ValueError, match="head must be '8bit' or None, got '4bit'"):
+        quantize(tmp_path / "a", tmp_path / "c", format, head="4bit")
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(demo.path()), str(tmp_path / "b"), "--format", "w8a16"]) == 0
     out = capsys.readouterr().out
     assert "layer 0: 0." in out and "GB became" in out
     words = ["generate", "It is", "--greedy", "--max-new-tokens", "4", "--model"]
     assert main([*words, str(tmp_path / "b")]) == 0
-    assert capsys.readouterr().out.strip()
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert "is quantised (compressed-tensors): " in said.err and "stay packed" in said.err
+    assert main([*words, str(tmp_path / "b"), "--dequantize"]) == 0
+    assert "stay packed" not in capsys.readouterr().err
     assert main(["quantize", str(tmp_path / "b"), str(tmp_path / "c")]) == 2
     assert "quantised already" in capsys.readouterr().err

@@ -74,7 +74,7 @@ FAULTS = {
             ),
         ],
         "test_moe_experts[emulated-several tiles of 128-bfloat16]": [
-            ("common/tile.cuh", "from[i].exists && chunk * 8 < columns", "from[i].exists"),
+            ("common/tile.cuh", "from[i].exists && chunk * kOfChunk < columns", "from[i].exists"),
             ("moe/moe_sort.cuh", "? touched : touched + all / most_rows", "? touched : touched"),
         ],
         "test_moe_experts[emulated-one expert-bfloat16]": [

@@ -61,7 +61,7 @@ FAULTS = {
                 "p.slots.data ? index_at(p.slots, token) : token;\n    const Rotation",
                 "token;\n    const Rotation",
             ),
-            ("norm/qkv_norm_rope.cuh", "(slot * p.kv_heads + h) * p.head_dim", "slot * p.head_dim"),
+            ("norm/qkv_norm_rope.cuh", "row = slot * p.kv_heads + h, to", "row = slot, to"),
         ],
         "test_traffic.py::test_traffic[qkv_norm_rope_cache-bf16]": [
             ("common/indices.cuh", "indices.is_64 ?", "!indices.is_64 ?"),

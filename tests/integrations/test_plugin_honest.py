@@ -16,8 +16,8 @@ from support.plugged import (
     left_padding,
     plugin,
     small,
-    small_models,
     some_ids,
+    transformers,
     use_ops,
 )
 from support.plugged import way as way
@@ -76,10 +76,15 @@ def wrapper(model, name):
     model.set_submodule(name, Wrapper(model.get_submodule(name)))
 
 
-def results(model, ids, padding):
+def results(model, ids, padding, static=False):
     """Logits of a padded prompt and of a step after it, and those of training, with gradients."""
+    cache = None
+    if static:  # longer than the window of half of its layers, which is full at the step
+        cache = transformers.StaticCache(model.config, max_cache_len=ids.shape[1] + 2)
     with torch.no_grad():
-        prompt = model(ids[:, :-1], attention_mask=padding[:, :-1], use_cache=True)
+        prompt = model(
+            ids[:, :-1], attention_mask=padding[:, :-1], use_cache=True, past_key_values=cache
+        )
         step = model(ids[:, -1:], attention_mask=padding, past_key_values=prompt.past_key_values)
     trained = model(ids, attention_mask=padding, use_cache=False).logits[padding.bool()]
     (trained * torch.linspace(-1, 1, trained.shape[-1])).mean().backward()
@@ -103,23 +108,25 @@ def expected_of(name, change):
     for path in modules_of(name):
         model = small(name)
         change(model, path)
-        expected[path] = results(model, IDS, PADDING), model
+        expected[path] = results(model, IDS, PADDING, change is not wrapper), model
     return expected
 
 
+models = pytest.mark.parametrize("name", ["experts", "ple"])
 IDS, PADDING = some_ids(2, 11), left_padding(2, 11)
 
 
 @pytest.mark.parametrize("change", [hook, pre_hook, pre_hook_with_kwargs, wrapper])
-@small_models
+@models
 def test_every_submodule(name, change, monkeypatch):
     use_ops(monkeypatch, ops)  # these experts are too narrow for grouped_mm on a CPU
-    unchanged, without_effect = results(small(name), IDS, PADDING), set()
+    static = change is not wrapper
+    unchanged, without_effect = results(small(name), IDS, PADDING, static), set()
     enabled = plugin.enable(small(name))
     for path, (expected, theirs) in expected_of(name, change).items():
         ours = copy.deepcopy(enabled)
         change(ours, path)
-        found = results(ours, IDS, PADDING)
+        found = results(ours, IDS, PADDING, static)
         try:
             for a, b in zip(found, expected, strict=True):
                 close(a, b)
@@ -133,7 +140,7 @@ def test_every_submodule(name, change, monkeypatch):
     assert without_effect == (by_keyword if change is pre_hook else set())
 
 
-@small_models
+@models
 @torch.no_grad()
 def test_what_is_not_plain_leaves_the_rest_fused(name, way, monkeypatch):
     if way == "as on a CPU":
@@ -173,7 +180,7 @@ def test_what_is_not_plain_leaves_the_rest_fused(name, way, monkeypatch):
 
 def test_the_rotary_embedding_gives_cosines_to_others():
     """Called by hand, and to a hook; within a model that is all plain and outside of it."""
-    theirs, ours = small("moe"), plugin.enable(small("moe"))
+    theirs, ours = small("experts"), plugin.enable(small("experts"))
     x, positions = torch.randn(1, 5, 32), torch.arange(5)[None]
     ours(IDS)
     for model in (theirs, ours):
@@ -191,7 +198,7 @@ class Half(nn.Module):
         return scalar / 2
 
 
-@small_models
+@models
 def test_layer_scalars_that_are_trained_or_computed(name, monkeypatch):
     use_ops(monkeypatch, ops)
     theirs, ours = small(name), plugin.enable(small(name))

@@ -154,7 +154,7 @@ def test_caches_of_unlike_strides_are_named(backend):
     v = transposed(v)
     lengths = backend.int32(50, 31)
     with pytest.raises(RuntimeError, match="k_cache and v_cache must have the same strides"):
-        kernels.attention_decode(q, k, v, lengths, None, 1.0, 0, False, 0.0, True)
+        kernels.attention_decode(q, k, v, None, None, lengths, None, 1.0, 0, False, 0.0, True)
     opset.warn.cache_clear()
     with pytest.warns(UserWarning, match="k_cache and v_cache must have the same strides, got "):
         out, lse = backend.ops.attention_decode(q, k, v, lengths)
@@ -196,7 +196,7 @@ def test_no_cache_is_copied(backend, name):
     lengths, pages = backend.int32(16, 9), torch.zeros(2, 1, dtype=torch.int32)
     sentence = f"{name}.* must begin on a multiple of 16 bytes"
     with pytest.raises(RuntimeError, match=sentence):
-        kernels.attention_decode(q, *caches, lengths, None, 1.0, 0, False, 0.0, True)
+        kernels.attention_decode(q, *caches, None, None, lengths, None, 1.0, 0, False, 0.0, True)
     cu = backend.int32(0, 1, 2)
     with pytest.raises(RuntimeError, match=sentence):
         kernels.attention_prefill(

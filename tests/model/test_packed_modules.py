@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 from support.packed import draw, formula
+from support.packed_models import packed
 from support.tiny import E_SERIES, K_EQ_V, MOE, ids, tiny
-from torch import Tensor, nn
+from torch import nn
 
 from gemma4 import Gemma4ForCausalLM
-from gemma4.checkpoint import keep
+from gemma4.measure import decode_bytes
+from gemma4_kernels import packed_linear
 from gemma4_kernels.packed import PackedWeight, pack
 from gemma4_kernels.packed_linear import PackedEmbedding, PackedLinear
 
@@ -31,33 +33,10 @@ def weight_of(codes: torch.dtype, scales: torch.dtype | None, *shape: int) -> Pa
     return pack(parts[0], parts[1], parts[2].abs() * 0.01)
 
 
-def packed_model(name: str) -> tuple[Gemma4ForCausalLM, dict[str, Tensor]]:
-    """A model of int4 weights, its head 8 bits wide, and what they stand for."""
-    model, dense = tiny(MODELS[name]), {}
-    for tensor, w in list(model.state_dict().items()):
-        leaf = tensor.rpartition(".")[2]
-        kept = ".experts." in tensor or (leaf == "weight" and w.dim() == 2)
-        if not kept or "router" in tensor:
-            continue
-        if "embed" in tensor:
-            scale = w.abs().amax(-1) / 127
-            weight = pack((w / scale[:, None]).round().to(torch.int8), None, scale)
-        else:
-            groups = w.unflatten(-1, (-1, 32))
-            scale = (groups.abs().amax(-1) / 7).bfloat16()
-            code = (groups / scale.float()[..., None]).round().clamp(-8, 7) + 8
-            weight = pack(code.flatten(-2).to(torch.uint8), scale)
-        dense[tensor] = weight.dense()
-        keep.install(model, tensor, weight, torch.float32)
-    model.tie_weights()
-    return model, dense
-
-
 def pair(name: str) -> tuple[Gemma4ForCausalLM, Gemma4ForCausalLM]:
-    """The packed model, and a plain one of the same weights."""
-    model, dense = packed_model(name)
-    plain = tiny(MODELS[name])
-    plain.load_state_dict(dense, strict=False)
+    """A model of int4 weights, its tables in 8 bits, and a plain one of the same numbers."""
+    model, plain = tiny(MODELS[name]), tiny(MODELS[name])
+    plain.load_state_dict(packed(model), strict=False)
     return model, plain
 
 
@@ -134,7 +113,7 @@ def test_copies_pickles_and_state_dicts(name: str) -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    empty, _ = packed_model(name)
+    empty, _ = pair(name)
     for buffer in empty.buffers():
         buffer.view(torch.uint8).zero_()
     empty.load_state_dict(model.state_dict())
@@ -181,3 +160,57 @@ def test_what_asks_for_a_dense_weight_is_refused() -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA, target_modules=["q_proj"]))
     with pytest.raises(AttributeError, match="'PackedParameter' object has no attribute 'data'"):
         adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "rows", "columns"),
+    [
+        (torch.uint8, BF16, 1040, 128),
+        (torch.uint8, torch.float16, 32, 192),
+        (torch.uint8, None, 64, 128),
+        (torch.uint8, None, 16, 64),
+        (torch.int8, None, 48, 192),
+    ],
+)
+@torch.no_grad()
+def test_torchs_products_on_a_cpu(codes, scales, rows: int, columns: int, monkeypatch) -> None:
+    """They stand in where they can, and err by what bf16 does to numbers of this size."""
+    code, scale, row_scales = draw(codes, scales, rows, columns)
+    parts = code, scale, None if scales == BF16 else row_scales
+    w, layer = formula(*parts), PackedLinear(pack(*parts))
+    assert layer.weight.on_cpu is not None
+    assert layer.weight.on_cpu.nbytes < 1.2 * layer.weight.nbytes
+    monkeypatch.setattr(packed_linear.ops, "linear_packed", None)  # is not called
+    for tokens in (1, 2, 17):
+        x = torch.randn(tokens, columns).bfloat16()
+        wanted = x.double() @ w.T
+        # A scale and the sum are rounded; the terms of a sum err alike in the scale alone.
+        bound = 2.0**-8 * ((x.double().abs() @ w.abs().T) / columns**0.5 * 3 + wanted.abs())
+        assert ((layer(x).double() - wanted).abs() <= bound).all()
+    assert layer(x[None]).shape == (1, 17, rows)
+
+
+@torch.no_grad()
+def test_torchs_copy_follows_the_weight() -> None:
+    layer, other = (PackedLinear(weight_of(torch.uint8, BF16, 32, 64)) for _ in range(2))
+    other.weight.codes.random_()
+    x = torch.randn(3, 64).bfloat16()
+    before, wanted = layer(x), other(x)
+    assert not torch.equal(before, wanted)
+    assert not copy.deepcopy(layer).weight._on_cpu and layer.weight._on_cpu
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), wanted)
+    assert not layer.to(torch.float16).weight._on_cpu
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_model_says_of_its_size(name: str) -> None:
+    model, plain = pair(name)
+    for options in ({}, {"exclude_embeddings": True}):
+        assert model.num_parameters(**options) == plain.num_parameters(**options)
+    trained = sum(p.numel() for p in model.parameters())
+    assert model.num_parameters(only_trainable=True) == trained < plain.num_parameters() / 10
+    # int4 with a bf16 scale for 32, a head of eight bits: little is left in fp32.
+    assert decode_bytes(plain) * 0.12 < decode_bytes(model) < decode_bytes(plain) * 0.25
+    with pytest.raises(ValueError, match=r"packed token table has no room.*'dequantize'"):
+        model.resize_token_embeddings(128)

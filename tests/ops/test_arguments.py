@@ -106,6 +106,8 @@ def broken(name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
             others = list(other_tensors(value))
             if "Optional" not in str(argument.type):
                 others.append((None, None))
+        elif value is None:
+            continue  # scales of a cache in e4m3, which have a test of their own
         else:
             others = [(other, other) for other in OTHER_VALUES[str(argument.type)]]
         for wrong, other in others:

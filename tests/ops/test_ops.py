@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 import gemma4_kernels
 from gemma4_kernels import ops, opset, reference
+from gemma4_kernels.e4m3 import E4M3
 
 NAMES = sorted(
     name
@@ -69,6 +70,12 @@ CASES = [pytest.param(name, case, id=f"{name}: {case}") for name in NAMES for ca
 DIFFERENTIABLE = [name for name in NAMES if name not in NOT_DIFFERENTIABLE]
 
 
+ALL_UTILS = (
+    *("test_schema", "test_autograd_registration", "test_faketensor"),
+    "test_aot_dispatch_dynamic",
+)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_opcheck(name, case, grad):
@@ -76,7 +83,10 @@ def test_opcheck(name, case, grad):
     arguments = arguments_of(name, grad=grad)[case]
     if grad and not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         grad = False
-    opcheck(getattr(REGISTERED, name).default, arguments)
+    # What was written is not looked at in 8-bit floats, which torch cannot compare.
+    comparable = not any(isinstance(a, Tensor) and a.dtype == E4M3 for a in arguments)
+    utils = ALL_UTILS if comparable else [u for u in ALL_UTILS if u != "test_schema"]
+    opcheck(getattr(REGISTERED, name).default, arguments, test_utils=utils)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

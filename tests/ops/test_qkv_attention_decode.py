@@ -346,7 +346,8 @@ def test_what_a_compiler_is_shown(case, dtype):
     for name in ("k_cache", "v_cache"):
         arguments[name].nan_to_num_(0.0)
     before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
-    given = dict(eps=EPS, window=0, ring=False, softcap=0.0) | arguments
+    given = dict(eps=EPS, window=0, ring=False, softcap=0.0, k_scales=None, v_scales=None)
+    given |= arguments
     names = opset.OPS["qkv_attention_decode"].names
     out = TRACED["qkv_attention_decode"](*map(given.__getitem__, names))
     assert_decoded(out, arguments, before, *rest, dtype)

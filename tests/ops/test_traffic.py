@@ -16,6 +16,7 @@ from support.marks import emulated_backend
 from support.small_calls import CASES, SMALL, WEIGHTS, case_of, prefill
 
 from gemma4_kernels import opset
+from gemma4_kernels.e4m3 import E4M3
 from gemma4_kernels.packed import PackedWeight
 
 
@@ -156,11 +157,12 @@ def test_decode_work(counted, layout, head_dim):
     check_sites(counts, exempt=("seq_lens", "block_table", "partial_lse", "lse"))
 
 
+@pytest.mark.parametrize("dtype", [BF16, E4M3], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("layout", ["rows", "ring", "pages"])
 @pytest.mark.parametrize("head_dim", [256, 512])
-def test_qkv_decode_work(counted, layout, head_dim):
-    """One launch; of the cache every visible key is read once, and the newest written once. Each
-    split of the keys reads q for itself."""
+def test_qkv_decode_work(counted, layout, head_dim, dtype):
+    """One launch; of the cache every visible key is read once, and the newest written once, in e4m3
+    with a scale each. Each split of the keys reads q for itself."""
     backend = emulated_backend()
     batch, heads, kv_heads, length, window = 2, 16, 2, 600, 512 if layout == "ring" else 0
     slots, lengths = 528 if layout == "ring" else 640, [length] * batch
@@ -171,19 +173,24 @@ def test_qkv_decode_work(counted, layout, head_dim):
             arguments[name] = arguments[name].view(-1, 64, kv_heads, head_dim)
         order = torch.randperm(batch * slots // 64)
         arguments["block_table"] = order.int().view(batch, -1)
+    if dtype == E4M3:
+        arguments = cases.in_e4m3(backend, arguments)
     with emulated.one_schedule():
         backend.ops.qkv_attention_decode(**arguments, window=window, ring=layout == "ring")
     counts = counted.counts()
     assert counts.launches == 1
-    keys = (window or length) * batch * kv_heads * head_dim * 2
+    keys, new = (window or length) * batch * kv_heads, batch * kv_heads
     asked = {b.name: (b.read_bytes, b.written_bytes) for b in counts.buffers}
-    new = batch * kv_heads * head_dim * 2
-    assert asked["k_cache"] == asked["v_cache"] == (keys, new)
+    size = head_dim * dtype.itemsize
+    assert asked["k_cache"] == asked["v_cache"] == (keys * size, new * size)
+    if dtype == E4M3:
+        assert asked["k_scales"] == asked["v_scales"] == (keys * 4, new * 4)
+        assert keys * (size + 4) <= 1.03 * keys * size
     splits = 3  # two blocks for each of the card's 3 multiprocessors
     assert asked["q"][0] == splits * batch * heads * head_dim * 2
     assert asked["out"][1] == batch * heads * head_dim * 2
     small = {"seq_lens", "block_table", "positions", "inv_freq", "counters", "partial_lse"}
-    check_sites(counts, exempt=small)
+    check_sites(counts, exempt=small | {"k_scales", "v_scales"})
 
 
 # The counts that find a block its tile, and the few values that say where results belong.

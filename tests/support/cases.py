@@ -286,6 +286,17 @@ def qkv_attention_decode(
     return rope | cache | scale | options
 
 
+def in_e4m3(b: Backend, arguments: Arguments) -> Arguments:
+    """With the caches as codes, and scales of unlike keys beside them."""
+    made = dict(arguments)
+    for name in "kv":
+        cache = arguments[f"{name}_cache"]
+        made[f"{name}_cache"] = (cache.float() * 64).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scales = torch.rand(cache.shape[:-1]) * 0.5 + 0.75
+        made[f"{name}_scales"] = b.to(scales / 64)
+    return made
+
+
 def moe_route(
     b: Backend, tokens: int, experts: int, k: int, *, dtype: torch.dtype = FP32
 ) -> Arguments:

@@ -196,7 +196,8 @@ class EmulatedKernels(opset.Kernels):
         # What a call writes it may read too: each schedule is to find the same.
         schema = op.registered.default._schema.arguments
         self.set_dependent_launches(True)
-        written = [x for x, a in zip(args, schema, strict=True) if a.alias_info is not None]
+        pairs = zip(args, schema, strict=True)
+        written = [x for x, a in pairs if a.alias_info is not None and x is not None]
         before = [] if alone else [x.clone() for x in written]
         for settings.seed, policy in SCHEDULES:
             for x, old in zip(written, before, strict=False):

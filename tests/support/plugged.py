@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from gemma4_kernels import common, ops, opset
+from gemma4_kernels import common, ops, opset, residual
 from gemma4_kernels.integrations import transformers as plugin
-from gemma4_kernels.integrations.transformers import attention, base, experts, modules
+from gemma4_kernels.integrations.transformers import attention, base, decode, experts, modules
 
 from . import make_golden
 
@@ -35,6 +35,8 @@ SMALL = {
         use_double_wide_mlp=True,
     ),
 }
+# With as many experts as the ops of a few tokens take, by eights.
+EIGHT = {"experts": dict(SMALL["moe"], num_experts=8)}
 small_models = pytest.mark.parametrize("name", SMALL)
 
 
@@ -62,7 +64,7 @@ def load(name, attention="eager", **options):
 
 def small(name):
     """Under transformers' eager attention and experts; the same parameters at every call."""
-    options = make_golden.BASE | SMALL[name]
+    options = make_golden.BASE | (SMALL | EIGHT)[name]
     options |= dict(num_hidden_layers=len(options["layer_types"]))
     config = transformers.Gemma4TextConfig(**options)
     config._attn_implementation = config._experts_implementation = "eager"
@@ -105,7 +107,7 @@ def close_gradients(ours, theirs):
 
 def use_ops(monkeypatch, ops):
     """Puts others in the place of the ops that the plug-in calls."""
-    for module in (attention, common, experts, modules):
+    for module in (attention, common, decode, experts, modules, residual):
         monkeypatch.setattr(module, "ops", ops)
 
 

@@ -109,6 +109,7 @@ def qkv_norm_rope_cache(b: Leaves) -> Cases:
         "usual": make(1, -1, 5, packed=False),
         "no v": make(1, 2, 5, packed=False, with_v=False),
         "packed": make(1, 2, 5),
+        "e4m3": cases.in_e4m3(b, make(1, -1, 5)),
         "empty": make(packed=False),
     }
 
@@ -147,6 +148,7 @@ def attention_decode(b: Leaves) -> Cases:
         "ring": make((3, 70), 2, window=4, ring=True, softcap=3.0),
         "pages": make((5, 7), 2, window=3) | pages,
         "strided": make((3, 0)) | strided | dict(v_cache=v_cache),
+        "e4m3": cases.in_e4m3(b, make((3, 0), 2)),
         "no rows": make(()),
     }
 
@@ -167,6 +169,7 @@ def qkv_attention_decode(b: Leaves) -> Cases:
         "ring": make((3, 70), window=4, ring=True),
         "pages": make((5, 7), window=3) | pages,
         "left out": make((0, 2)),
+        "e4m3": cases.in_e4m3(b, make()),
         "no rows": make((), packed=False),
     }
 

@@ -75,6 +75,10 @@ def launch_cases(b: Backend) -> Iterator[Call]:
                     arguments = prefill(b, n, 17, 1, head_dim, dtype)
                     yield "attention_prefill", arguments | {"softcap": softcap}
             yield "attention_decode", decode(b, 300, 1, head_dim, dtype)
+            if head_dim >= 256:
+                yield "attention_decode", cases.in_e4m3(b, decode(b, 70, 1, head_dim, dtype))
+                arguments = cases.qkv_attention_decode(b, [70], 70, 2, 1, head_dim, dtype=dtype)
+                yield "qkv_attention_decode", cases.in_e4m3(b, arguments)
             for softcap in (0.0, 30.0):
                 arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
                 yield "qkv_attention_decode", arguments | {"softcap": softcap}

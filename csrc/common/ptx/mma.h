@@ -62,6 +62,13 @@ DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// (a & mask) | bits, in one instruction: of two constants compilers make two.
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
 // 2^x within 2 ulp; subnormal results are zero.
 DEVICE float exp2_approx(float x) {
   float y;
@@ -91,6 +98,7 @@ DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   __builtin_memcpy(&a, x, 4);
   return a;
 }
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 DEVICE float exp2_approx(float x) { return ::exp2f(x); }
 
 #endif

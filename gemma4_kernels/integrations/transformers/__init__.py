@@ -11,12 +11,17 @@ prompts.
     attention   what transformers calls for attention
     experts     what it calls for a layer's experts
     modules     transformers' modules as subclasses whose forward takes these ops
+    layer       so its layer, and what its text model tells the layers
+    decode      the parts of a layer for a few tokens
+    cache       transformers' static cache, as a step of decoding writes and reads it
+    packed      linear layers that other libraries quantised, as packed ones of ours
     swap        puts them in and takes them out
     report      says what they do
 """
 
 from .base import NAME, VERSIONS
-from .modules import MLP, Attention, DecoderLayer, RMSNorm, RotaryEmbedding, Router  # in pickles
+from .layer import DecoderLayer
+from .modules import MLP, Attention, RMSNorm, RotaryEmbedding, Router  # in pickles
 from .report import explain
 from .swap import disable, enable, register
 

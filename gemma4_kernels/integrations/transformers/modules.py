@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from ... import ops, opset
+from ... import ops
 from ...common import cosines_and_sines, gelu_mul
-from ...fusion import is_plain, why_not_plain, why_seen
+from ...fusion import is_plain, why_not_plain
 from . import base
 
 Positions = tuple[Tensor, Tensor]
@@ -44,7 +44,7 @@ def why_not_read(
     return reason
 
 
-def _close(
+def close(
     branch: Tensor,
     residual: Tensor,
     post: gemma4.Gemma4RMSNorm,
@@ -62,31 +62,6 @@ def _close(
         if scale is not None:
             x *= scale
     return x, y if following is None else following(x)
-
-
-def _close_into_gate(
-    branch: Tensor,
-    residual: Tensor,
-    post: gemma4.Gemma4RMSNorm,
-    linear: nn.Module,
-    factor: Tensor,
-) -> tuple[Tensor, Tensor] | None:
-    """residual' = residual + post(branch), and gelu(linear(residual')) factor: one op of so few
-    tokens as a kernel serves, None for more and where the modules are to be called."""
-    device, shape = residual.device, residual.shape
-    if not is_plain(linear, nn.Linear, device) or why_not_read(post, device) is not None:
-        return None
-    x, old, times = (t.flatten(0, -2) for t in (branch, residual, factor))
-    opening = old, post.weight, None, None, times, None, None, None
-    args = (x, linear.weight, None, None, *opening, post.eps, False)
-    trained = opset.needs_grad(*args) or torch.is_autocast_enabled(device.type)
-    if linear.bias is not None or trained or not opset.OPS["linear_small"].pays(args):
-        return None
-    y, new_residual = ops.linear_small(
-        x, linear.weight, residual=old, post_weight=post.weight, factor=times, eps=post.eps
-    )
-    assert new_residual is not None  # as a residual was given
-    return new_residual.view(shape), y.view(factor.shape)
 
 
 class MLP(gemma4.Gemma4TextMLP):
@@ -112,40 +87,14 @@ class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
         return position_ids[..., None], inv_freq.expand(1, position_ids.shape[-1], -1)
 
 
-def _are_positions(position_embeddings: Positions | None) -> TypeGuard[Positions]:
+def are_positions(position_embeddings: Positions | None) -> TypeGuard[Positions]:
     return position_embeddings is not None and not position_embeddings[0].is_floating_point()
 
 
-def _cosines(position_embeddings: Positions, x: Tensor) -> Positions:
+def cosines(position_embeddings: Positions, x: Tensor) -> Positions:
     """What transformers' rotary embedding would have made."""
     positions, inv_freq = position_embeddings
     return cosines_and_sines(positions[..., 0], inv_freq, x.dtype)
-
-
-def why_cosines(model: gemma4.Gemma4TextModel) -> str | None:
-    """Why the rotary embedding of a text model makes cosines and sines for all layers, or None."""
-    reason = why_not_plain(model.rotary_emb, RotaryEmbedding)
-    if reason is not None:
-        return f"rotary_emb {reason}"
-    for number, layer in enumerate(model.layers):
-        reason = why_seen(layer, DecoderLayer)
-        if reason is not None:
-            return f"layers.{number} {reason}"
-    return None
-
-
-def before_model(model: gemma4.Gemma4TextModel, _: object) -> None:
-    """A hook of the text model. It is no subclass: transformers knows what a model can record
-    (hidden states, router logits) by the name of its class."""
-    rotary = model.rotary_emb
-    if type(rotary) is RotaryEmbedding and why_cosines(model) is None:
-        rotary.read_by_layers_alone = True
-
-
-def after_model(model: gemma4.Gemma4TextModel, *_: object) -> None:
-    rotary = model.rotary_emb
-    if type(rotary) is RotaryEmbedding:
-        rotary.read_by_layers_alone = False
 
 
 class Attention(gemma4.Gemma4TextAttention):
@@ -177,38 +126,56 @@ class Attention(gemma4.Gemma4TextAttention):
                 f"position_ids must be as many as the tokens, {tokens}, or one for all of them, "
                 f"got {positions}"
             )
-        fused = _are_positions(position_embeddings)
+        fused = are_positions(position_embeddings)
         if fused and self.why_unfused(hidden_states.device) is not None:
-            position_embeddings, fused = _cosines(position_embeddings, hidden_states), False
+            position_embeddings, fused = cosines(position_embeddings, hidden_states), False
         if not fused:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, shared_kv_states, **kwargs
             )
+        tokens = hidden_states.shape[0] * tokens
+        made = [linear(hidden_states).reshape(tokens, -1, self.head_dim) for linear in self.linears]
+        q, k, v, *_ = *made, None, None
+        assert q is not None
+        given = position_embeddings, attention_mask, shared_kv_states
+        out, weights = self.attend((q, k, v), hidden_states.shape, *given, **kwargs)
+        return self.o_proj(out), weights
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """Of q, k and v: no v where k gives it, q alone where keys are borrowed."""
+        if self.is_kv_shared_layer:
+            return [self.q_proj]
+        return [self.q_proj, self.k_proj] + ([] if self.v_proj is None else [self.v_proj])
+
+    def attend(
+        self,
+        parts: tuple[Tensor, Tensor | None, Tensor | None],
+        shape: torch.Size,
+        position_embeddings: Positions,
+        attention_mask: Tensor | None,
+        shared_kv_states: dict[str, tuple[Tensor, Tensor]],
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is between the projections, whose q, k and v [T, heads, C] are given, and `o_proj`:
+        [B, N, H C] of input in this shape, and attention's weights if somebody makes any."""
         # The cache's name until transformers 5.23, and from then on.
         cache = kwargs.pop("past_key_values", None)
         cache = kwargs.pop("cache", cache)
-        shape, head_dim, kind = hidden_states.shape[:-1], self.head_dim, self.layer_type
+        heads, kind = (*shape[:2], -1, self.head_dim), self.layer_type
         assert kind is not None
-        positions_T = position_embeddings[0].expand(*shape, 1).flatten()
-        inv_freq = position_embeddings[1][0, 0]
-
-        def heads(projection: nn.Module) -> Tensor:
-            return projection(hidden_states).reshape(positions_T.shape[0], -1, head_dim)
-
-        q, q_norm = heads(self.q_proj), self.q_norm
-        q_weight, eps = q_norm.weight, q_norm.eps
-        if self.is_kv_shared_layer:
-            q, _, _ = ops.qkv_norm_rope(q, None, None, q_weight, None, positions_T, inv_freq, eps)
+        positions_T = position_embeddings[0].expand(*shape[:2], 1).flatten()
+        inv_freq, eps = position_embeddings[1][0, 0], self.q_norm.eps
+        q, k, v = parts
+        if k is None:
+            weight = self.q_norm.weight
+            q, _, _ = ops.qkv_norm_rope(q, None, None, weight, None, positions_T, inv_freq, eps)
             key, value = shared_kv_states[kind]
         else:
-            k, v_proj = heads(self.k_proj), self.v_proj
-            v = None if v_proj is None else heads(v_proj)
-            q, made_k, made_v = ops.qkv_norm_rope(
-                q, k, v, q_weight, self.k_norm.weight, positions_T, inv_freq, eps
-            )
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, made_k, made_v = ops.qkv_norm_rope(q, k, v, *weights, positions_T, inv_freq, eps)
             assert made_k is not None and made_v is not None  # as k is
-            key = made_k.view(*shape, -1, head_dim).transpose(1, 2)
-            value = made_v.view(*shape, -1, head_dim).transpose(1, 2)
+            key, value = (x.view(heads).transpose(1, 2) for x in (made_k, made_v))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if self.store_full_length_kv:
@@ -216,9 +183,9 @@ class Attention(gemma4.Gemma4TextAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, gemma4.eager_attention_forward
         )
-        out, weights = attend(
+        out, seen = attend(
             self,
-            q.view(*shape, -1, head_dim).transpose(1, 2),
+            q.view(heads).transpose(1, 2),
             key,
             value,
             attention_mask,
@@ -227,7 +194,7 @@ class Attention(gemma4.Gemma4TextAttention):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(out.reshape(*shape, -1)), weights
+        return out.reshape(*shape[:2], -1), seen
 
 
 class Router(gemma4.Gemma4TextRouter):
@@ -241,71 +208,3 @@ class Router(gemma4.Gemma4TextRouter):
         assert top_k is not None  # a model with a router has experts
         weights, index = ops.moe_route(scores, self.per_expert_scale, top_k)
         return F.softmax(scores, dim=-1, dtype=torch.float32), weights, index.long()
-
-
-# Of a layer, after those that it takes itself: their order, should one be given without its name.
-ATTENTION_ARGUMENTS = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids")
-
-
-class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
-    """Each norm that closes a branch, its residual and the norm that opens the next are one op."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        per_layer_input: Tensor | None = None,
-        *args: object,
-        **kwargs: Any,
-    ) -> Tensor:
-        kwargs |= zip(ATTENTION_ARGUMENTS, args, strict=False)
-        turns = kwargs.get("position_embeddings")
-        if _are_positions(turns) and why_seen(self.self_attn, Attention) is not None:
-            kwargs["position_embeddings"] = _cosines(turns, hidden_states)
-        if not base.takes_ops(hidden_states):
-            return super().forward(hidden_states, per_layer_input, **kwargs)
-        normed = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
-        x, y = _close(
-            attended,
-            hidden_states,
-            self.post_attention_layernorm,
-            self.pre_feedforward_layernorm,
-        )
-        branch = self.mlp(y)
-        if self.enable_moe_block:
-            dense, flat = self.post_feedforward_layernorm_1(branch), x.flatten(0, 1)
-            _, weights, index = self.router(flat)
-            routed = self.experts(self.pre_feedforward_layernorm_2(flat), index, weights)
-            branch, _ = _close(routed.view(x.shape), dense, self.post_feedforward_layernorm_2)
-        scale, closing = self.layer_scalar.to(x.dtype), self.post_feedforward_layernorm
-        if self.hidden_size_per_layer_input:
-            assert per_layer_input is not None
-            x, gated = self._to_gate(branch, x, closing, per_layer_input)
-            branch, closing = self.per_layer_projection(gated), self.post_per_layer_input_norm
-        x, _ = _close(branch, x, closing, scale=scale)
-        return x
-
-    def _to_gate(
-        self, branch: Tensor, x: Tensor, closing: gemma4.Gemma4RMSNorm, ple: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The residual with the feed-forward's branch, and the per-layer gate of it."""
-        linear, plain = self.per_layer_input_gate, is_plain(self.act_fn, base.TanhGELU)
-        made = _close_into_gate(branch, x, closing, linear, ple) if plain else None
-        if made is not None:
-            return made
-        x, _ = _close(branch, x, closing)
-        gate = linear(x)
-        return x, gelu_mul(gate, ple) if plain else self.act_fn(gate) * ple
-
-
-SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
-    gemma4.Gemma4RMSNorm: RMSNorm,
-    gemma4.Gemma4TextMLP: MLP,
-    gemma4.Gemma4TextRotaryEmbedding: RotaryEmbedding,
-    gemma4.Gemma4TextAttention: Attention,
-    gemma4.Gemma4TextRouter: Router,
-    gemma4.Gemma4TextDecoderLayer: DecoderLayer,
-}
-for _theirs, _ours in SWAPPED.items():
-    # Tools find layers by the name of their class (which to shard, which not to split).
-    _ours.__name__ = _theirs.__name__

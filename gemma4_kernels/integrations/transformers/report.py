@@ -11,6 +11,7 @@ from ...check import record
 from ...fusion import why_not_plain, why_seen
 from . import base, modules
 from .experts import instead_of_op
+from .layer import DecoderLayer, why_cosines
 
 NORMS = (
     "post_attention_layernorm",
@@ -27,7 +28,7 @@ def explain(model: nn.Module) -> str:
     whether they were checked on that card."""
     lines = []
     for text_model in (m for m in model.modules() if isinstance(m, gemma4.Gemma4TextModel)):
-        cosines = modules.why_cosines(text_model)
+        cosines = why_cosines(text_model)
         for layer in text_model.modules():
             if isinstance(layer, gemma4.Gemma4TextDecoderLayer):
                 lines.append(_line(layer, cosines))
@@ -47,7 +48,7 @@ def _line(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> str:
     parts = [_said("attention", config._attn_implementation, "attention_prefill", packed, weight)]
     if layer.enable_moe_block:
         parts.append(_said_experts(layer, weight))
-    swapped = isinstance(layer, modules.DecoderLayer) and base.takes_ops(weight)
+    swapped = isinstance(layer, DecoderLayer) and base.takes_ops(weight)
     ours = base.NAME if swapped else "transformers"
     parts.append(_said("norms, MLP, rotary", ours, "rms_norm", (weight, None), weight))
     called = list(_called(layer, cosines)) if swapped else []

@@ -7,12 +7,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from ...fusion import M
-from . import base, modules
+from . import base, layer
 from .attention import attention
 from .experts import experts
 from .mask import mask
+from .packed import put_packed
 
-ORIGINAL = {ours: theirs for theirs, ours in modules.SWAPPED.items()}
+ORIGINAL = {ours: theirs for theirs, ours in layer.SWAPPED.items()}
 
 
 def register() -> None:
@@ -26,14 +27,21 @@ def register() -> None:
     ExpertsInterface.register(base.NAME, experts)
 
 
-def enable(model: nn.Module) -> nn.Module:
+def enable(model: nn.Module, *, packed: bool = False) -> nn.Module:
     """Puts a Gemma 4 model's modules, attention and experts on these ops, in place.
 
     Weights, their names and the outputs stay; `disable` takes it back but for the implementations,
     which `set_attn_implementation` sets. On a CPU all of it runs what transformers would, but for
-    the attention of long prompts. Returns the model, which may be one that others wrapped (PEFT).
-    Raises ValueError for a model without Gemma 4 text layers, or with an activation or rotary
-    embedding that these ops do not compute.
+    the attention of long prompts.
+
+    Linear layers that another library quantised are called, as it has them. packed: those of four
+    or eight bits whose numbers a `PackedWeight` holds (of bitsandbytes, torchao and
+    compressed-tensors) become `PackedLinear`, multiplied by our kernels, their activations in 16
+    bits; for good, for what was there is gone.
+
+    Returns the model, which may be one that others wrapped (PEFT). Raises ValueError for a model
+    without Gemma 4 text layers, or with an activation or rotary embedding that these ops do not
+    compute.
     """
     layers = _all(model, gemma4.Gemma4TextDecoderLayer)
     if not layers:
@@ -47,10 +55,13 @@ def enable(model: nn.Module) -> nn.Module:
             raise ValueError(f"enable needs default or proportional rope, got {sorted(odd)}")
     register()
     disable(model)
-    _swap(model, modules.SWAPPED)
+    if packed:
+        for text_model in _all(model, gemma4.Gemma4TextModel):
+            put_packed(text_model)
+    _swap(model, layer.SWAPPED)
     for text_model in _all(model, gemma4.Gemma4TextModel):
-        text_model.register_forward_pre_hook(modules.before_model)
-        text_model.register_forward_hook(modules.after_model, always_call=True)
+        text_model.register_forward_pre_hook(layer.before_model, with_kwargs=True)
+        text_model.register_forward_hook(layer.after_model, with_kwargs=True, always_call=True)
     outermost = _all(model, PreTrainedModel)[0]
     outermost.set_attn_implementation(base.NAME)
     if config.enable_moe_block:
@@ -64,8 +75,10 @@ def disable(model: nn.Module) -> nn.Module:
     for text_model in _all(model, gemma4.Gemma4TextModel):
         for hooks in (text_model._forward_pre_hooks, text_model._forward_hooks):
             for key, hook in list(hooks.items()):
-                if hook in (modules.before_model, modules.after_model):
+                if hook in (layer.before_model, layer.after_model):
                     del hooks[key]
+                    text_model._forward_pre_hooks_with_kwargs.pop(key, None)
+                    text_model._forward_hooks_with_kwargs.pop(key, None)
                     text_model._forward_hooks_always_called.pop(key, None)
     return model
 

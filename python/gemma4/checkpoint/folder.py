@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 
 from ..files import finish, is_file_name, read_json, short
 
+R = TypeVar("R")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 FILES = (
@@ -18,12 +21,15 @@ FILES = (
     "model-*.safetensors",
     INDEX,
 )
+_ON_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<file>[\w.-]+(/[\w.-]+)*\.gguf))?")
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def resolve(path_or_repo_id: str | Path, needed: str = "config.json") -> Path:
     """The folder of a checkpoint: a local one, or a hub repository's, downloaded if need be; or
-    llama.cpp's file, which is a checkpoint by itself.
+    llama.cpp's file, which is a checkpoint by itself: a local one, owner/name:file.gguf of the hub,
+    or the only one of a repository that holds nothing else.
 
     Only the files that the text model needs are fetched; huggingface_hub's cache and offline mode
     apply. Raises FileNotFoundError, naming what was asked for and what is there instead, if there
@@ -43,17 +49,51 @@ def resolve(path_or_repo_id: str | Path, needed: str = "config.json") -> Path:
         return path
     if path.is_file():
         raise FileNotFoundError(f"{name} is a file{_kind(path)}, not a checkpoint's folder")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    asked = _ON_HUB.fullmatch(name)
+    if asked is None:
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (owner/name)")
+    return _fetched(asked["repo"], asked["file"])
+
+
+def _snapshot(repo: str, patterns: list[str]) -> Path:
+    return Path(_of_hub(repo, lambda: snapshot_download(repo, allow_patterns=patterns)))
+
+
+def _of_hub(repo: str, ask: Callable[[], R]) -> R:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return ask()
     except Exception as error:
         # The hub client raises a dozen unrelated classes for "not there" and "no network".
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"{name} is no local folder and could not be fetched from the hub: "
+            f"{repo} is no local folder and could not be fetched from the hub: "
             f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"
         ) from error
+
+
+def _fetched(repo: str, file: str | None) -> Path:
+    if file is None:
+        folder = _snapshot(repo, list(FILES))
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+            return folder
+        # Of shards the first stands for all; an image model's projector is no text model.
+        shards = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf|(.*/)?mmproj[^/]*")
+        there = _of_hub(repo, lambda: list_repo_files(repo))
+        names = sorted(n for n in there if n.endswith(".gguf") and not shards.fullmatch(n))
+        if not names:
+            return folder
+        if len(names) > 1:
+            raise FileNotFoundError(
+                f"{repo} holds several .gguf files: name one, as in {repo}:{names[0]} (there are "
+                f"{', '.join(names)})"
+            )
+        file = names[0]
+    shard = _SHARD.fullmatch(file)
+    pattern = file if shard is None else f"{shard['stem']}-*-of-{shard['count']}.gguf"
+    path = _snapshot(repo, [pattern]) / file
+    if ".." in path.parts or not path.is_file():
+        raise FileNotFoundError(f"{repo} holds no {file}")
+    return path
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

@@ -3,14 +3,18 @@
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..files import naming, replacing, write_json
+from gemma4_kernels.packed_linear import NAMES
+
+from ..files import naming, read_json, replacing, write_json
+from . import compress
 from .folder import INDEX, TOKENIZER_FILES, WEIGHTS, owned_files
 from .tensorfile import write_tensors
 
@@ -29,56 +33,71 @@ def save_pretrained(
 
     The tokenizer's files of the folder that the model came from go along. Names are transformers'
     own; a tied head is left out, as there, and one that is the table no longer is written, with
-    tie_word_embeddings false. All files change at once (`files.replacing`), and of those that the
-    folder held only the old model's weights are deleted. The new files need room beside the old
-    ones. Raises OSError, naming file and cause, with the folder as it was.
+    tie_word_embeddings false. Packed weights are written as compressed-tensors stores them, so that
+    they load again exactly; ValueError names one that it has no format for. All files change at
+    once (`files.replacing`), and of those that the folder held only the old model's weights are
+    deleted. The new files need room beside the old ones. Raises OSError, naming file and cause,
+    with the folder as it was.
     """
     state = model.state_dict()
+    packed = compress.packed_weights(model)
     config = replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
     # A tied head is in no state dict.
-    if config.tie_word_embeddings and "lm_head.weight" in state:
+    if config.tie_word_embeddings and any(name.startswith("lm_head.weight") for name in state):
         config.tie_word_embeddings = False
-    shards = _shards(state, max_shard_size)
+    # Before anything is written: what has no format is refused.
+    quantization = compress.config(model) if packed else None
+    most = _bytes(max_shard_size)
     folder = Path(path)
     with replacing(folder) as (staging, removed):
         removed |= owned_files(folder)
         config.write(staging)
+        if quantization is not None:
+            file = staging / "config.json"
+            write_json(file, read_json(file) | {"quantization_config": quantization})
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             with naming(staging / "generation_config.json"):
                 generation.save_pretrained(staging)
         _copy_tokenizer(getattr(model, "folder", None), folder, staging)
-        for file, tensors in shards.items():
-            write_tensors(staging / file, tensors)
-        if len(shards) > 1:
-            write_index(staging, shards, sum(map(size_of, state.values())))
+        held = {f"{name}.{part}" for name in packed for part in NAMES}
+        dense = ((name, tensor) for name, tensor in state.items() if name not in held)
+        write_shards(staging, chain(dense, compress.tensors(model)), most, bool(packed))
 
 
-def _shards(state: dict[str, Tensor], most: int | str) -> dict[str, dict[str, Tensor]]:
-    """The tensors in order, as files of at most that size, or of one tensor."""
-    most = _bytes(most)
-    groups: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in state.items():
-        if groups[-1] and used + size_of(tensor) > most:
-            groups.append({})
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], most: int, packed: bool = True
+) -> int:
+    """Writes tensors as they come, in files of at most `most` bytes or of one tensor, and their
+    index; returns the bytes of all. packed: as in `write_tensors`."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = used = 0
+
+    def write() -> None:
+        write_tensors(folder / f"shard-{len(shards)}", held, packed)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and used + size_of(tensor) > most:
+            write()
             used = 0
-        groups[-1][name] = tensor
+        held[name] = tensor
         used += size_of(tensor)
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return dict(zip(shard_names(len(groups)), groups, strict=True))
-
-
-def shard_names(count: int) -> list[str]:
-    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-
-
-def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
-    """Which of the files `shards` holds which tensors."""
-    names = {name: file for file, tensors in shards.items() for name in tensors}
-    table = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(names.items()))}
-    write_json(folder / INDEX, table)
+        total += size_of(tensor)
+    write()
+    count = len(shards)
+    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = [WEIGHTS]
+    for i, file in enumerate(files):
+        (folder / f"shard-{i}").rename(folder / file)
+    if count > 1:
+        names = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        about = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        write_json(folder / INDEX, about)
+    return total
 
 
 def size_of(tensor: Tensor) -> int:

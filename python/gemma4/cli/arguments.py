@@ -120,12 +120,13 @@ def _model_options() -> Parser:
         "--model",
         type=_text,
         default=default,
-        help="folder, .gguf file or hub id (default: the demo)",
+        help="folder, .gguf file, hub id or owner/name:file.gguf (default: the demo)",
     )
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's own")
     add("--device", type=_device, help="default: cuda if there is one, else cpu")
     add("--ple-device", type=_device, help="where the per-layer embeddings live")
+    add("--dequantize", action="store_true", help="unpack quantised weights as they are loaded")
     add("--compile", action="store_true", help="decode on the CPU by compiled C++")
     return options
 
@@ -219,6 +220,9 @@ def _parser() -> Parser:
     smaller.add_argument("source", type=_text, help="folder or hub id")
     smaller.add_argument("target", type=Path, help="the new folder")
     smaller.add_argument("--format", choices=("w4a16", "w8a16", "fp8"), default="w4a16")
+    smaller.add_argument(
+        "--head", choices=("8bit",), help="also the head, which stays dense if not"
+    )
     about = command(
         "info",
         "what is installed, what runs and why",

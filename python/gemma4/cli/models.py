@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,13 +34,19 @@ def folder_of(model: str) -> Path:
 
 
 def load(args: argparse.Namespace, folder: Path) -> Gemma4ForCausalLM:
-    return Gemma4ForCausalLM.from_pretrained(
-        folder,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        ple_device=args.ple_device,
-        progress=sys.stderr.isatty(),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is quantised")  # it is said below, warning or not
+        model = Gemma4ForCausalLM.from_pretrained(
+            folder,
+            dtype=None if args.dtype == "auto" else args.dtype,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            ple_device=args.ple_device,
+            progress=sys.stderr.isatty(),
+            quantized="dequantize" if args.dequantize else "keep",
+        )
+    if model.quantized:
+        print(model.quantized, file=sys.stderr)
+    return model
 
 
 def append_line(file: Path, row: dict[str, object]) -> None:

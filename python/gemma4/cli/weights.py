@@ -53,7 +53,7 @@ def quantize(args: argparse.Namespace) -> None:
         if shown:
             print(f"\r\033[K{name}", end="", file=sys.stderr, flush=True)
 
-    report = quantized(folder_of(args.source), args.target, args.format, progress)
+    report = quantized(folder_of(args.source), args.target, args.format, progress, args.head)
     if shown:
         print("\r\033[K", end="", file=sys.stderr)
     for layer in report.squares:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..cache import Cache
+from ..cache import Cache, KVDtype
 from ..decode import Decoder
 from ..outputs import GenerateOutput
 from .options import Configured, GenerationConfig, chosen
@@ -50,6 +50,7 @@ def generate(
     streamer: Streamer | None = None,
     prefill_chunk_size: int = 2048,
     compile: bool = False,
+    kv_dtype: KVDtype | None = None,
     **options: object,
 ) -> Tensor | GenerateOutput:
     """Continues each row of a batch.
@@ -69,7 +70,8 @@ def generate(
     holds, so that it samples as it would alone, and on a CPU as on a GPU; without it the seed comes
     from torch's global generator. On a GPU a streamer is up to two tokens behind, unless a function
     of the caller looks at each step. compile: on a CPU, decode by compiled C++ (see `Decoder`), for
-    which the first call in a process waits.
+    which the first call in a process waits. kv_dtype: of a new cache, see `Cache`; one that is
+    given keeps its own.
 
     Returns [B, S + new], prompt and new ids ([B, new] for inputs_embeds), or a `GenerateOutput`;
     the num_return_sequences continuations of a prompt are rows side by side. Raises ValueError for
@@ -92,7 +94,7 @@ def generate(
     # Which tokens a cache holds matters where it outlives the call.
     known = input_ids is not None and (given is not None or config.return_dict_in_generate)
     rows = prompt.rows() if known else None
-    held = _cache_for(model, prompt, given, rows, min(limit, RESERVED_STEPS))
+    held = _cache_for(model, prompt, given, rows, min(limit, RESERVED_STEPS), kv_dtype)
     answer = _Answer(config, streamer, batch, model.config.max_position_embeddings)
     # Functions of the caller see a step before the next one is begun.
     alone = sampler.is_one_op and not stopper.criteria
@@ -259,13 +261,17 @@ def _cache_for(
     given: Cache | None,
     rows: list[list[int]] | None,
     steps: int,
+    kv_dtype: KVDtype | None,
 ) -> Cache:
     """The cache, new or given, with room for the prompt and `steps` more; of a given one what fits
     `rows` is kept."""
     room = max(prompt.lengths) + steps
     if given is None or rows is None:
-        return Cache(model.config, prompt.batch_size, model.compute_dtype, model.device, room)
+        sizes = prompt.batch_size, model.compute_dtype, model.device, room
+        return Cache(model.config, *sizes, kv_dtype=kv_dtype)
     given.check(model.config, prompt.batch_size, model.compute_dtype, model.device)
+    if kv_dtype not in (None, given.kv_dtype):
+        raise ValueError(f"the cache has kv_dtype {given.kv_dtype!r}, got {kv_dtype!r}")
     given.resume(rows)
     given.reserve(room)
     return given
