@@ -46,8 +46,6 @@ GROUPS = {
 }
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-# The column of each four bits of a lane's 8, and where each column is.
-_ORDER, _PLACES = (0, 2, 4, 6, 1, 3, 5, 7), (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,7 @@ class PackedWeight:
         if self.codes.dtype == torch.uint8:
             lanes = codes.unflatten(-1, (8, 4, 2, 2, 4))[tile, :, r, :, :, hi]
             # Now [T, D / 64, lane % 4, half, 4 bytes].
-            lanes = torch.stack([lanes & 15, lanes >> 4], -1).flatten(-2)[..., _PLACES]
-            raw = lanes.transpose(2, 3).flatten(1)
+            raw = _columns(lanes).transpose(2, 3).flatten(1)
         else:
             lanes = codes.unflatten(-1, (2, 8, 4, 2, 8))[tile, :, :, r, :, hi]
             raw = lanes.flatten(1).view(self.codes.dtype)
@@ -262,14 +259,19 @@ def _untiled_codes(codes: Tensor) -> Tensor:
     n = len(lead)
     t, c = n, n + 1
     if codes.dtype == torch.uint8:
-        raw = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-        raw = raw.unflatten(-1, (8, 4, 2, 2, 8))[..., _PLACES]  # [..., r, q, half, hi, column]
+        raw = _columns(codes.unflatten(-1, (8, 4, 2, 2, 4)))  # [..., r, q, half, hi, column]
         r, q, half, hi, j = (n + 2 + i for i in range(5))
     else:
         raw = codes.view(torch.uint8).unflatten(-1, (2, 8, 4, 2, 8))
         half, r, q, hi, j = (n + 2 + i for i in range(5))
     raw = raw.permute(*range(n), t, hi, r, c, half, q, j).reshape(shape)
     return raw if codes.dtype == torch.uint8 else raw.view(codes.dtype)
+
+
+def _columns(words: Tensor) -> Tensor:
+    """The eight codes [..., 8] of a word's four bytes [..., 4], in the order of their columns."""
+    halves = torch.stack([words & 15, words >> 4], -1)  # columns 0 2, 4 6, 1 3 and 5 7
+    return halves.flatten(-2).unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)
 
 
 def _untiled_scales(scales: Tensor) -> Tensor:

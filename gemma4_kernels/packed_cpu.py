@@ -38,13 +38,22 @@ class TorchProduct:
         return self.weight.nbytes + self.scales.nbytes
 
 
+def torch_multiplies(weight: PackedWeight) -> bool:
+    """Whether there is a product for the weight's form."""
+    codes, scales, row_scales = weight.parts
+    if codes.dtype == torch.int8:
+        return scales is None and row_scales is not None
+    return codes.dtype == torch.uint8 and (scales is None or scales.dtype in HALF_SCALES)
+
+
 def torch_product(weight: PackedWeight) -> TorchProduct | None:
     """The weight [N, D] for torch's products, None where there is none for its form."""
     codes, scales, row_scales = weight.parts
-    if codes.dtype == torch.int8 and scales is None and row_scales is not None:
-        return TorchProduct(untiled(weight)[0], row_scales.bfloat16(), 0)
-    if codes.dtype != torch.uint8 or (scales is not None and scales.dtype not in HALF_SCALES):
+    if not torch_multiplies(weight):
         return None
+    if codes.dtype == torch.int8:
+        assert row_scales is not None  # it is multiplied
+        return TorchProduct(untiled(weight)[0], row_scales.bfloat16(), 0)
     rows, columns = weight.shape
     group = 32 if scales is not None else 128 if columns % 128 == 0 else COLUMNS
     ordered, groups = [], []

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import gguf
@@ -24,6 +25,8 @@ from gemma4_kernels import packed as packing
 from gemma4_kernels.packed_linear import PackedLinear, PackedParameter
 
 load = Gemma4ForCausalLM.from_pretrained
+pytestmark = pytest.mark.filterwarnings("ignore:.*is quantised")
+FULL = ["full_attention"] * 2
 WIDE = dict(hidden_size=128, intermediate_size=192, moe_intermediate_size=64)
 LARGE_BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 64]}
 
@@ -144,7 +147,7 @@ def test_models(options: dict, tmp_path: Path) -> None:
 
     dense = quantised(tmp_path, pack, COMPRESSED, options)
     model = load(tmp_path)
-    assert "stay packed" in model.quantized and "unpacked" not in model.quantized
+    assert "stay packed" in model.quantized and "are unpacked to" not in model.quantized
     like = tiny(options)
     state = {k: torch.from_numpy(w).float() for k, w in dense.items()}
     like.load_state_dict(state, strict=False)
@@ -154,7 +157,6 @@ def test_models(options: dict, tmp_path: Path) -> None:
     assert torch.equal(made, like.generate(given, max_new_tokens=5, do_sample=False))
 
 
-@pytest.mark.filterwarnings("ignore:.*is quantised")
 @torch.no_grad()
 def test_tables_stay_packed_and_tied(tmp_path: Path) -> None:
     """An embedding that is the head, and a table of per-layer inputs."""
@@ -182,7 +184,26 @@ def test_what_fits_no_tile_becomes_dense_and_is_named(tmp_path: Path) -> None:
     assert type(model.model.layers[0].self_attn.q_proj) is PackedLinear
 
 
-@pytest.mark.filterwarnings("ignore:.*is quantised")
+@pytest.mark.parametrize(
+    ("name", "dtype", "slow"),
+    [
+        ("w4a16 in groups", "bfloat16", 0),
+        ("w8a16", "bfloat16", 0),
+        ("w8a16", "float32", 14),
+        ("fp8 in rows", "bfloat16", 14),
+    ],
+)
+def test_what_a_cpu_unpacks_again_and_again(name, dtype, slow, tmp_path: Path) -> None:
+    config, pack = FORMATS[name]
+    quantised(tmp_path, pack, config, DENSE | WIDE | {"num_hidden_layers": 2, "layer_types": FULL})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = load(tmp_path, dtype=dtype)
+    told = f"{slow} of them are unpacked again at each product"
+    assert (told in model.quantized) == bool(slow)
+    assert [str(each.message) for each in warned] == [model.quantized] * bool(slow)
+
+
 def test_experts_of_unlike_forms_become_dense(tmp_path: Path) -> None:
     kinds, turn = [w4a16(32), w4a16(32, zeros=True)], iter(range(10**6))
 
@@ -260,6 +281,7 @@ def test_what_no_format_stores_is_refused(tmp_path: Path) -> None:
 
 LOAD_AND_TELL_THE_PEAK = """
 import sys
+import warnings
 from pathlib import Path
 from gemma4 import Gemma4ForCausalLM
 

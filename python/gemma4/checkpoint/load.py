@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gemma4_kernels.packed import PackedWeight
+from gemma4_kernels.packed_cpu import torch_multiplies
 
 from ..config import DTYPES, Gemma4TextConfig
 from ..files import read_json
@@ -43,6 +44,7 @@ SHARED_KV = re.compile(r"layers\.(\d{1,9})\.self_attn\.(k_proj|v_proj|k_norm|v_n
 LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 SINGLE_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,9})\.(gate_proj|up_proj|down_proj)\.weight")
 FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+PLE_TABLE = "embed_tokens_per_layer.weight"
 
 # What fills a tensor of the model, or a part of it.
 Source: TypeAlias = Entry | Packed
@@ -300,7 +302,7 @@ class _Reader:
         self.kept: dict[str, PackedWeight] = {}
 
     def read(self, name: str, parts: dict[Part, Source]) -> None:
-        where = self.ple_device if name.endswith("embed_tokens_per_layer.weight") else self.device
+        where = self.ple_device if name.endswith(PLE_TABLE) else self.device
         pinned = where.type == "cpu" and self.device.type == "cuda"
         packed = {part: source for part, source in parts.items() if isinstance(source, Packed)}
         if self.keeps and len(packed) == len(parts) and keep.can_be_kept(self.model, name):
@@ -311,6 +313,16 @@ class _Reader:
                 self.kept[name] = weight
                 return
         self.dense[name] = self._dense(name, parts, where, pinned)
+
+    def count_slow(self) -> int:
+        """Kept weights that a CPU has no product for."""
+        if self.device.type != "cpu":
+            return 0
+        multiplied = {name: w for name, w in self.kept.items() if not name.endswith(PLE_TABLE)}
+        return sum(
+            ".experts." in name or self.dtype != torch.bfloat16 or not torch_multiplies(weight)
+            for name, weight in multiplied.items()
+        )
 
     def _dense(
         self, name: str, parts: dict[Part, Source], where: torch.device, pinned: bool
@@ -341,7 +353,7 @@ def _first_row(shape: tuple[int, ...], part: Part) -> int:
 
 def _told(folder: Path, reader: _Reader, found: dict[str, dict[Part, Source]]) -> str | None:
     """One line of what became of quantised weights, None where there are none; and a warning where
-    weights take more memory than in their file, which is why they were quantised."""
+    weights take more memory than in their file, which is why they were quantised, or more time."""
     packed = {
         name: [source for source in parts.values() if isinstance(source, Packed)]
         for name, parts in found.items()
@@ -349,14 +361,20 @@ def _told(folder: Path, reader: _Reader, found: dict[str, dict[Part, Source]]) -
     packed = {name: sources for name, sources in packed.items() if sources}
     if not packed:
         return None
-    method = next(iter(packed.values()))[0].options.method
-    told = [f"{folder} is quantised ({method})"]
+    told, worse = [], False
     if reader.kept:
         forms = Counter(map(keep.form_of, reader.kept.values()))
         size = sum(weight.nbytes for weight in reader.kept.values()) / 1e9
         counts = ", ".join(f"{count} {form}" for form, count in forms.items())
         told.append(f"{len(reader.kept)} of its weights stay packed in {size:.3g} GB ({counts})")
+    if slow := reader.count_slow():
+        worse = True
+        told.append(
+            f"{slow} of them are unpacked again at each product, for on a CPU none is made of "
+            f"their form in {reader.dtype} (quantized='dequantize' does it once)"
+        )
     if unpacked := [name for name in packed if name in reader.dense]:
+        worse = True
         size = sum(reader.dense[name].nbytes for name in unpacked) / 1e9
         before = sum(source.size for name in unpacked for source in packed[name]) / 1e9
         which = ", ".join(unpacked[:3]) + (", ..." if len(unpacked) > 3 else "")
@@ -364,5 +382,8 @@ def _told(folder: Path, reader: _Reader, found: dict[str, dict[Part, Source]]) -
             f"{len(unpacked)} are unpacked to {reader.dtype} and take {size:.3g} GB, not "
             f"{before:.3g} ({which})"
         )
-        warnings.warn(": ".join([told[0], "; ".join(told[1:])]), stacklevel=4)
-    return ": ".join([told[0], "; ".join(told[1:])])
+    method = next(iter(packed.values()))[0].options.method
+    line = f"{folder} is quantised ({method}): {'; '.join(told)}"
+    if worse:
+        warnings.warn(line, stacklevel=4)
+    return line

@@ -75,7 +75,7 @@ def write_shards(
     total = used = 0
 
     def write() -> None:
-        write_tensors(folder / f"shard-{len(shards)}", held, packed)
+        write_tensors(folder / f"model-{len(shards) + 1:05}.safetensors", held, packed)
         shards.append(list(held))
         held.clear()
 
@@ -91,8 +91,8 @@ def write_shards(
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     if count == 1:
         files = [WEIGHTS]
-    for i, file in enumerate(files):
-        (folder / f"shard-{i}").rename(folder / file)
+    for i, file in enumerate(files, 1):  # how many there are, the last one tells
+        (folder / f"model-{i:05}.safetensors").rename(folder / file)
     if count > 1:
         names = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         about = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}

@@ -114,16 +114,12 @@ def _words(data: Tensor) -> Tensor:
 
     In numpy, which shifts whole vectors where torch goes number by number.
     """
-    bytes_ = np.ascontiguousarray(data.numpy()).view(np.int64)
-    words = np.empty((len(bytes_), 4), np.int32)
-    for half in (0, 1):
-        # Eight codes in eight bytes move together, two and two and two.
-        code = (bytes_ >> 4 * half) & 0x0F0F0F0F0F0F0F0F
-        for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF)):
-            code |= code >> shift
-            code &= mask
-        words[:, 2 * half : 2 * half + 2] = code.astype(np.int32)
-    return torch.from_numpy(words)
+    pairs = np.ascontiguousarray(data.numpy()).view(np.uint16)  # the second byte is the high one
+    words = np.empty((len(pairs), 16), np.uint8)
+    shifted = pairs >> 4
+    words[:, :8] = (pairs & 0x0F) | (shifted & 0xF0)
+    words[:, 8:] = (shifted & 0x0F) | (pairs >> 8 & 0xF0)
+    return torch.from_numpy(words.view(np.int32))
 
 
 def _d(blocks: Tensor) -> Tensor:
