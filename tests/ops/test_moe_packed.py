@@ -17,6 +17,8 @@ from gemma4_kernels.reference import moe as reference
 kernels_alone = pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
 TOKENS = (1, 2, 8, 9, 17, 64, 129)
 INT4 = FORMS[0]
+# Gate, up and their product: a kernel rounds no weight, so its errors are not the formula's.
+ROUNDINGS = 3
 
 
 def form(kind, row_scales=False):
@@ -67,8 +69,8 @@ def experts(backend, tokens, num_experts, *sizes, dtype):
 def check(y, arguments, dtype):
     exact, rounded = (float64.moe_experts(**arguments, dtype=to) for to in (None, dtype))
     assert y.is_contiguous()
-    terms = sum(arguments["down"].shape[1:])
-    assert_close_to_float64(y, exact, dtype, rounded=rounded, terms=terms)
+    size = dict(terms=sum(arguments["down"].shape[1:]), roundings=ROUNDINGS)
+    assert_close_to_float64(y, exact, dtype, rounded=rounded, **size)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,7 +176,7 @@ def test_moe_open(backend, poisoned_memory, sizes, kind):
     exact, rounded = (float64.moe_open(**arguments, eps=1e-6, dtype=to) for to in (None, BF16))
     for i, result in enumerate(results):
         most = dict(magnitude=exact[i].abs().amax()) if i < 2 else {}
-        terms = dict(terms=sizes[1], rounded=rounded[i])
+        terms = dict(terms=sizes[1], rounded=rounded[i], roundings=ROUNDINGS)
         assert_close_to_float64(result, exact[i], BF16, **terms, **most)
 
 
@@ -190,7 +192,7 @@ def test_moe_experts_small(backend, poisoned_memory, sizes, kind):
     exact, rounded = (float64.moe_experts_small(**arguments, dtype=to) for to in (None, BF16))
     for i, result in enumerate(results):
         most = dict(magnitude=exact[i].abs().amax()) if i else {}
-        terms = dict(terms=sum(sizes[3:]), rounded=rounded[i])
+        terms = dict(terms=sum(sizes[3:]), rounded=rounded[i], roundings=ROUNDINGS)
         assert_close_to_float64(result, exact[i], BF16, **terms, **most)
 
 
