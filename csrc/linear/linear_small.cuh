@@ -224,14 +224,25 @@ DEVICE float4 gated(float4 gate, float4 up) {
           gated<T>(gate.w, up.w)};
 }
 
-// Where `open` has put a: in shared memory.
+// What read(t, column) gives of a token's 8 columns; zeros where there are none.
+template <class Read>
+DEVICE auto zeros_beyond(const OpeningParams& p, const Read& read) {
+  return [&p, read](int t, int from) {
+    const bool exists = t < p.tokens && from < p.width;
+    return exists ? read(t, from) : uint4{0, 0, 0, 0};
+  };
+}
+
+// Where open_branch has put a: in shared memory.
+template <class T>
+DEVICE auto shared_tokens(const OpeningParams& p, const T* a) {
+  return [&p, a](int t, int from) {
+    return load_shared(reinterpret_cast<const uint4*>(a + t * p.a_stride + from));
+  };
+}
 template <class T>
 DEVICE auto tokens_at(const OpeningParams& p, const T* a) {
-  return [&p, a](int t, int from) {
-    const bool exists = t < p.tokens && from < p.width;
-    return exists ? load_shared(reinterpret_cast<const uint4*>(a + t * p.a_stride + from))
-                  : uint4{0, 0, 0, 0};
-  };
+  return zeros_beyond(p, shared_tokens(p, a));
 }
 
 // Makes a and returns read(t, column), of 8 columns that exist.
@@ -242,9 +253,7 @@ DEVICE auto open_tokens(const LinearSmallParams& p, LinearSmallSmem<kSets>& smem
     open_branch(p, a, smem.sum, [&](int, int column, auto& y, float scale) {
       if (p.norm_weight) scale_by(y, scale, p.norm_weight, column);
     });
-    return [&p, a](int t, int from) {
-      return load_shared(reinterpret_cast<const uint4*>(a + t * p.a_stride + from));
-    };
+    return shared_tokens(p, a);
   } else {
     ptx::wait_for_previous_kernel();
     return [&p](int t, int from) {
@@ -268,12 +277,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
                              .sets = kSets,
                              .first = static_cast<int>(blockIdx.x),
                              .step = static_cast<int>(gridDim.x)};
-  const auto open = [&] {
-    return [&p, read = open_tokens<T, kOpens>(p, smem)](int t, int from) {
-      const bool exists = t < p.tokens && from < p.width;
-      return exists ? read(t, from) : uint4{0, 0, 0, 0};
-    };
-  };
+  const auto open = [&] { return zeros_beyond(p, open_tokens<T, kOpens>(p, smem)); };
   multiply_tiles(tiles, smem, open, [&](int tile, const float4(&total)[kSets]) {
     if constexpr (kGated)
       return write_rows<T>(p.y, p.tokens, p.rows, tile * kRows, gated<T>(total[0], total[1]));

@@ -174,7 +174,8 @@ struct Tokens {
 template <class T, int kMatrices, int kEights, class Rows>
 DEVICE void walk(float (&sum)[kMatrices][kEights][4], const Rows (&rows)[kMatrices],
                  const Tokens<T, kEights>& tokens, int first, int step, int width) {
-  constexpr int kBytes = kEights > 2 ? 64 : 128;  // on their way in a lane
+  // On their way in a lane; with more tokens, registers hold their columns and sums instead.
+  constexpr int kBytes = 128 / kEights;
   constexpr int kStepBytes = kMatrices * Rows::kStepBytes;
   constexpr int kAhead = kBytes > kStepBytes ? kBytes / kStepBytes : 1;
   const int lane_token = threadIdx.x % 32 / 4;

@@ -75,7 +75,7 @@ class Cache:
         self.block_table = torch.empty(batch_size, 0, dtype=torch.int32, device=self.device)
         for layer, ring, kv_heads, head_dim in self.signature:
             slots = self.window + rollback if ring else 0
-            heads, coded = (batch_size, slots, kv_heads), _is_coded(kv_dtype, ring)
+            heads, coded = (batch_size, slots, kv_heads), is_coded(kv_dtype, ring)
             for store in (self.k, self.v):
                 held = E4M3 if coded else dtype
                 store[layer] = torch.empty(*heads, head_dim, dtype=held, device=device)
@@ -223,7 +223,8 @@ class Cache:
         return self.k_scales[layer], self.v_scales[layer]
 
 
-def _is_coded(kv_dtype: KVDtype | None, ring: bool) -> bool:
+def is_coded(kv_dtype: KVDtype | None, ring: bool) -> bool:
+    """Whether a layer's keys are in fp8."""
     return kv_dtype == "fp8-all" or (kv_dtype == "fp8" and not ring)
 
 

@@ -15,6 +15,8 @@ import torch
 import gemma4_kernels
 from gemma4_kernels.packed_linear import PackedParameter
 
+from .cache import KVDtype, is_coded
+
 if TYPE_CHECKING:
     from .config import Gemma4TextConfig
     from .model import Gemma4ForCausalLM
@@ -172,14 +174,18 @@ def decode_bytes(model: "Gemma4ForCausalLM") -> int:
     return int(total)
 
 
-def key_bytes(config: "Gemma4TextConfig", keys: int, dtype: torch.dtype) -> int:
+def key_bytes(
+    config: "Gemma4TextConfig", keys: int, dtype: torch.dtype, kv_dtype: KVDtype | None = None
+) -> int:
     """The keys and values that one token's attention reads in all layers."""
     total = 0
     for kind in config.layer_types:
         window = config.window(kind)[0]
         seen = min(keys, window) if window else keys
-        total += 2 * seen * config.kv_heads(kind) * config.head_size(kind)
-    return total * dtype.itemsize
+        size = config.head_size(kind)
+        head = size + 4 if is_coded(kv_dtype, bool(window)) else size * dtype.itemsize
+        total += 2 * seen * config.kv_heads(kind) * head
+    return total
 
 
 def launches_per_token(model: "Gemma4ForCausalLM") -> float | None:

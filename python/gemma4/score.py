@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import Cache
+from .cache import Cache, KVDtype
 from .model import Gemma4ForCausalLM
 
 # Tokens whose logits are there at once.
@@ -47,11 +47,13 @@ def score(
     context: int = 2048,
     bos: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    kv_dtype: KVDtype | None = None,
 ) -> Score:
     """Scores the tokens of a text in windows of `context`, each read from its beginning alone.
 
     bos, if given, opens every window and is not scored; else a window's first token is not. Of the
     logits [N, V] no more than 128 tokens' are in memory. progress is told how many tokens are done.
+    kv_dtype is that of the model's cache (see `Cache`); the other model's is as wide as ever.
     Raises ValueError for a text of too few tokens and for models of unlike vocabularies,
     RuntimeError where logits are not finite.
     """
@@ -70,7 +72,8 @@ def score(
         window = torch.tensor([[*opening, *ids[begin : begin + step]]])
         if window.shape[1] < 2:
             break
-        made = (_logits(each, window) for each in models)
+        kinds = zip(models, (kv_dtype, None), strict=False)
+        made = (_logits(each, window, kind) for each, kind in kinds)
         for targets, *logits in zip(window[0, 1:].split(CHUNK_TOKENS), *made, strict=True):
             totals += _sums(logits, targets)
             tokens += len(targets)
@@ -81,9 +84,10 @@ def score(
     return Score(tokens, nats, against_nats, round(agreed), divergence)
 
 
-def _logits(model: Gemma4ForCausalLM, window: Tensor) -> Iterator[Tensor]:
+def _logits(model: Gemma4ForCausalLM, window: Tensor, kv_dtype: KVDtype | None) -> Iterator[Tensor]:
     """The logits [N, V] behind the tokens of a window [1, S], N at a time."""
-    cache = Cache(model.config, 1, model.compute_dtype, model.device, window.shape[1])
+    sizes = 1, model.compute_dtype, model.device, window.shape[1]
+    cache = Cache(model.config, *sizes, kv_dtype=kv_dtype)
     for part in window[:, :-1].split(CHUNK_TOKENS, 1):
         yield model(part.to(model.device), cache=cache).logits[0]
 

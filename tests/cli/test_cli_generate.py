@@ -52,7 +52,7 @@ def test_sampling_options_reach_the_model(run, monkeypatch):
     monkeypatch.setattr(Gemma4ForCausalLM, "generate", fake)
     words = (
         "--temperature 0.5 --top-k 7 --top-p 0.25 --min-p 0.1 --seed 4 --max-new-tokens 3 "
-        "--min-new-tokens 2 --repetition-penalty 1.5 --stop a --stop b."
+        "--min-new-tokens 2 --repetition-penalty 1.5 --stop a --stop b. --kv-dtype fp8"
     )
     code, out, err = run("generate", PROMPT, *words.split())
     expected = {
@@ -65,6 +65,7 @@ def test_sampling_options_reach_the_model(run, monkeypatch):
         "min_new_tokens": 2,
         "repetition_penalty": 1.5,
         "stop_strings": ["a", "b."],
+        "kv_dtype": "fp8",
     }
     assert {name: seen[name] for name in expected} == expected
     assert seen["do_sample"] is True

@@ -33,6 +33,8 @@ from gemma4 import Gemma4ForCausalLM, demo
         (["generate", "a", "--greedy", "--top-k", "3"], "--greedy goes with no"),
         (["generate", "a", "--greedy", "--min-p", "0.1"], "--greedy goes with no"),
         (["generate", "a", "--dtype", "int3"], "--dtype"),
+        (["generate", "a", "--kv-dtype", "int8"], "--kv-dtype"),
+        (["bench", "--compile", "--kv-dtype", "fp8"], "--compile goes with no --kv-dtype"),
         (["generate", "a", "--device", "abacus"], "--device: must be cpu, cuda or cuda:N"),
         (["generate", "a", "--device", "cuda:99"], "torch sees no such device"),
         (["generate", "a", "--ple-device", "cuda:99"], "--ple-device"),

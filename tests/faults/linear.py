@@ -1,4 +1,7 @@
 KERNEL, LAUNCHER = "linear/linear_small.cuh", "linear/linear_small.cu"
+PACKED, TILES = "linear/packed.cuh", "linear/linear_packed.cuh"
+PACKED_SMALL = "linear/linear_small_packed.cuh"
+OF = "test_linear_packed.py"
 FAULTS = {
     "linear_small": {
         "test_linear_small[emulated-9 tokens-bfloat16]": [
@@ -18,7 +21,11 @@ FAULTS = {
         ],
         "test_linear_small[emulated-one token-bfloat16]": [
             (KERNEL, "{\n    ptx::wait_for_previous_kernel();\n", "{\n"),
-            (KERNEL, "load_fresh_if(t", "load_once_if(t"),
+            (
+                KERNEL,
+                "ptx::load_16_coherent(static_cast<const T*>(p.x)",
+                "ptx::load_16(static_cast<const T*>(p.x)",
+            ),
         ],
         "test_linear_small[emulated-two branches-bfloat16]": [
             (KERNEL, "(adds ? to[j] : 0.0f) + from", "from"),
@@ -66,6 +73,48 @@ FAULTS = {
         ],
         "test_traffic.py::test_linear_small_work[12B down]": [
             (KERNEL, "half * 32 + lane % 4 * 8", "half * 8 + lane % 4 * 16"),
+        ],
+    },
+    "linear_small_packed": {
+        f"{OF}::test_linear_packed[emulated-(1, 704, torch.uint8, torch.bfloat16)]": [
+            (PACKED, "0xc308 : 0xe408", "0xc300 : 0xe400"),
+            (PACKED, "codes >> 4 * i, ", "codes >> 4 * (i ^ 1), "),
+        ],
+        f"{OF}::test_linear_packed[emulated-(1, 256, torch.uint8, torch.float8_e4m3fn)]": [
+            (PACKED, "half ? 0x3232 : 0x1010", "0x1010"),
+            (PACKED, "? 0x3414 : 0x2404", "? 0x2404 : 0x2404"),
+        ],
+        f"{OF}::test_a_tokens_bits_do_not_depend_on_the_others[emulated]": [
+            (PACKED_SMALL, "min(8 + lane / 4, tokens - 1)", "min(lane / 4, tokens - 1)"),
+        ],
+        f"{OF}::test_linear_small[emulated-gated, more tiles than blocks]": [
+            (PACKED_SMALL, "    if (eights == 2) __syncthreads();\n", ""),
+            (PACKED_SMALL, "kGated ? row_tiles : 1", "1"),
+            (PACKED_SMALL, "p.rows + row, total", "row, total"),
+        ],
+        f"{OF}::test_linear_small[emulated-more tiles than blocks]": [
+            (PACKED_SMALL, "eights == 2 ? eight : turn % 2", "eights == 2 ? eight : 0"),
+        ],
+    },
+    "linear_packed": {
+        "test_linear_packed[emulated-(129, 2112, torch.float8_e4m3fn, torch.float32)]": [
+            (TILES, "(first_token + token) * p.rows", "token * p.rows"),
+            (TILES, "p.weight.row_scales[column + 1]", "p.weight.row_scales[column]"),
+        ],
+        "test_linear_packed[emulated-(129, 704, torch.float8_e4m3fn, torch.float16)]": [
+            (TILES, "ask(step + 1)", "ask(step)"),
+            (TILES, "row < p.rows && step < steps", "step < steps"),
+            (
+                PACKED,
+                "half ? scales.after[1][high] : scales",
+                "half ? scales.after[0][high] : scales",
+            ),
+        ],
+        "test_linear_packed[emulated-(17, 2112, torch.float8_e4m3fn, None)]": [
+            ("linear/linear_packed.cu", "2 * first * p.x_stride", "first * p.x_stride"),
+        ],
+        "test_traffic.py::test_linear_packed_tiles_work": [
+            (PACKED, "i ^ (lane / 4 & 1)", "i"),
         ],
     },
 }

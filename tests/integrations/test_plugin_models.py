@@ -276,10 +276,21 @@ def test_on_the_kernels(name, monkeypatch):
             m(ids, attention_mask=mask).logits.float()[mask.bool()] for m in (ours, theirs, exact)
         )
         assert (a - e).abs().mean() <= 1.25 * (b - e).abs().mean()
-        output = ours(ids[:1], use_cache=True)
-        step = ours(ids[1:, :1], past_key_values=output.past_key_values).logits.float()
-    whole = torch.cat([ids[:1], ids[1:, :1]], 1)
-    assert (step[:, -1] - exact(whole).logits[:, -1]).abs().mean() <= 0.1
+        for rows, options in ((1, {}), (2, dict(attention_mask=mask[:, :16]))):
+            ours_and_theirs = []
+            for model in (ours, theirs):
+                cache = transformers.StaticCache(model.config, max_cache_len=18)
+                model(ids[:rows, :16], past_key_values=cache, **options)
+                found = []
+                for end in (17, 18):
+                    if options:
+                        options = dict(attention_mask=mask[:, :end])
+                    step = model(ids[:rows, end - 1 : end], past_key_values=cache, **options)
+                    found.append(step.logits)
+                ours_and_theirs.append(torch.cat(found, 1).float())
+            a, b = ours_and_theirs
+            e = exact(ids[:rows], attention_mask=mask[:rows]).logits[:, 16:]
+            assert (a - e).abs().mean() <= 1.25 * (b - e).abs().mean()
 
 
 @torch.no_grad()

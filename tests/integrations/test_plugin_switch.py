@@ -98,10 +98,11 @@ def test_explain_names_what_is_not_fused(way):
     layers[0].act_fn.register_forward_pre_hook(lambda *args: None)
     layers[1].self_attn, layers[1].mlp = Wrapper(layers[1].self_attn), Wrapper(layers[1].mlp)
     layers[2].post_feedforward_layernorm = Wrapper(layers[2].post_feedforward_layernorm)
+    layers[2].mlp.up_proj = Wrapper(layers[2].mlp.up_proj)
     expected = [
         "not fused: queries and keys (k_norm has hooks), act_fn has hooks",
         "not fused: queries and keys (self_attn is a Wrapper), mlp is a Wrapper",
-        "not fused: post_feedforward_layernorm is a Wrapper",
+        "not fused: post_feedforward_layernorm is a Wrapper, linear layers (up_proj is a Wrapper)",
         "",
     ]
     for line, end in zip(plugin.explain(model).splitlines(), expected, strict=True):

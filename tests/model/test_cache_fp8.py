@@ -1,6 +1,7 @@
 """Keys and values in 8 bits: what they cost in memory and in exactness, and that every way through
 a cache finds the same ones."""
 
+import io
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from support.tiny import ALL, DENSE, E_SERIES, ids, tiny
 
 from gemma4 import Cache, Gemma4ForCausalLM, Gemma4Tokenizer
+from gemma4.cli import main
 from gemma4.decode import Decoder
 from gemma4.demo import path
 
@@ -143,6 +145,20 @@ def test_steps_of_a_decoder(options, kv_dtype):
         close(decoder(batch[:, t]), expected[:, t], atol=1e-9, rtol=0)
     cache.trim(3)
     close(model(batch[:, 27:], cache=cache).logits, expected[:, 27:], atol=1e-9, rtol=0)
+
+
+def test_the_commands(capsys, monkeypatch, tmp_path):
+    """Each hands its cache's kind on; a model's bits with one are its own without."""
+    text = tmp_path / "text"
+    text.write_text("It is a truth universally acknowledged, that a single man.")
+    assert main(["score", str(text), "--against", str(path()), "--kv-dtype", "fp8"]) == 0
+    assert "0.00000 bits a token apart" not in capsys.readouterr().out
+    assert main(["score", str(text), "--against", str(path())]) == 0
+    assert "0.00000 bits a token apart" in capsys.readouterr().out
+    words = ["bench", "--kv-dtype", "fp8-all", "--prompt-tokens", "8", "--new-tokens", "2"]
+    assert main([*words, "--repeat", "1"]) == 0
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who are you?\n")))
+    assert main(["chat", "--kv-dtype", "fp8", "--max-new-tokens", "2"]) == 0
 
 
 def test_what_is_refused():

@@ -129,6 +129,10 @@ def test_key_bytes():
     expected = 2 * 2 * 2 * (35 * 512 * 256 + 7 * 32768 * 512)
     assert measure.key_bytes(config, 32768, torch.bfloat16) == expected
     assert measure.key_bytes(config, 100, torch.float32) == 2 * 2 * 4 * 100 * (35 * 256 + 7 * 512)
+    full, sliding = 2 * 2 * 7 * 32768 * (512 + 4), 2 * 2 * 35 * 512
+    for kv_dtype, head in (("fp8", 2 * 256), ("fp8-all", 256 + 4)):
+        found = measure.key_bytes(config, 32768, torch.bfloat16, kv_dtype)
+        assert found == full + sliding * head
 
 
 def test_launches_of_a_token(monkeypatch):

@@ -365,6 +365,71 @@ def test_linear_small_work(counted, case):
     check_sites(counts, exempt=("y", "factor", "scale"))
 
 
+PACKED_LINEARS = {  # tokens, width, rows, what comes with it, codes, scales
+    "E4B q, k, v": (1, 2560, 48, {"residual", "norm_weight"}, torch.uint8, BF16),
+    "E4B gate and up": (8, 2560, 32, {"residual", "norm_weight", "gated"}, torch.uint8, BF16),
+    "26B dense down": (16, 2112, 48, set(), torch.uint8, torch.float8_e4m3fn),
+    "26B expert": (1, 704, 48, set(), torch.uint8, torch.float8_e8m0fnu),
+    "31B down": (1, 21504, 16, set(), torch.int8, BF16),
+    "12B o": (8, 8192, 32, set(), torch.float8_e4m3fn, None),
+}
+
+
+def on_sectors(weight):
+    """Beginning where a card's memory would: on a sector."""
+
+    def moved(part):
+        room = torch.empty(part.nbytes + 32, dtype=torch.uint8)
+        begin = -room.data_ptr() % 32
+        there = room[begin : begin + part.nbytes].view(part.dtype).view(part.shape)
+        return there.copy_(part)
+
+    return PackedWeight(*(None if part is None else moved(part) for part in weight.parts))
+
+
+def packed_bytes(counts):
+    """What was asked for of a packed weight, in whole sectors: lanes share scales."""
+    parts = [site for site in counts.sites if site.buffer.startswith("weight")]
+    return sum(32 * site.sectors for site in parts)
+
+
+@pytest.mark.parametrize("case", PACKED_LINEARS)
+def test_linear_small_packed_work(counted, case):
+    """Codes and scales are read once, in whole sectors, by loads of 16 bytes; no bank twice."""
+    tokens, width, rows, parts, codes, scales = PACKED_LINEARS[case]
+    backend, form = emulated_backend(), dict(codes=codes, scales=scales)
+    arguments = cases.linear_small(
+        backend, tokens, width, rows, *parts, dtype=BF16, form=form | {"row_scales": False}
+    )
+    weight = arguments["weight"] = on_sectors(arguments["weight"])
+    with emulated.one_schedule():
+        backend.ops.linear_small(**arguments)
+    counts = counted.counts()
+    assert counts.launches == 1
+    (read,) = [b for b in counts.buffers if b.name == "weight"]
+    assert read.read_bytes == weight.codes.nbytes
+    floor = weight.codes.nbytes + (0 if scales is None else weight.scales.nbytes)
+    rows_read = 0 if weight.row_scales is None else weight.row_scales.nbytes
+    assert packed_bytes(counts) <= 1.03 * floor + 2 * rows_read
+    eights = -(-tokens // 8)
+    assert counts.mma == weight.shape[0] // 16 * width // 16 * eights
+    # Sixteen rows of y are a sector, which no one store fills.
+    check_sites(counts, exempt=("y", "weight_row_scales"))
+
+
+def test_linear_packed_tiles_work(counted):
+    """Weights are read once for each tile of 128 tokens, and no bank twice."""
+    backend = emulated_backend()
+    arguments = cases.linear_packed(backend, 256, 192, 384, dtype=BF16)
+    weight = arguments["weight"] = on_sectors(arguments["weight"])
+    with emulated.one_schedule():
+        backend.ops.linear_packed(**arguments)
+    counts = counted.counts()
+    assert packed_bytes(counts) == 2 * weight.nbytes
+    assert counts.mma == 256 // 16 * 384 // 8 * 192 // 16
+    check_sites(counts)
+
+
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_moe_open_work(counted, tokens):
     """Both weights are read once, in whole sectors, in one launch."""

@@ -9,6 +9,7 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from ... import extension, opset
 from ...check import record
 from ...fusion import why_not_plain, why_seen
+from ...packed_linear import LINEAR
 from . import base, modules
 from .experts import instead_of_op
 from .layer import DecoderLayer, why_cosines
@@ -77,6 +78,14 @@ def _called(layer: gemma4.Gemma4TextDecoderLayer, cosines: str | None) -> Iterat
         yield f"mlp.act_fn {reason}"
     if layer.hidden_size_per_layer_input and (reason := why_not_plain(layer.act_fn, base.TanhGELU)):
         yield f"act_fn {reason}"
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    of_layer = ("per_layer_input_gate", "per_layer_projection")
+    for module, names in zip((attn, mlp, layer), (*linears, of_layer), strict=True):
+        for name in names:
+            linear = getattr(module, name, None)
+            if linear is not None and (reason := why_not_plain(linear, LINEAR)):
+                yield f"linear layers ({name} {reason})"
+                return
 
 
 def _sample(layer: nn.Module) -> Tensor:

@@ -22,6 +22,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> None:
     """Refuses options that exclude each other, and reads the prompt; ValueError."""
+    if getattr(args, "compile", False) and args.kv_dtype is not None:
+        raise ValueError("--compile goes with no --kv-dtype")
     if args.command not in ("generate", "chat"):
         return
     if args.greedy and any(getattr(args, name) is not None for name in SAMPLING):
@@ -128,6 +130,11 @@ def _model_options() -> Parser:
     add("--ple-device", type=_device, help="where the per-layer embeddings live")
     add("--dequantize", action="store_true", help="unpack quantised weights as they are loaded")
     add("--compile", action="store_true", help="decode on the CPU by compiled C++")
+    add(
+        "--kv-dtype",
+        choices=("fp8", "fp8-all"),
+        help="keys and values in 8 bits: of full layers, or of sliding layers too",
+    )
     return options
 
 

@@ -61,7 +61,8 @@ def chat(args: argparse.Namespace) -> None:
     # Rings of twice the window: an answer is taken back where its text does not become the tokens
     # that it was made of, and where its thoughts do not stay.
     rollback = model.config.sliding_window
-    cache = Cache(model.config, 1, model.compute_dtype, model.device, rollback=rollback)
+    sizes = model.config, 1, model.compute_dtype, model.device
+    cache = Cache(*sizes, rollback=rollback, kv_dtype=args.kv_dtype)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         print(f"{name_of(args.model)}: /reset starts over, /exit or ctrl-d leaves", file=sys.stderr)
@@ -169,7 +170,7 @@ def bench(args: argparse.Namespace) -> None:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (1, args.prompt_tokens), generator=draw)
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
-    options["compile"] = args.compile
+    options |= {"compile": args.compile, "kv_dtype": args.kv_dtype}
     clocks = [Clock() for _ in range(args.repeat + 1)]  # the first run is the warm-up
     for clock in clocks:
         model.generate(ids.to(model.device), streamer=clock, **options)
@@ -182,7 +183,7 @@ def bench(args: argparse.Namespace) -> None:
     _row("first token", 1, [seconds * 1e3 for seconds in first], "ms")
     copy, gemm = measure.copy_bandwidth(model.device), measure.gemm_rate(model.device, model.dtype)
     weights, middle = measure.decode_bytes(model), args.prompt_tokens + args.new_tokens // 2
-    read = weights + measure.key_bytes(config, middle, model.compute_dtype)
+    read = weights + measure.key_bytes(config, middle, model.compute_dtype, args.kv_dtype)
     launches = measure.launches_per_token(model)
     limit, reached = copy / read, statistics.median(decode)
     print(f"copies move {copy / 1e9:.1f} GB/s, matrix products make {gemm / 1e12:.3f} TFLOP/s")
@@ -200,6 +201,7 @@ def bench(args: argparse.Namespace) -> None:
             "prompt_tok_s": prompt,
             "decode_tok_s": decode,
             "compile": args.compile,
+            "kv_dtype": args.kv_dtype,
             "launches_per_token": launches,
             "bytes_per_token": read,
             "decode_limit_tok_s": limit if weights >= CACHED_BYTES else None,
@@ -231,7 +233,7 @@ def _reply(
     if args.chat and turn_end is not None and turn_end not in stop:
         stop.append(turn_end)
     options = {"max_new_tokens": min(wanted, room), "eos_token_id": stop, **_options(args)}
-    options["compile"] = args.compile
+    options |= {"compile": args.compile, "kv_dtype": args.kv_dtype}
     if args.stop:
         options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     answer = Answer(tokenizer)

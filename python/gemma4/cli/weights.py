@@ -29,7 +29,7 @@ def score(args: argparse.Namespace) -> None:
             print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr)
 
     bos = tokenizers[0].bos_token_id
-    made = scored(model, ids, against, args.context, bos, progress)
+    made = scored(model, ids, against, args.context, bos, progress, args.kv_dtype)
     if shown:
         print(file=sys.stderr)
     bytes_a_token = len(text.encode()) / made.tokens
