@@ -11,6 +11,10 @@
 // further exchange and p goes from accumulators to operands within the warp. This is what lets
 // head_dim 512 fit: 16 x 512 fp32 outputs would be every register one warp's lanes have.
 //
+// Keys in e4m3 (CodedTile) are copied as the bytes they are and made into operands in registers,
+// exactly, as products.cuh says; their scales come beside them, four bytes a key. A score is
+// multiplied with its key's scale in fp32, a weight with its value's before it is rounded.
+//
 // Shared memory: sizeof(AttentionSmem): kRows + 2 kKeys (Hopper: 4 kKeys) rows of q, k and v, 2 KB
 // per warp and 32 keys of partial scores (Hopper: twice), and where the keys lie. Bound, by the
 // static report: in prefill shared memory, of which each warp reads all keys and values, on Hopper

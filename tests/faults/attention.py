@@ -191,6 +191,9 @@ FAULTS = {
         "test_attention_tiles.py::test_many_keys": [
             ("attention/sequence.cuh", "(even + 63) / 64 * 64", "even / 64 * 64"),
         ],
+        "test_e4m3_cache.py::test_attention_decode[emulated-one key-bf16]": [
+            ("common/e4m3.cuh", "upper_codes<T>(word << 8)", "upper_codes<T>(word)"),
+        ],
         "test_attention_decode[emulated-one key-bfloat16]": [
             ("attention/softmax.cuh", "log2f(row_sum[i])) * kLn2", "log2f(row_sum[i]))"),
         ],
@@ -251,6 +254,31 @@ FAULTS = {
                 "if (has_newest) start_mainloop(keys);",
                 "if (has_newest) keys.load_offsets(0), keys.copy_k(0), ptx::cp_async_commit();",
             ),
+        ],
+        "test_e4m3_cache.py::test_qkv_attention_decode[emulated-splits-bf16]": [
+            (
+                "attention/key_tiles.cuh",
+                "smem.scale[iteration % smem.kOffsets][of_v][key]",
+                "smem.scale[0][of_v][key]",
+            ),
+            (
+                "attention/key_tiles.cuh",
+                "scale(0, iteration, n, e % 2)",
+                "scale(0, iteration, n, 0)",
+            ),
+            (
+                "attention/key_tiles.cuh",
+                "weight * scale(1, iteration",
+                "weight * scale(0, iteration",
+            ),
+            (
+                "attention/qkv_attention_decode.cuh",
+                "value.store(makes_v, p.v_cache, p.v_scales",
+                "value.store(makes_v, p.v_cache, p.k_scales",
+            ),
+        ],
+        "test_traffic.py::test_qkv_decode_work[256-rows-e4m3]": [
+            ("common/tile.cuh", "row % 2 * 4 + row / 2 % 4", "row % 8"),
         ],
         "test_merges_of_merges[emulated-knots]": [
             (

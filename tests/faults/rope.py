@@ -66,6 +66,18 @@ FAULTS = {
         "test_traffic.py::test_traffic[qkv_norm_rope_cache-bf16]": [
             ("common/indices.cuh", "indices.is_64 ?", "!indices.is_64 ?"),
         ],
+        "test_e4m3_cache.py::test_of_two_codes_alike_near_the_even_one_is_taken[emulated]": [
+            ("common/e4m3.cuh", "0x7ffff + (bits >> 20 & 1)", "0x80000"),
+            ("common/e4m3.cuh", "size < 0x1p-6f ? small", "size < 0x1p-7f ? small"),
+        ],
+        "test_e4m3_cache.py::test_qkv_norm_rope_cache[emulated-sizes2-alike-bf16]": [
+            ("norm/heads.cuh", "most = lane_max<Lanes::kLanes>(most);", ""),
+            (
+                "norm/heads.cuh",
+                "if (lane == 0) scales[row] = scale;",
+                "if (lane == 0) scales[0] = scale;",
+            ),
+        ],
         "test_a_slot_past_the_cache_writes_nothing[emulated]": [
             ("norm/qkv_norm_rope.cuh", "slot >= 0 && slot < p.num_slots", "slot >= 0"),
         ],

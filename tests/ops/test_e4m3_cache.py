@@ -152,6 +152,26 @@ def test_qkv_norm_rope_cache(backend, poisoned_memory, sizes, weights, dtype):
         assert codes[others].double().isnan().all() and scale[others].isnan().all()
 
 
+def test_of_two_codes_alike_near_the_even_one_is_taken(backend):
+    """Values of which the norm leaves what they are, to 16 bits: their mean square is 1."""
+    v = torch.ones(256)
+    # 7 makes the scale 1/64; then numbers half way between codes, some of them subnormal ones.
+    ties = [17, 19, 25, 27, 68, 76, *(n / 512 for n in (2.5, 3.5, 4.5, 5.5))]
+    v[0], v[1:11] = 7, torch.tensor(ties) / 64
+    v[11:66] = 0.5
+    assert abs(v.square().mean() - 1) < 2**-9
+    arguments = cases.qkv_norm_rope_cache(backend, [0], (1, 1), 2, 1, 256, dtype=BF16)
+    arguments["v"] = backend.to(v.bfloat16()[None, None])
+    codes = {n: backend.to(torch.zeros(1, 1, 1, 256).to(E4M3)) for n in ("k_cache", "v_cache")}
+    scales = {n: backend.nan(1, 1, 1) for n in ("k_scales", "v_scales")}
+    backend.ops.qkv_norm_rope_cache(**arguments | codes | scales)
+    assert scales["v_scales"].item() == 1 / 64
+    found = codes["v_cache"].flatten()[:11].double().tolist()
+    assert found == [448, 16, 20, 24, 28, 64, 80, *(n / 512 for n in (2, 4, 4, 6))]
+    expected, _ = float64.e4m3(v.bfloat16())
+    assert torch.equal(codes["v_cache"].flatten().double().cpu(), expected)
+
+
 def test_what_is_not_finite_leaves_a_scale_that_is_not(backend):
     for value in (torch.nan, torch.inf):
         sizes = [0, 1], (1, 2), 4, 2, 256
