@@ -188,8 +188,6 @@ def test_steps_compile_whole(name, way):
     torch.compiler.reset()
     exact, theirs = small(name), small(name).bfloat16()
     ours = plugin.enable(small(name).bfloat16())
-    if name == "experts":  # which are too narrow for grouped_mm
-        ours.set_experts_implementation("eager")
     nodes: list[str] = []
 
     def backend(graph, inputs):
