@@ -106,7 +106,7 @@ STAGES = {
     "racecheck": sanitizer("no race in shared memory"),
     "prefill": bench_ops("attention_prefill"),
     "decode": bench_ops("attention_decode", "qkv_attention_decode"),
-    "linears": bench_ops("linear_small"),
+    "linears": bench_ops("linear_small", "linear_packed"),
     "experts": bench_ops("moe_experts", "moe_route", "moe_open", "moe_experts_small"),
     "rows": bench_ops(
         *("rms_norm", "add_rms_norm", "moe_norm", "qkv_norm_rope", "qkv_norm_rope_cache"),

@@ -153,6 +153,12 @@ def linear_bytes(model: str, part: str, tokens: int) -> int:
     return BYTES * (rows * width + tokens * (rows + width))
 
 
+def packed_bytes(model: str, part: str, tokens: int) -> float:
+    """The same of four bits a number and 16 for the scale of 32."""
+    rows, width = linear_shapes(model)[part]
+    return rows * width * (0.5 + 2 / 32) + BYTES * tokens * (rows + width)
+
+
 def attention_bytes(model: str, kind: str, tokens: int, keys: int, batch: int = 1) -> int:
     """Queries read and outputs written, and the visible keys and values read, once each."""
     c = MODELS[model]
@@ -219,7 +225,8 @@ def row_estimates() -> list[dict]:
     ]
     linears = [("E4B", part) for part in linear_shapes("E4B")] + [("31B", "down")]
     return rows + [
-        estimate(f"linear_small, {model} {part}, 1 token", linear_bytes(model, part, 1))
+        estimate(f"{op}, {model} {part}, 1 token", bytes_of(model, part, 1))
+        for op, bytes_of in (("linear_small", linear_bytes), ("linear_packed", packed_bytes))
         for model, part in linears
     ]
 

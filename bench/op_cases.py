@@ -166,6 +166,14 @@ def linear_small(model: str, part: str, n: int) -> Case:
     return Case("linear_small", f"{model} {part}, {n} tokens", make, *counts)
 
 
+def linear_packed(model: str, part: str, n: int) -> Case:
+    """Four bits, a scale of 16 for 32 columns."""
+    rows, width = limits.linear_shapes(model)[part]
+    counts = limits.packed_bytes(model, part, n), 2 * n * rows * width
+    make = maker("linear_packed", n, width, rows)
+    return Case("linear_packed", f"{model} {part}, {n} tokens", make, *counts)
+
+
 def moe_route(model: str, n: int) -> Case:
     c = limits.MODELS[model]
     experts, k = c.num_experts, c.top_k_experts
@@ -214,6 +222,7 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
                 yield qkv_attention_decode(model, FULL, batch, n)
         for part in limits.linear_shapes(model):
             yield from (linear_small(model, part, n) for n in (1, 4))
+            yield from (linear_packed(model, part, n) for n in sizes.tokens[:2])
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
                 yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))

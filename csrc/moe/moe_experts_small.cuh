@@ -1,11 +1,12 @@
 // The experts of up to 16 tokens and the choice among them, beside the dense branch's last product:
 // y = Σ_k weight down geglu(gate_up x) of the k largest logits, dense_y = dense_x denseᵀ.
 //
-// Two launches. The first one's first blocks own 16 rows of `dense` each, as in linear_small.cuh:
-// they need no choice, so that weights are on their way while the others make it. Each of the
-// others makes all of it for itself (moe_route.cuh's a warp a token, then the order of moe_sort.cuh
-// by counting), takes its tile and goes on as in moe_stream.cuh; the first stores the choice and
-// the order for the second launch, which is moe_stream.cuh's `down`.
+// The three weights are all packed or none is. Two launches. The first one's first blocks own 16
+// rows of `dense` each, as in linear_small.cuh: they need no choice, so that weights are on their
+// way while the others make it. Each of the others makes all of it for itself (moe_route.cuh's a
+// warp a token, then the order of moe_sort.cuh by counting), takes its tile and goes on as in
+// moe_stream.cuh; the first stores the choice and the order for the second launch, which is
+// moe_stream.cuh's `down`.
 //
 // Shared memory: sizeof(MoeSmallSmem). Bound: the touched experts' weights and `dense`, from DRAM.
 #pragma once

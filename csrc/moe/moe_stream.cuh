@@ -2,7 +2,10 @@
 //
 // What must be read is every touched expert's weights, once; all else is small. They are streamed
 // as stream.cuh says, as the 16-row side of mma.sync, with up to 8 tokens a column block on the
-// other. Weights in float are rounded as they come. What is stored is finite in fp16 too.
+// other. Weights in float are rounded when they are multiplied, codes of packed ones become numbers
+// of T there (linear/packed.cuh), with their scales in the sums. A lane asks for weights as soon as
+// a place for them is free: of eight tokens it has 128 bytes on their way. What is stored is finite
+// in fp16 too.
 //
 // gate_up: a block owns 16 gate rows, the 16 up rows that belong to them, and one tile of an
 // expert's assignments; its warps take turns along D and add up through shared memory in the order
@@ -10,8 +13,8 @@
 // takes an expert's tile whole; products wait in shared memory, by assignment, to be weighed and
 // added in the order of the slots. A token's bits therefore do not depend on the others'.
 //
-// Shared memory: sizeof(GateUpSmem), sizeof(DownSmem). Bound: the touched experts' weights, 6 D F
-// bytes each, from DRAM.
+// Shared memory: sizeof(GateUpSmem), sizeof(DownSmem). Bound: the touched experts' weights, 3 D F
+// elements each, from DRAM; with codes of four bits on the fastest cards instructions come close.
 #pragma once
 
 #include "../common/math.cuh"

@@ -1,5 +1,7 @@
 """Twins and checks of `ops/moe.py`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from .common import (
     extremes,
     finite,
 )
-from .linear import linear_packed_backward
+from .linear import linear_packed, linear_packed_backward
 from .mlp import geglu
 from .norm import add_rms_norm, check_rms_norm, rms_norm
 
@@ -59,13 +61,9 @@ def _expert(parts: Parts, e: int) -> Parts:
     return codes, scales, row_scales
 
 
-def times(x: Tensor, parts: Parts) -> Tensor:
-    """x weightᵀ, the weight rounded to the dtype of x; a packed one by its op, whose gradient knows
-    no weight as numbers all at once."""
-    if is_packed(parts):
-        y: Tensor = torch.ops.gemma4_kernels.linear_packed(x, *parts)
-        return y
-    return F.linear(x, parts[0].to(x.dtype))
+def times(x: Tensor, parts: Parts, multiply: Callable[..., Tensor] = linear_packed) -> Tensor:
+    """x weightᵀ, the weight rounded to the dtype of x; `multiply` is of packed weights."""
+    return multiply(x, *parts) if is_packed(parts) else F.linear(x, parts[0].to(x.dtype))
 
 
 def check_moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
@@ -283,9 +281,11 @@ def moe_open(
     router_scale: Tensor,
     router: Tensor,
     eps: float,
+    multiply: Callable[..., Tensor] = linear_packed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new_residual, y = add_rms_norm(x, residual, post_weight, norm_weight, None, eps)
-    hidden = geglu(times(y.to(x.dtype), (gate_up, gate_up_scales, gate_up_row_scales)))
+    parts = gate_up, gate_up_scales, gate_up_row_scales
+    hidden = geglu(times(y.to(x.dtype), parts, multiply))
     expert_x, router_x = moe_norm(new_residual, expert_weight, router_scale, eps)
     return hidden, F.linear(router_x.to(router.dtype), router), expert_x, new_residual
 

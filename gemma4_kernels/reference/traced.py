@@ -139,7 +139,8 @@ def moe_experts_small(
     weights, experts = moe.moe_route(logits, per_expert_scale, k)
     matrices = gate_up, gate_up_scales, gate_up_row_scales, down, down_scales, down_row_scales
     routed = torch.ops.gemma4_kernels.moe_experts(x, *matrices, experts, weights)
-    return routed, moe.times(dense_x, (dense, dense_scales, dense_row_scales))
+    dense_parts = dense, dense_scales, dense_row_scales
+    return routed, moe.times(dense_x, dense_parts, _multiply_packed)
 
 
 def _multiply_packed(*args: Tensor | None) -> Tensor:
@@ -156,7 +157,7 @@ TRACED: Mapping[str, Callable[..., Any]] = {
     "linear_small": partial(linear.linear_small, multiply=_multiply_packed),
     "moe_experts_small": moe_experts_small,
     "moe_norm": moe.moe_norm,
-    "moe_open": moe.moe_open,
+    "moe_open": partial(moe.moe_open, multiply=_multiply_packed),
     "moe_route": moe.moe_route,
     "ple_embed": ple.ple_embed,
     "ple_gate": ple.ple_gate,

@@ -103,6 +103,22 @@ def test_the_command_line_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert "m.gguf" in capsys.readouterr().out
 
 
+def test_the_command_line_keeps_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Gemma4Tokenizer.from_pretrained(demo.path())
+    write(tmp_path / "m.gguf", load(demo.path()), TYPE.Q8_0, tokenizer)
+    words = ["generate", PROMPT, "--greedy", *SHORT, "--model", str(tmp_path / "m.gguf")]
+    texts = []
+    for more in ([], ["--dequantize"]):
+        assert main([*words, "--dtype", "float32", *more]) == 0
+        said = capsys.readouterr()
+        texts.append(said.out)
+        assert "m.gguf is quantised (gguf): " in said.err
+        assert ("stay packed" in said.err) == (not more)
+    assert texts[0] == texts[1] and len(texts[0]) > len(PROMPT)
+    assert main(["info", "--model", str(tmp_path / "m.gguf")]) == 0
+    assert " Q8_0" in capsys.readouterr().out
+
+
 @torch.no_grad()
 def test_what_was_loaded_is_saved_with_its_tokenizer(tmp_path: Path) -> None:
     own = Gemma4Tokenizer.from_pretrained(demo.path())

@@ -182,6 +182,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr()
     assert said.out.strip()
     assert "is quantised (compressed-tensors): " in said.err and "stay packed" in said.err
+    assert main(["info", "--model", str(tmp_path / "b")]) == 0
+    assert "quantised" in (said := capsys.readouterr().out) and "compressed-tensors" in said
     assert main([*words, str(tmp_path / "b"), "--dequantize"]) == 0
     assert "stay packed" not in capsys.readouterr().err
     assert main(["quantize", str(tmp_path / "b"), str(tmp_path / "c")]) == 2

@@ -110,7 +110,7 @@ FAULTS = {
                 "half ? scales.after[0][high] : scales",
             ),
         ],
-        "test_linear_packed[emulated-(17, 2112, torch.int8, torch.bfloat16)]": [
+        "test_linear_packed[emulated-(17, 2112, torch.float8_e4m3fn, None)]": [
             ("linear/linear_packed.cu", "2 * first * p.x_stride", "first * p.x_stride"),
         ],
         "test_traffic.py::test_linear_packed_tiles_work": [

@@ -12,6 +12,7 @@ from support.packed import E4M3, FORMS
 
 from gemma4_kernels import opset
 from gemma4_kernels.packed import PackedWeight
+from gemma4_kernels.reference import moe as reference
 
 kernels_alone = pytest.mark.parametrize("backend", ["emulated", "cuda"], indirect=True)
 TOKENS = (1, 2, 8, 9, 17, 64, 129)
@@ -82,6 +83,37 @@ def test_moe_experts(backend, poisoned_memory, case):
 def test_dtypes(backend, case, dtype):
     arguments = experts(backend, *CASES[case], dtype=dtype)
     check(backend.ops.moe_experts(**arguments), arguments, dtype)
+
+
+@kernels_alone
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_no_further_from_float64_than_the_twin(backend, tokens):
+    """On average; the twin rounds what it multiplies."""
+    for i, kind in enumerate(FORMS[::3]):
+        sizes = tokens, 3, 2, 192, 64, form(kind, i % 2 == 1), None
+        arguments = experts(backend, *sizes, dtype=BF16)
+        given = cases.complete("moe_experts", arguments).values()
+        twin = [x if x is None else x.cpu() for x in given]
+        exact = float64.moe_experts(**arguments)
+        ours, theirs = (
+            (y.double().cpu() - exact).abs().mean()
+            for y in (backend.ops.moe_experts(**arguments), reference.moe_experts(*twin))
+        )
+        assert ours <= 1.05 * theirs
+
+
+@kernels_alone
+def test_a_tokens_bits_do_not_depend_on_the_others(backend):
+    """While the weights are streamed past the tokens, and again among tiles."""
+    sizes = 150, 8, 2, 192, 64, form(INT4, True), form((torch.int8, BF16))
+    arguments = experts(backend, *sizes, dtype=BF16)
+    by_token = "x", "experts", "weights"
+    for counts in ((1, 8, 9, 30), (40, 150)):
+        first = {n: a[: counts[0]] if n in by_token else a for n, a in arguments.items()}
+        expected = backend.ops.moe_experts(**first)
+        for count in counts[1:]:
+            part = {n: a[:count] if n in by_token else a for n, a in arguments.items()}
+            assert torch.equal(backend.ops.moe_experts(**part)[: counts[0]], expected)
 
 
 def test_some_are_skipped(backend, poisoned_memory):

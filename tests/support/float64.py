@@ -122,7 +122,7 @@ def linear_small(
         new_residual = a
     if norm_weight is not None:
         a = rms_norm(a, norm_weight, eps, wide or dtype)
-    y = _round(_round(a, dtype) @ weight.T, dtype)
+    y = _round(_round(a, dtype) @ _round(weight, dtype).T, dtype)
     if gated:
         y = geglu(y, dtype)
     elif factor is not None:

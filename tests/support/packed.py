@@ -73,7 +73,8 @@ def weight(
     """A weight [..., N, D] whose numbers have this deviation, D^-1/2 unless given."""
     drawn, scales_, rows = draw(codes, scales, *shape)
     std = std or shape[-1] ** -0.5
-    size = formula(drawn, scales_, None).std().item()
+    few = None if scales_ is None else scales_[..., : 1 if scales == torch.float32 else 16, :]
+    size = formula(drawn[..., :16, :], few, None).std().item()
     rows = rows * (std / size)
     if scales_ is None or scales_.dtype == E8M0 or row_scales:
         return pack(drawn, scales_, rows)

@@ -87,7 +87,7 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         if isinstance(self.self_attn, Attention) and not self.self_attn.is_kv_shared_layer:
             decode.static_layer(self.self_attn, kwargs)
         few = decode.are_few(hidden_states)
-        branch, x = self._attended(hidden_states, step if few else None, kwargs)
+        branch, x = self._attended(hidden_states, step, few, kwargs)
         closing = self.post_attention_layernorm
         made = decode.feed_forward(self, branch, x) if few else None
         if made is None:
@@ -107,13 +107,13 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         return x
 
     def _attended(
-        self, hidden_states: Tensor, step: decode.Step | None, kwargs: dict[str, Any]
+        self, hidden_states: Tensor, step: decode.Step | None, few: bool, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """What attention gives, and the residual that it is to be added to."""
         attn, x = self.self_attn, hidden_states
-        if step is not None:
+        if step is not None and (few or step.pending is not None):
             residual = step.take(x)
-            if are_positions(kwargs.get("position_embeddings")):
+            if few and are_positions(kwargs.get("position_embeddings")):
                 made = decode.attention(self, residual, step, x.shape, kwargs)
                 if made is not None:
                     return made

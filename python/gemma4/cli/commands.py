@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,7 +18,10 @@ import gemma4_kernels
 from gemma4_kernels.check import record, runner
 
 from .. import Cache, Gemma4ForCausalLM, Gemma4TextConfig, Gemma4Tokenizer, measure
+from ..checkpoint.gguf import read_shards
+from ..checkpoint.packed import options_of
 from ..config import FULL
+from ..files import read_json
 from ..presets import RELEASED
 from . import error_line
 from .answer import Answer, Clock
@@ -314,6 +318,8 @@ def _facts(folder: Path) -> dict[str, str]:
         "positions": str(config.max_position_embeddings),
         "dtype": config.dtype,
     }
+    if (method := _quantised(folder)) is not None:
+        facts["quantised"] = method
     if config.enable_moe_block:
         facts["experts"] = f"{config.num_experts}, {config.top_k_experts} per token"
     if config.hidden_size_per_layer_input:
@@ -325,6 +331,16 @@ def _facts(folder: Path) -> dict[str, str]:
         f"{file.name} ({file.stat().st_size / 1e6:.2f} MB)" for file in files
     )
     return facts
+
+
+def _quantised(folder: Path) -> str | None:
+    """In what way a checkpoint's files say that they are."""
+    if folder.is_file():
+        kinds = Counter(tensor.kind for tensor in read_shards(folder).tensors if tensor.kind)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or None
+    file = folder / "config.json"
+    method = options_of(read_json(file), str(file)).method
+    return None if method == "unknown" else method
 
 
 def _sizes(config: Gemma4TextConfig) -> tuple[object, ...]:

@@ -217,13 +217,8 @@ class Fp4(Packed):
                 self.refuse("weight_scale", "hold finite numbers", "nan")
             return grouped(values, torch.exp2(exponent), self.group)
         scale = self.numbers("weight_scale", begin, end)
-        if "weight_global_scale" in self.parts:
-            whole = self.numbers("weight_global_scale")
-            if not bool(whole.all()):
-                self.refuse("weight_global_scale", "be a divisor", 0)
-            scale = scale / whole
-        else:
-            scale = scale * self.numbers("weight_scale_2")
+        whole = self._divisor()
+        scale = scale * self.numbers("weight_scale_2") if whole is None else scale / whole
         return grouped(values, scale, self.group)
 
     def quants(self, begin: int, end: int, columns: int) -> Quants | None:
@@ -235,16 +230,18 @@ class Fp4(Packed):
                 self.refuse("weight_scale", "hold finite numbers", "nan")
             return code, scale.view(torch.float8_e8m0fnu), None
         self.check_finite("weight_scale", scale.float())
-        return code, scale, self._whole().repeat(end - begin)
+        whole = self._divisor()
+        factor = self.numbers("weight_scale_2") if whole is None else 1 / whole
+        return code, scale, factor.view(1).repeat(end - begin)
 
-    def _whole(self) -> Tensor:
-        """What all scales are times."""
+    def _divisor(self) -> Tensor | None:
+        """Of all scales; None where there is a factor instead."""
         if "weight_global_scale" not in self.parts:
-            return self.numbers("weight_scale_2").view(1)
-        whole = self.numbers("weight_global_scale").view(1)
+            return None
+        whole = self.numbers("weight_global_scale")
         if not bool(whole.all()):
             self.refuse("weight_global_scale", "be a divisor", 0)
-        return 1 / whole
+        return whole
 
 
 class LowBits(Packed):
