@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import is_plain
-from .packed import PackedWeight, Weight
+from .packed import PackedWeight, Weight, cat
 from .packed_linear import LINEAR, PackedLinear, PackedParameter, has_kernels
 
 # On a CPU one product in place of two or three saves calls and no bytes: measured, it is worth a
@@ -97,8 +97,7 @@ def _lay_side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     if len({part.untyped_storage().data_ptr() for part in parts}) < len(parts):
         return None
     with torch.inference_mode(False):  # else the parameters could never be trained again
-        # As bytes, for torch joins no scales of eight bits.
-        whole = torch.cat([part.detach().view(torch.uint8) for part in parts]).view(first.dtype)
+        whole = cat([part.detach() for part in parts])
     for part, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         part.data = view
     return whole

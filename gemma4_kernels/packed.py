@@ -211,7 +211,7 @@ def join(weights: Sequence[PackedWeight]) -> PackedWeight:
         )
     scales = [weight.scales for weight in weights if weight.scales is not None]
     return PackedWeight(
-        _cat([weight.codes for weight in weights]), _cat(scales) if scales else None, row_scales
+        cat([weight.codes for weight in weights]), cat(scales) if scales else None, row_scales
     )
 
 
@@ -298,7 +298,7 @@ def _values(codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> 
     return values if row_scales is None else values * row_scales[:, None]
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
+def cat(parts: Sequence[Tensor]) -> Tensor:
     """torch.cat, of dtypes that it does not know too."""
     if parts[0].itemsize > 1:
         return torch.cat(list(parts))

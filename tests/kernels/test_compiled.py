@@ -46,6 +46,9 @@ INSTRUCTIONS = {
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
     r"(softcap_argmax|sample)_kernel<(.*, 8|float, 4)>": (LOAD,),
     r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
+    r"(qkv_attention_decode|attention)_kernel<.*CodedTile.*>": (
+        *(COPY, STORE, r"LDSM\..*", r"LDS\.128", r"HMMA\.16816\..*"),
+    ),
     r"attention_kernel<.*HopperTile.*>": (
         *(COPY, STORE, r"HGMMA\.64x(32|64)x16\..*", r"HGMMA\.64x128x16\..*"),
     ),

@@ -65,7 +65,7 @@ def test_linear_packed(backend, poisoned_memory, case):
 @kernels_alone
 def test_no_further_from_float64_than_the_twin(backend, tokens):
     """On average; the twin rounds what it multiplies."""
-    rows, every = (48, 1) if tokens < 17 else (272, 7)
+    rows, every = (48, 1) if tokens < 17 else (272, 7) if tokens < 128 else (144, 7)
     turned = WIDTHS[tokens % 4 :] + WIDTHS[: tokens % 4]
     for form, width in zip(FORMS[::every], itertools.cycle(turned), strict=False):
         arguments = draw(backend, tokens, width, rows, form)
