@@ -40,7 +40,9 @@ def is_packed(parts: Parts) -> bool:
 
 
 def shape_of(parts: Parts) -> tuple[int, ...]:
-    return PackedWeight(*parts).shape if is_packed(parts) else tuple(parts[0].shape)
+    """Of the weight; codes that are none, having too few dimensions, keep their own."""
+    whole = is_packed(parts) and parts[0].ndim > 2
+    return PackedWeight(*parts).shape if whole else tuple(parts[0].shape)
 
 
 def _check_parts(name: str, parts: Parts, x: Tensor) -> None:
