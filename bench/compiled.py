@@ -130,7 +130,7 @@ SASS = re.compile(
     r"(?:@!?U?P\w+ )?\s*(?P<name>[A-Z][.\w]*)(?P<operands>[^;]*);"
 )
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-MEMORY = re.compile(r"(LDG|STG|LDL|STL|LDGSTS|LDSM|STS)\b")
+MEMORY = re.compile(r"(LDG|STG|LDL|STL|LDGSTS|LDSM|LDS|STS)\b")
 GLOBAL = re.compile(r"(LDG|STG|LDGSTS|ATOMG?|REDG?)\b")
 Instruction = tuple[int, str, str]  # address, name, operands
 

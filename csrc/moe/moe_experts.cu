@@ -22,12 +22,21 @@ void moe_experts(const MoeExpertsParams& p, const DTypes& dtypes, const Device& 
     clear(device, "moe_experts", p.y, size_t{2} * p.tokens * p.width);
     return;
   }
-  if (p.packed) return moe_experts_packed(p, dtypes.x, device);
+  const int64_t assignments = int64_t{p.tokens} * p.k;
+  const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
+  launch(device, "moe_experts, sort", moe_sort_kernel<>, p.num_experts, threads,
+         sizeof(MoeSortSmem), p);
   with_half_type("moe_experts", dtypes.x, [&]<class T>() {
-    launch_experts<T, 128>(p, device, [&](const PackedWeight&, auto&& f) {
-      dtypes.weight == DType::kFloat32 ? f.template operator()<float>()
-                                       : f.template operator()<T>();
-    });
+    if (p.packed)
+      moe_products_packed(p, dtypes.x, device);
+    else
+      launch_products<T, 128>(p, device, [&](const PackedWeight&, auto&& f) {
+        dtypes.weight == DType::kFloat32 ? f.template operator()<float>()
+                                         : f.template operator()<T>();
+      });
+    if (!moe_experts_streams(p.tokens, p.k, p.num_experts))
+      launch_elementwise(device, "moe_experts, combine", moe_combine_kernel<T>, p.tokens,
+                         p.width / 8, p);
   });
 }
 

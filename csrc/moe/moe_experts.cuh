@@ -65,22 +65,17 @@ void launch_tiled(const MoeExpertsParams& p, const Device& device, With&& with) 
            row_tiles * ceil_div(p.width, kTileWeightRows), kTileThreads,
            sizeof(MoeTilesSmem<T, kRows>), p);
   });
-  launch_elementwise(device, "moe_experts, combine", moe_combine_kernel<T>, p.tokens, p.width / 8,
-                     p);
 }
 
-// In tiles of 64 rows if they suffice for most experts, else of kManyRows.
+// The two products, over assignments that are sorted: in tiles of 64 rows if they suffice for most
+// experts, else of kManyRows.
 template <class T, int kManyRows, class With>
-void launch_experts(const MoeExpertsParams& p, const Device& device, With&& with) {
-  const int64_t assignments = int64_t{p.tokens} * p.k;
-  const int threads = assignments < 1024 ? round_up(static_cast<int>(assignments), 32) : 1024;
-  launch(device, "moe_experts, sort", moe_sort_kernel<>, p.num_experts, threads,
-         sizeof(MoeSortSmem), p);
+void launch_products(const MoeExpertsParams& p, const Device& device, With&& with) {
   if (is_small(p.tokens, p.k))
     launch_streamed<T, SmallBatch>(p, device, with);
   else if (moe_experts_streams(p.tokens, p.k, p.num_experts))
     launch_streamed<T, MediumBatch>(p, device, with);
-  else if (assignments <= int64_t{64} * p.num_experts)
+  else if (int64_t{p.tokens} * p.k <= int64_t{64} * p.num_experts)
     launch_tiled<T, 64>(p, device, with);
   else
     launch_tiled<T, kManyRows>(p, device, with);

@@ -19,9 +19,9 @@ void moe_experts_small_down_packed(const MoeExpertsParams& p, DType dtype, const
 
 // Tiles have 64 rows however many tokens there are: with 128 registers would not hold what is on
 // its way, and three blocks hide what it costs to make numbers of codes.
-void moe_experts_packed(const MoeExpertsParams& p, DType dtype, const Device& device) {
+void moe_products_packed(const MoeExpertsParams& p, DType dtype, const Device& device) {
   with_half_type("moe_experts", dtype,
-                 [&]<class T>() { launch_experts<T, 64>(p, device, with_bits); });
+                 [&]<class T>() { launch_products<T, 64>(p, device, with_bits); });
 }
 
 }  // namespace gemma4

@@ -44,7 +44,7 @@ struct MoeExpertsParams {
   bool packed;  // both weights; else their codes are elements of the weights' dtype
 };
 void moe_experts(const MoeExpertsParams& params, const DTypes& dtypes, const Device& device);
-void moe_experts_packed(const MoeExpertsParams& params, DType dtype, const Device& device);
+void moe_products_packed(const MoeExpertsParams& params, DType dtype, const Device& device);
 // Whether the tokens are so few that the weights are streamed past them.
 bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts);
 
