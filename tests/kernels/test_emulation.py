@@ -137,7 +137,7 @@ def test_address_sanitizer_on_the_emulator():
 
 def run_op_tests(library, environment):
     tests = emulated.ROOT / "tests" / "ops"
-    others = ("attention_tiles", "attention_lengths")
+    others = ("attention_tiles", "attention_lengths", "e4m3_cache", "moe_packed")
     files = [tests / f"test_{name}.py" for name in (*emulated.ops_with_kernels(), *others)]
     command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     command += ["-k", "emulated or tiles"]
