@@ -138,11 +138,11 @@ DEVICE void each_of_lane(int tokens, int eight, int row, F&& f) {
 
 // Into y, [tokens, rows]: what a lane has of 16 rows, from `row` on.
 template <class T>
-DEVICE void write_lane_rows(void* y, int tokens, int rows, int eight, int row, float4 of_lane) {
+DEVICE void write_lane_rows(void* y, int tokens, int64_t rows, int eight, int row, float4 of_lane) {
   const float values[4] = {of_lane.x, of_lane.y, of_lane.z, of_lane.w};
-  each_of_lane(tokens, eight, row, [&](int token, int r, int i) {
-    static_cast<T*>(y)[int64_t{token} * rows + r] = from_float<T>(values[i]);
-  });
+  T* const to = static_cast<T*>(y);
+  const auto write = [&](int t, int r, int i) { to[t * rows + r] = from_float<T>(values[i]); };
+  each_of_lane(tokens, eight, row, write);
 }
 
 template <class T, bool kOpens, int kSets, bool kGated, int kBits>
