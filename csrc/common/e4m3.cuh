@@ -31,18 +31,29 @@ DEVICE uint32_t e4m3_code(float x) {
   return sign | (size < 0x1p-6f ? small : rounded - ((127 - 7) << 3));
 }
 
+template <class T>
+constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
+// The same number of T twice, by its bits.
+template <uint32_t kBits>
+constexpr uint32_t kTwice = kBits << 16 | kBits;
+
+// Codes that are the upper bytes of both halves of a word, times 2^-120 in bf16 and 2^-8 in fp16.
+template <class T>
+DEVICE uint32_t e4m3_pair_unscaled(uint32_t pair) {
+  const uint32_t size =
+      kIsBf16<T> ? pair >> 4 & kTwice<(0x7f << 4)> : pair >> 1 & kTwice<(0x7f << 7)>;
+  return size | (pair & kTwice<0x8000>);
+}
+
 // What pairs of codes are made into for the tensor cores: exactly code / 256 each, which is fp16's
 // as the bits come to lie.
 constexpr float kOfCodes = 256.0f;
 
-// Of codes that are the upper bytes of both halves of a word.
 template <class T>
 DEVICE uint32_t upper_codes(uint32_t word) {
-  constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
-  constexpr int kShift = kIsBf16 ? 4 : 1;
-  const uint32_t pair = (word & 0x80008000u) | (word >> kShift & 0x7f007f00u >> kShift);
-  // In bf16 that is 2^-120 times the code, of which 2^112 leaves 2^-8.
-  return kIsBf16 ? ptx::fma_pair<T>(pair, 0x77807780u, 0x80008000u) : pair;
+  const uint32_t pair = e4m3_pair_unscaled<T>(word);
+  // Of 2^-120 times the code 2^112 leaves 2^-8.
+  return kIsBf16<T> ? ptx::fma_pair<T>(pair, kTwice<0x7780>, kTwice<0x8000>) : pair;
 }
 
 // Codes 0 and 2 of a word, and 1 and 3.

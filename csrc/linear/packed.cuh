@@ -6,6 +6,7 @@
 // are the codes', and no table is read. The NaN of e4m3, which no checkpoint may hold, is 480 here.
 #pragma once
 
+#include "../common/e4m3.cuh"
 #include "../common/platform.h"
 #include "../common/stream.cuh"
 #include "../common/tile.cuh"
@@ -13,11 +14,6 @@
 
 namespace gemma4 {
 
-template <class T>
-constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
-// The same number of T twice, by its bits.
-template <uint32_t kBits>
-constexpr uint32_t kTwice = kBits << 16 | kBits;
 template <class T>
 constexpr uint32_t kOnes = kTwice<(kIsBf16<T> ? 0x3f80 : 0x3c00)>;
 
@@ -92,13 +88,6 @@ DEVICE uint32_t int8_pair(uint32_t pair) {
   } else {  // 1024 and code + 128, less 1152
     return ptx::fma_pair<T>((pair ^ kTwice<0x80>) | kTwice<0x6400>, kOnes<T>, kTwice<0xe480>);
   }
-}
-// Times 2^-120 in bf16 and 2^-8 in fp16.
-template <class T>
-DEVICE uint32_t e4m3_pair_unscaled(uint32_t pair) {
-  const uint32_t size =
-      kIsBf16<T> ? pair >> 4 & kTwice<(0x7f << 4)> : pair >> 1 & kTwice<(0x7f << 7)>;
-  return size | (pair & kTwice<0x8000>);
 }
 template <class T>
 DEVICE uint32_t e4m3_pair(uint32_t pair) {

@@ -84,9 +84,7 @@ DEVICE Keys read_round(const Packed* kept, int count) {
 
 // The largest key of all threads, in all of them.
 DEVICE Packed block_max(Packed best, SampleSmem& smem) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+  best = lane_max(best);
   __syncthreads();  // all have read the last one
   if (threadIdx.x % 32 == 0) smem.best[threadIdx.x / 32] = best;
   __syncthreads();

@@ -32,9 +32,7 @@ __global__ void __launch_bounds__(256)
     for (int j = 0; j < kWidth; j++)
       best = max(best, pack(to_float(from_float<T>(softcap(x[j], p.cap))), column + j));
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+  best = lane_max(best);
   if (threadIdx.x % 32 == 0) smem.of_warp[threadIdx.x / 32] = best;
   __syncthreads();
   if (threadIdx.x != 0) return;

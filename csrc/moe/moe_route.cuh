@@ -39,9 +39,7 @@ DEVICE Route route_of_lane(const T* logits, int num_experts, int k, const Floats
     Packed best = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) best = max(best, candidate[i]);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-      best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+    best = lane_max(best);
 #pragma unroll
     for (int i = 0; i < kPerLane; i++)
       if (candidate[i] == best) candidate[i] = 0;
