@@ -171,7 +171,7 @@ def _words(codes: Tensor) -> Words:
     if codes.dtype in (torch.int8, torch.float8_e4m3fn):
         return codes.cpu().contiguous().view(torch.int64).numpy()
     if codes.dtype == torch.uint8:
-        codes = (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32)
+        codes = halves(codes).view(torch.int32)
     # From 0 1 2 3 4 5 6 7 to 0 2 1 3 4 6 5 7, and by bytes on to 0 2 4 6 1 3 5 7.
     words: Words = codes.cpu().numpy().copy()
     for bits, mask in ((4, 0x00F000F0), (8, 0x0000FF00)):
@@ -184,35 +184,20 @@ def _words(codes: Tensor) -> Words:
     return words
 
 
-def join(weights: Sequence[PackedWeight]) -> PackedWeight:
-    """The weights [N, D] of one form, one below the other; ValueError where they differ in form.
+def halves(codes: Tensor) -> Tensor:
+    """Codes [..., n] of four bits, two a byte [..., n / 2], the first one in the low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
 
-    Row scales that only some of them have are 1 for the others.
-    """
-    first = weights[0]
 
-    def form(weight: PackedWeight) -> tuple[object, ...]:
-        scales = weight.scales
-        return weight.codes.dtype, None if scales is None else scales.dtype, weight.shape[-1]
-
-    if any(form(weight) != form(first) for weight in weights):
-        raise ValueError(
-            f"weights that are joined must have one form, got {list(map(form, weights))}"
-        )
-    row_scales = None
-    if any(weight.row_scales is not None for weight in weights):
-        row_scales = torch.cat(
-            [
-                first.codes.new_ones(weight.shape[-2], dtype=torch.float32)
-                if weight.row_scales is None
-                else weight.row_scales
-                for weight in weights
-            ]
-        )
-    scales = [weight.scales for weight in weights if weight.scales is not None]
-    return PackedWeight(
-        cat([weight.codes for weight in weights]), cat(scales) if scales else None, row_scales
-    )
+def group_scales(scale: Tensor, columns: int) -> tuple[Tensor | None, Tensor | None] | None:
+    """Scales [N, n] of equal groups of a row's columns as scales and row scales that `pack` takes;
+    None where groups are no multiples of 32 columns or their scales are of no 16-bit dtype."""
+    groups = scale.shape[1]
+    if groups == 1:
+        return None, scale[:, 0].float()
+    if scale.dtype not in HALF_SCALES or columns % (groups * GROUPS[scale.dtype]):
+        return None
+    return scale.repeat_interleave(columns // groups // GROUPS[scale.dtype], 1), None
 
 
 def check(name: str, codes: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma4_kernels.packed import halves
+
 from .checkpoint.folder import TOKENIZER_FILES, owned_files, resolve
 from .checkpoint.load import LAYER, OTHER_MODALITIES, read_sources
 from .checkpoint.packed import Packed
@@ -158,7 +160,7 @@ class Format:
         # All bits of eight, or the low four of them.
         padded[:, :columns] = code.view(torch.uint8) + 2 ** (self.bits - 1)
         if self.bits == 4:
-            padded = padded[:, 0::2] | padded[:, 1::2] << 4
+            padded = halves(padded)
         words = padded.view(torch.int32)
         return {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
 

@@ -5,7 +5,7 @@ import torch
 from support.packed import BF16, FORMS, draw, formula
 
 from gemma4_kernels import packed
-from gemma4_kernels.packed import PackedWeight, join, pack, untiled
+from gemma4_kernels.packed import PackedWeight, pack, untiled
 
 
 @pytest.mark.parametrize(("codes_dtype", "scales_dtype"), FORMS)
@@ -62,15 +62,6 @@ def test_a_lane_has_its_rows_and_columns() -> None:
                 weight.scales[row // 16, column // 64, r * 4 + hi * 2 + half]
                 == (scales[row, column // 32])
             )
-
-
-def test_join() -> None:
-    one = pack(*draw(torch.int8, BF16, 16, 64))
-    two = pack(*draw(torch.int8, BF16, 32, 64)[:2])
-    joined = join([one, two])
-    assert torch.equal(joined.dense(), torch.cat([one.dense(), two.dense()]))
-    with pytest.raises(ValueError, match="one form"):
-        join([one, pack(*draw(torch.uint8, BF16, 16, 64))])
 
 
 def test_refusals() -> None:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-from ...packed import COLUMNS, HALF_SCALES, ROWS, PackedWeight, pack
+from ...packed import COLUMNS, HALF_SCALES, ROWS, PackedWeight, group_scales, pack
 from ...packed_linear import PackedLinear
 
 Quants = tuple[Tensor, Tensor | None, Tensor | None]
-GROUP = 32
 
 
 def put_packed(model: gemma4.Gemma4TextModel) -> None:
@@ -97,9 +96,7 @@ def _scales(scale: Tensor, rows: int, columns: int) -> tuple[Tensor | None, Tens
     """Of groups of 32 columns, or of rows; None where they are of neither."""
     if scale.numel() in (1, rows):
         return None, scale.float().flatten().expand(rows).contiguous()
-    if scale.ndim != 2 or scale.shape[0] != rows or columns % (scale.shape[1] * GROUP):
+    if scale.ndim != 2 or scale.shape[0] != rows:
         return None
     half = scale if scale.dtype in HALF_SCALES else scale.to(torch.bfloat16)
-    if not torch.equal(half.to(scale.dtype), scale):
-        return None
-    return half.repeat_interleave(columns // scale.shape[1] // GROUP, 1), None
+    return group_scales(half, columns) if torch.equal(half.to(scale.dtype), scale) else None

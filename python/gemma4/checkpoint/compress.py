@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gemma4_kernels.packed import HALF_SCALES, ROWS, PackedWeight, untiled
+from gemma4_kernels.packed import HALF_SCALES, ROWS, PackedWeight, halves, untiled
 from gemma4_kernels.packed_linear import PackedParameter
 
 from ..experts import Experts
@@ -143,19 +143,17 @@ def _parts(module: str, weight: PackedWeight, block: tuple[int, int]) -> dict[st
     if name.startswith("nvfp4"):
         assert scales is not None
         whole = _reciprocal(module, weight.row_scales)
-        data = code[:, 0::2] | code[:, 1::2] << 4
-        return {"weight_packed": data, "weight_scale": scales, "weight_global_scale": whole}
+        return {"weight_packed": halves(code), "weight_scale": scales, "weight_global_scale": whole}
     if name.startswith("mxfp4"):
         assert scales is not None
-        data = code[:, 0::2] | code[:, 1::2] << 4
-        return {"weight_packed": data, "weight_scale": scales.view(torch.uint8)}
+        return {"weight_packed": halves(code), "weight_scale": scales.view(torch.uint8)}
     if scales is None:
         given = weight.row_scales
         scales = torch.ones(rows, 1) if given is None else given[:, None]
     if name == "float-quantized":
         return {"weight": code, "weight_scale": scales}
     if code.dtype == torch.uint8:
-        words = (code[:, 0::2] | code[:, 1::2] << 4).view(torch.int32)
+        words = halves(code).view(torch.int32)
     else:
         words = (code.view(torch.uint8) ^ 128).view(torch.int32)
     shape = torch.tensor([rows, columns])

@@ -10,12 +10,10 @@ from typing import NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from gemma4_kernels.packed import HALF_SCALES
+from gemma4_kernels.packed import group_scales
 
 from .. import tensorfile
 from ..tensorfile import Entry
-
-GROUP = 32  # columns that share one of HALF_SCALES
 
 # Of float32 values, unpacked at once: the allocator hands such pieces out again, where large ones
 # are new memory each time, and most of the time would go into the kernel's zeros.
@@ -126,14 +124,11 @@ class Packed(ABC):
     def group_scales(
         self, scale: Tensor, columns: int
     ) -> tuple[Tensor | None, Tensor | None] | None:
-        """Scales [N, n] of groups as scales and row scales of a packed form, or None."""
+        """As `gemma4_kernels.packed.group_scales`; None too where the last group is short."""
         groups = scale.shape[1]
-        if groups == 1:
-            return None, scale[:, 0].float()
-        size = self.group_size(columns, groups)
-        if scale.dtype not in HALF_SCALES or size % GROUP or columns != size * groups:
+        if groups > 1 and self.group_size(columns, groups) * groups != columns:
             return None
-        return scale.repeat_interleave(size // GROUP, 1), None
+        return group_scales(scale, columns)
 
     def in_order(self, role: str, groups: int) -> bool:
         """Whether columns lie in the order of their groups: what says otherwise may be absent."""
