@@ -34,13 +34,16 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Gradient:
-    """What is kept of (inputs, output) for the backward, and the backward of (kept, *gradients).
+    """What is kept of (inputs, output) for the backward, and the backward of (kept, wanted,
+    *gradients), where `wanted` says of each input whether its gradient is.
 
-    `backward` returns one gradient an input, None where there is none.
+    `backward` returns one gradient an input, None where there is none. `in_eager`: it is better
+    than what autograd makes of the twin too, as one that keeps less is.
     """
 
     keep: Callable[[Args, Any], Args]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    in_eager: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Op(Generic[Result]):
         self.main = self.names.index(main) if main else 0
         self._beside = [self.names.index(name) for name in beside]
         # A twin that would be differentiated anyway is, on its way forward.
-        self._own_gradient = gradient is not None
+        self._own_gradient = gradient.in_eager if isinstance(gradient, Gradient) else bool(gradient)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._kernel_or_twin, "CompositeExplicitAutograd")
@@ -184,7 +187,7 @@ class Op(Generic[Result]):
             if isinstance(gradient, NoGradient):
                 raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
             if isinstance(gradient, Gradient):
-                return gradient.backward(_saved(ctx), *grads)
+                return gradient.backward(_saved(ctx), ctx.needs_input_grad, *grads)
             return self._differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
 
         name = f"{NAMESPACE}::{self.name}"

@@ -68,7 +68,7 @@ def _keep_packed(inputs: Args, output: tuple[Tensor, Tensor]) -> Args:
 
 
 def _backward(
-    kept: Args, grad_out: Tensor | None, grad_lse: Tensor | None
+    kept: Args, wanted: tuple[bool, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *rest, block_table, has_lse = kept
     if block_table is not None:

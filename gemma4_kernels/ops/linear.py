@@ -47,7 +47,9 @@ def _packed_outputs(x: Tensor, weight: Tensor) -> Tensor:
     return new(x, x.shape[0], weight.shape[0] * packed.ROWS)
 
 
-def _packed_gradient(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _packed_gradient(
+    kept: Args, wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
     return reference.linear_packed_backward(grad, *kept), None, None, None
 
 

@@ -7,7 +7,9 @@ from ..opset import Args, Gradient, NoGradient, Op, new
 from ..reference import logits as reference
 
 
-def _softcap_backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _softcap_backward(
+    kept: Args, wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
     output, cap = kept
     return grad * (1 - (output / cap) ** 2), None
 

@@ -138,7 +138,7 @@ _moe_experts_backward = Op(
 )
 
 
-def _backward(kept: Args, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(kept: Args, wanted: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     dx, d_gate_up, d_down, d_weights = _moe_experts_backward.registered(grad, *kept)
     if is_packed(kept[1:4]):
         d_gate_up = None
