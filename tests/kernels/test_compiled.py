@@ -111,6 +111,15 @@ def test_nothing_else_is_touched_before_the_wait(kernels):
 
 
 @pytest.mark.slow
+def test_wgmma_starts_before_copies_are_issued(kernels):
+    """Behind the barrier of an iteration stand sums of zero and descriptions of tiles, no more; the
+    copies of the next tiles, an order of magnitude more, run under the products."""
+    found = {str(k): k.before_wgmma for k in kernels if k.has("HGMMA.*")}
+    assert found and [name for name, count in found.items() if count is None] == []
+    assert {name: count for name, count in found.items() if count > 40} == {}
+
+
+@pytest.mark.slow
 def test_instructions(kernels):
     local = [str(kernel) for kernel in kernels if kernel.has(r"(LDL|STL)\b.*")]
     assert local == [], "kernels that use local memory"
