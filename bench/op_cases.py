@@ -123,7 +123,9 @@ def attention_prefill_backward(model: str, kind: str, n: int) -> Case:
         inputs = cases.attention_prefill_backward(EAGER, forward.make(device))
         return inputs | {"grad_lse": torch.zeros_like(inputs["lse"])}  # as peers have it
 
-    counts = 2 * forward.bytes, 2.5 * forward.flop
+    counts = (
+        f(model, kind, n) for f in (limits.attention_backward_bytes, limits.attention_backward_flop)
+    )
     return Case("attention_prefill_backward", forward.label, make, *counts)
 
 
