@@ -85,6 +85,7 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "wgmma fp16": "clean",
     "wgmma of registers bf16": "clean",
     "wgmma of registers fp16": "clean",
+    "wgmma of transposed tiles": "clean",
     "wgmma without fence": r"wgmma without a wgmma.fence before it, at emulation_checks.cpp:\d+",
     "wgmma without proxy fence": "wgmma reads .*, written by .* without a fence.proxy.async since",
     "wgmma not waited for": "exits with wgmmas never waited for",
