@@ -48,7 +48,7 @@ INSTRUMENTS = {
     # Its calls go to emulation/hooks.cpp, and its library is not linked.
     "hooks": "-fsanitize=thread",
     # Must be loaded before Python; takes the place of the hooks. Counts the lines that run, too.
-    "address": "-fsanitize=address --coverage",
+    "address": "-O1 -fsanitize=address --coverage",
 }
 
 
