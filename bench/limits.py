@@ -124,10 +124,14 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "qkv_norm_rope": 2 * heads * c.head_dim,
         "qkv_norm_rope_cache": 2 * heads * c.head_dim,
         "geglu": 3 * c.intermediate_size,
+        "geglu_backward": 5 * c.intermediate_size,
         "ple_embed": 3 * c.num_hidden_layers * c.hidden_size_per_layer_input,
         "ple_gate": 3 * c.hidden_size_per_layer_input,
+        "ple_gate_backward": 5 * c.hidden_size_per_layer_input,
         "softcap": 2 * c.vocab_size,
         "softcap_argmax": c.vocab_size,
+        "softcap_cross_entropy": c.vocab_size,
+        "softcap_cross_entropy_backward": 2 * c.vocab_size,
         "sample": c.vocab_size,
     }[op]  # fmt: skip
 
@@ -214,8 +218,12 @@ def row_estimates() -> list[dict]:
         ("qkv_norm_rope", "31B", 8192),
         ("geglu", "E4B", 8192),
         ("geglu", "31B", 8192),
+        ("geglu_backward", "E4B", 8192),
         ("ple_embed", "E4B", 8192),
         ("ple_gate", "E4B", 8192),
+        ("ple_gate_backward", "E4B", 8192),
+        ("softcap_cross_entropy", "E4B", 2048),
+        ("softcap_cross_entropy_backward", "E4B", 2048),
         ("softcap_argmax", "31B", 64),
         ("sample", "31B", 1),
     ]

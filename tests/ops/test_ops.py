@@ -96,9 +96,8 @@ def test_fake_knows_the_dtypes(name, dtype):
         opcheck(getattr(REGISTERED, name).default, arguments, test_utils="test_faketensor")
 
 
-BACKWARD_CASES = [
-    p for p in CASES if p.values[0] in ("attention_prefill", "moe_experts") and "no" not in p.id
-]
+HAVE_BACKWARD = ("attention_prefill", "moe_experts", "geglu", "ple_gate", "softcap_cross_entropy")
+BACKWARD_CASES = [p for p in CASES if p.values[0] in HAVE_BACKWARD and "no" not in p.id]
 
 
 @pytest.mark.parametrize(("name", "case"), BACKWARD_CASES)
@@ -111,6 +110,10 @@ def backward_sample(name, arguments):
     if name == "moe_experts":
         return torch.randn_like(arguments[0]), *arguments
     forward = dict(zip(opset.OPS[name].names, arguments, strict=True))
+    if name in ("geglu", "ple_gate"):
+        return tuple(cases.gated_backward(EAGER, name, forward).values())
+    if name == "softcap_cross_entropy":
+        return tuple(cases.softcap_cross_entropy_backward(EAGER, forward).values())
     return tuple(cases.attention_prefill_backward(EAGER, forward).values())
 
 
@@ -255,7 +258,9 @@ def test_compiled_ops_take_fake_tensors(name):
     forward = name.removesuffix("_backward")
     given = arguments_of(forward, dtype=torch.bfloat16)
     if forward != name:
-        given = {n: backward_sample(forward, a) for n, a in given.items() if a[-1]}  # with an lse
+        if forward == "attention_prefill":
+            given = {n: a for n, a in given.items() if a[-1]}  # with an lse
+        given = {n: backward_sample(forward, a) for n, a in given.items()}
     with FakeTensorMode() as mode:
         for arguments in given.values():
             fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
