@@ -12,17 +12,6 @@
 
 namespace gemma4 {
 
-// As gelu_tanh has it: x s of s = 1 / (1 + exp(-2u)), whose slope is s (1 - s) 2u'.
-struct GeluTanh {
-  float value, slope;
-};
-DEVICE GeluTanh sloped_gelu_tanh(float x) {
-  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  const float s = 1.0f / (1.0f + expf(-2.0f * u));
-  const float du = 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
-  return {x * s, s + x * s * (1.0f - s) * 2.0f * du};
-}
-
 template <class T, class R, int kWidth>
 __global__ void __launch_bounds__(kElementwiseThreads)
     gelu_mul_backward_kernel(const __grid_constant__ GeluMulBackwardParams p) {
@@ -39,11 +28,9 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     Vec<R, kWidth> d_other;
 #pragma unroll
     for (int j = 0; j < kWidth; j++) {
-      const GeluTanh gelu = sloped_gelu_tanh(gate[j]);
-      const float y = gelu.value * other[j];
-      const float passed = saturate<R>(y) == y || y != y ? grad[j] : 0.0f;
-      d_gate.set(j, passed * other[j] * gelu.slope);
-      d_other.set(j, passed * gelu.value);
+      const GatedGradient gradient = gated_gradient<R>(gate[j], other[j], grad[j]);
+      d_gate.set(j, gradient.d_gate);
+      d_other.set(j, gradient.d_other);
     }
     const int64_t at = row * p.d_stride + column;
     if (p.d_gate) store(static_cast<T*>(p.d_gate) + at, d_gate);

@@ -1,7 +1,5 @@
 """Twin and check of `ops/mlp.py`."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +39,5 @@ def gelu_mul_backward(grad: Tensor, gate: Tensor, other: Tensor) -> tuple[Tensor
     gelu = F.gelu(x, approximate="tanh")
     if grad.dtype == torch.float16:
         dy = dy.masked_fill((gelu * factor).abs() > torch.finfo(torch.float16).max, 0.0)
-    root = math.sqrt(2 / math.pi)
-    tanh = torch.tanh(root * (x + 0.044715 * x**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * root * (1 + 3 * 0.044715 * x**2)
-    return (dy * factor * slope).to(gate.dtype), (dy * gelu).to(other.dtype)
+    d_gate = torch.ops.aten.gelu_backward(dy * factor, x, approximate="tanh")
+    return d_gate.to(gate.dtype), (dy * gelu).to(other.dtype)
