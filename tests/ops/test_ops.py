@@ -258,7 +258,9 @@ def test_compiled_ops_take_fake_tensors(name):
     forward = name.removesuffix("_backward")
     given = arguments_of(forward, dtype=torch.bfloat16)
     if forward != name:
-        given = {n: backward_sample(forward, a) for n, a in given.items() if a[-1]}  # with an lse
+        if forward == "attention_prefill":
+            given = {n: a for n, a in given.items() if a[-1]}  # with an lse
+        given = {n: backward_sample(forward, a) for n, a in given.items()}
     with FakeTensorMode() as mode:
         for arguments in given.values():
             fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]

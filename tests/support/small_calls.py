@@ -36,8 +36,12 @@ def launch_cases(b: Backend) -> Iterator[Call]:
         for width in PLE_WIDTHS:
             yield "ple_embed", cases.ple_embed(b, 4, 4, 2, width, dtype=dtype)
             yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
-            for op in ("geglu", "softcap", "softcap_argmax"):
-                yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+            for op in ("geglu", "softcap", "softcap_argmax", "softcap_cross_entropy"):
+                arguments = getattr(cases, op)(b, 4, width, dtype=dtype)
+                yield op, arguments
+                if op in ("geglu", "softcap_cross_entropy"):
+                    yield backward_of(b, op, arguments)
+            yield backward_of(b, "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype))
         for vocab_size in (4104, 77):
             for options in ({}, dict(temperature=0.7), dict(temperature=0.7, top_k=5)):
                 yield "sample", cases.sample(b, 2, vocab_size, dtype=dtype, **options)
@@ -113,6 +117,8 @@ def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
     for width in PLE_WIDTHS:
         yield from mixed("ple_embed", 4, 4, 1, width, also="table")
         yield from mixed("ple_gate", 4, 2, width, 1)
+        arguments = under_autocast("ple_gate", cases.ple_gate(b, 4, 2, width, 1), dtype)
+        yield backward_of(b, "ple_gate", arguments)
 
 
 def backward_of(b: Backend, op: str, forward: Arguments) -> Call:
