@@ -4,8 +4,10 @@
 // Hopper wgmma multiplies the tiles where they lie; elsewhere ldmatrix and mma.sync, with sums in
 // the same places. Warps whose rows hold no token leave the tensor cores to others.
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
-// stage s - 1 is free. Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two
-// blocks on a large multiprocessor, one multiplies while the other waits.
+// stage s - 1 is free. wgmma starts before that one's copies are issued, and runs under them.
+//
+// Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two blocks on a large
+// multiprocessor, one multiplies while the other waits.
 #pragma once
 
 #include "../common/tile.cuh"
@@ -67,31 +69,6 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][kBlocks][4],
   using X = StageOperand<kRows, kXTransposed>;
   using Weight = StageOperand<kBlocks * 8, kWeightTransposed>;
   const int warp_row = threadIdx.x / 32 * 16;
-  if (ptx::has_wgmma()) {
-    const uint64_t x = X::wgmma(stage.x), weight = Weight::wgmma(stage.weight);
-    // A branch between them would make the compiler run them one by one.
-    const auto multiply = [&]<int kTiles>() {
-      ptx::wgmma_fence(sum);
-#pragma unroll
-      for (int column = 0; column < kTileColumns; column += 16)
-#pragma unroll
-        for (int i = 0; i < kTiles; i++) {
-          const uint64_t x_at = x + X::wgmma_step(i * 64, column);
-          const uint64_t weight_at = weight + Weight::wgmma_step(0, column);
-          if constexpr (kBlocks == 16)
-            ptx::wgmma_64x128x16<T, kXTransposed, kWeightTransposed>(sum[i], x_at, weight_at);
-          else
-            ptx::wgmma_64x64x16<T, kXTransposed, kWeightTransposed>(sum[i], x_at, weight_at);
-        }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>(sum);
-    };
-    if (rows > 64)
-      multiply.template operator()<kRows / 64>();
-    else
-      multiply.template operator()<1>();
-    return;
-  }
   const auto x_at = X::a_address(stage.x, warp_row);
   const auto weight_at = Weight::b_address(stage.weight);
   const auto multiply = [&]<int kTiles>() {
@@ -118,8 +95,38 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][kBlocks][4],
     multiply.template operator()<1>();
 }
 
-// The same over all stages, of which load_stage(stage, step) starts the copies, or makes the
-// weights by ordinary stores; no thread reads or writes a tile any more when it returns.
+// The same as one group of wgmmas.
+template <bool kXTransposed, bool kWeightTransposed, class T, int kRows, int kBlocks>
+DEVICE void start_multiply_stage(float (&sum)[kRows / 64][kBlocks][4],
+                                 const typename ProductTiles<T, kRows>::Stage& stage, int rows) {
+  using X = StageOperand<kRows, kXTransposed>;
+  using Weight = StageOperand<kBlocks * 8, kWeightTransposed>;
+  const uint64_t x = X::wgmma(stage.x), weight = Weight::wgmma(stage.weight);
+  // A branch between them would make the compiler run them one by one.
+  const auto multiply = [&]<int kTiles>() {
+    ptx::wgmma_fence(sum);
+#pragma unroll
+    for (int column = 0; column < kTileColumns; column += 16)
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) {
+        const uint64_t x_at = x + X::wgmma_step(i * 64, column);
+        const uint64_t weight_at = weight + Weight::wgmma_step(0, column);
+        if constexpr (kBlocks == 16)
+          ptx::wgmma_64x128x16<T, kXTransposed, kWeightTransposed>(sum[i], x_at, weight_at);
+        else
+          ptx::wgmma_64x64x16<T, kXTransposed, kWeightTransposed>(sum[i], x_at, weight_at);
+      }
+    ptx::wgmma_commit();
+  };
+  if (kRows == 64 || rows <= 64)
+    multiply.template operator()<1>();
+  else
+    multiply.template operator()<kRows / 64>();
+}
+
+// The same over all stages, of operands that may lie transposed in them, of which load_stage(stage,
+// step) starts the copies, or makes the weights by ordinary stores; no thread reads or writes a
+// tile any more when it returns.
 template <bool kXTransposed = false, bool kWeightTransposed = false, class T, int kRows,
           int kBlocks, class Load>
 DEVICE void multiply_stages(float (&sum)[kRows / 64][kBlocks][4], ProductTiles<T, kRows>& tiles,
@@ -133,11 +140,16 @@ DEVICE void multiply_stages(float (&sum)[kRows / 64][kBlocks][4], ProductTiles<T
     ptx::cp_async_wait<kTileStages - 2>();
     if (ptx::has_wgmma()) ptx::fence_async_proxy();
     __syncthreads();
+    const auto& stage = tiles.stage[step % kTileStages];
+    if (ptx::has_wgmma())
+      start_multiply_stage<kXTransposed, kWeightTransposed, T, kRows>(sum, stage, rows);
     const int ahead = step + kTileStages - 1;
     if (ahead < steps) load_stage(tiles.stage[ahead % kTileStages], ahead);
     ptx::cp_async_commit();
-    multiply_stage<kXTransposed, kWeightTransposed, T, kRows>(sum, tiles.stage[step % kTileStages],
-                                                              rows);
+    if (ptx::has_wgmma())
+      ptx::wgmma_wait<0>(sum);
+    else
+      multiply_stage<kXTransposed, kWeightTransposed, T, kRows>(sum, stage, rows);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
