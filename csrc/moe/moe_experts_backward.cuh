@@ -84,6 +84,8 @@ __global__ void __launch_bounds__(kTileThreads)
         for (int half = 0; half < 2; half++)
           pairs[i][n][half] =
               pack_pair<T>(saturate<T>(sum[i][n][2 * half]), saturate<T>(sum[i][n][2 * half + 1]));
+    // Or compilers keep the halves apart until they are used, in a register each.
+    ptx::fence_operand(pairs);
   }
   float d_hidden[kRows / 64][8][4] = {};
   TransposedWeights<T, W, kColumns> weights(p.down, tile.expert, first, p.hidden_width, p.width);
