@@ -47,10 +47,8 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 INSTRUMENTS = {
     # Its calls go to emulation/hooks.cpp, and its library is not linked.
     "hooks": "-fsanitize=thread",
-    # Must be loaded before Python; takes the place of the hooks, as does
-    "address": "-fsanitize=address",
-    # what counts the lines that run.
-    "coverage": "--coverage",
+    # Must be loaded before Python; takes the place of the hooks. Counts the lines that run, too.
+    "address": "-O1 -fsanitize=address --coverage",
 }
 
 
@@ -61,7 +59,7 @@ def _flags(instrument: str) -> tuple[str, str, str]:
     """
     flag = INSTRUMENTS[instrument]
     kernels = f"{FLAGS} -x c++ -fno-tree-vectorize {flag}"
-    host = f"{FLAGS} {flag}" if instrument == "address" else FLAGS
+    host = FLAGS if instrument == "hooks" else f"{FLAGS} {flag}"
     return kernels, host, "" if instrument == "hooks" else flag
 
 
