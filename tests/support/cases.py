@@ -379,6 +379,14 @@ def moe_experts(
     }
 
 
+def moe_experts_backward(b: Backend, forward: Arguments, *wanted: bool) -> Arguments:
+    """Behind a call of the forward; `wanted`: of x, gate_up, down and weights, all unless given."""
+    given = complete("moe_experts", forward) | {"grad": torch.randn_like(forward["x"])}
+    names = opset.OPS["moe_experts_backward"].names
+    given |= zip(names[-4:], wanted or (True,) * 4, strict=True)
+    return {name: given[name] for name in names}
+
+
 def moe_open(
     b: Backend,
     tokens: int,

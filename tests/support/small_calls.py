@@ -65,6 +65,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        backward = cases.moe_experts_backward(b, cases.moe_experts(b, 3, 2, 1, 64, 64, dtype=dtype))
+        for wide in ({}, {"gate_up": FP32, "down": FP32}):
+            yield "moe_experts_backward", in_dtypes(backward, **wide)
         for form in ({}, {"codes": torch.int8}):
             for sizes in ((1, 2, 1), (12, 2, 1), (20, 2, 1)):
                 arguments = cases.moe_experts(b, *sizes, 64, 64, dtype=dtype, form=form)
