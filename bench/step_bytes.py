@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
-from gemma4_kernels.opset import NAMESPACE, Op
+from gemma4_kernels.opset import Op
 
 BATCH, LENGTH, RANK = 4, 2048, 16
 MODELS = ("E4B", "12B", "26B-A4B")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 
 
 def touched(x: Tensor) -> int:
