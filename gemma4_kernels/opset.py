@@ -35,7 +35,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 @dataclass(frozen=True)
 class Gradient:
     """What is kept of (inputs, output) for the backward, and the backward of (kept, wanted,
-    *gradients), where `wanted` says of each input whether its gradient is.
+    *gradients), where `wanted` says of each input whether its gradient is; the gradient of an
+    output that nobody used is None.
 
     `backward` returns one gradient an input, None where there is none. `in_eager`: it is better
     than what autograd makes of the twin too, as one that keeps less is.
@@ -178,6 +179,7 @@ class Op(Generic[Result]):
             return  # what writes into its arguments can have none
 
         def save(ctx: _Context, inputs: Args, output: object) -> None:
+            ctx.set_materialize_grads(False)
             if isinstance(gradient, Gradient):
                 _save(ctx, gradient.keep(inputs, output))
             elif gradient is None:
@@ -188,15 +190,16 @@ class Op(Generic[Result]):
                 raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
             if isinstance(gradient, Gradient):
                 return gradient.backward(_saved(ctx), ctx.needs_input_grad, *grads)
-            return self._differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
+            return self.differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)
 
         name = f"{NAMESPACE}::{self.name}"
         torch.library.register_autograd(name, backward, setup_context=save, lib=_library)
 
     @unaffected
-    def _differentiate_twin(
+    def differentiate_twin(
         self, saved: Args, wanted: tuple[bool, ...], grads: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
+        """What autograd makes of the twin, run again."""
         with torch.enable_grad():
             inputs = [
                 value.detach().requires_grad_(want) if isinstance(value, Tensor) else value
@@ -330,6 +333,8 @@ class _Context(Protocol):
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def _save(ctx: _Context, values: Args) -> None:

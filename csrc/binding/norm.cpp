@@ -11,7 +11,7 @@
 namespace binding {
 namespace {
 
-using gemma4::QkvNormRopeParams;
+using gemma4::QkvNormRopeParams, gemma4::WeightGradients;
 
 Tensor rms_norm(Tensor x, OptionalTensor weight, double eps) {
   Call call(x);
@@ -29,6 +29,69 @@ Tensor rms_norm(Tensor x, OptionalTensor weight, double eps) {
                     .eps = static_cast<float>(eps)},
                    dtypes, call.device());
   return y;
+}
+
+// Rows for a backward kernel, which reads 16 bytes at a time alone: a gradient comes as it likes.
+Rows rows_for_backward(Call& call, const char* name, const Tensor& t, const Shape& shape,
+                       ScalarType dtype) {
+  call.expect_here(name, t);
+  expect_dtype(name, t, dtype);
+  expect_shape(name, t, shape);
+  Rows rows = as_rows(aligned(t));
+  rows.tensor = call.keep(rows.tensor);
+  return rows;
+}
+
+Floats weight_for_backward(Call& call, const char* name, const OptionalTensor& t, int64_t width) {
+  if (!t) return {};
+  call.expect_here(name, *t);
+  expect_shape(name, *t, {width});
+  return {call.in(name, call.keep(aligned(*t))), Call::dtype(t->scalar_type())};
+}
+
+// The gradients of weights, and the memory for the blocks' sums of their rows.
+struct WeightSums {
+  Call& call;
+  WeightGradients params;
+
+  WeightSums(Call& call, int64_t rows)
+      : call(call), params{.blocks = gemma4::weight_gradient_blocks(rows, call.device())} {}
+
+  Tensor of(int which, const OptionalTensor& weight, bool wanted) {
+    if (!weight || !wanted) return call.empty({0});
+    const int64_t width = weight->size(0);
+    Tensor sum = call.empty({width}, weight->scalar_type());
+    const Tensor& partial = call.keep(call.empty({params.blocks, width}, ScalarType::Float));
+    params.partial[which] = static_cast<float*>(call.out("partial", partial));
+    params.sum[which] = call.out("grad_weight", sum);
+    params.dtype[which] = Call::dtype(weight->scalar_type());
+    return sum;
+  }
+};
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, OptionalTensor weight,
+                                             double eps, bool wants_x, bool wants_weight) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
+  const Shape shape = shape_of(x);
+  const int64_t width = shape.back();
+  const Rows rows = rows_for_backward(call, "x", x, shape, x.scalar_type());
+  const Rows grads = rows_for_backward(call, "grad", grad, shape, x.scalar_type());
+  WeightSums sums(call, rows.rows);
+  Tensor grad_x = call.empty(wants_x ? shape : Shape{0});
+  Tensor grad_weight = sums.of(0, weight, wants_weight);
+  gemma4::rms_norm_backward({.grad = call.in("grad", grads.tensor),
+                             .x = call.in("x", rows.tensor),
+                             .weight = weight_for_backward(call, "weight", weight, width),
+                             .grad_x = wants_x ? call.out("grad_x", grad_x) : nullptr,
+                             .weights = sums.params,
+                             .rows = rows.rows,
+                             .grad_stride = grads.stride,
+                             .x_stride = rows.stride,
+                             .width = as_int("x", width),
+                             .eps = static_cast<float>(eps)},
+                            call.dtype(), call.device());
+  return {grad_x, grad_weight};
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_weight,
@@ -61,6 +124,49 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor post_w
        .eps = static_cast<float>(eps)},
       dtypes, call.device());
   return {new_residual, y};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_backward(
+    OptionalTensor grad_residual, OptionalTensor grad_y, Tensor x, Tensor new_residual,
+    Tensor post_weight, OptionalTensor next_weight, OptionalTensor scale, double eps, bool wants_x,
+    bool wants_residual, bool wants_post_weight, bool wants_next_weight) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
+  const Shape shape = shape_of(x);
+  const int64_t width = shape.back();
+  const ScalarType other = call.promoted(new_residual.scalar_type());
+  const auto rows_of = [&](const char* name, const OptionalTensor& t) {
+    return t ? rows_for_backward(call, name, *t, shape, other) : Rows{x, 0, 0, 0};
+  };
+  const Rows rows = rows_for_backward(call, "x", x, shape, x.scalar_type());
+  const Rows residuals = rows_of("new_residual", new_residual);
+  const Rows residual_grads = rows_of("grad_residual", grad_residual);
+  const Rows y_grads = rows_of("grad_y", grad_y);
+  WeightSums sums(call, rows.rows);
+  Tensor grad_x = call.empty(wants_x ? shape : Shape{0});
+  Tensor grad_old = call.empty(wants_residual ? shape : Shape{0}, other);
+  Tensor grad_post = sums.of(0, post_weight, wants_post_weight);
+  Tensor grad_next = sums.of(1, next_weight, wants_next_weight);
+  gemma4::add_rms_norm_backward(
+      {.grad_residual = grad_residual ? call.in("grad_residual", residual_grads.tensor) : nullptr,
+       .grad_y = grad_y ? call.in("grad_y", y_grads.tensor) : nullptr,
+       .x = call.in("x", rows.tensor),
+       .new_residual = call.in("new_residual", residuals.tensor),
+       .post_weight = weight_for_backward(call, "post_weight", post_weight, width),
+       .next_weight = weight_for_backward(call, "next_weight", next_weight, width),
+       .scale = weight_for_backward(call, "scale", scale, 1),
+       .grad_x = wants_x ? call.out("grad_x", grad_x) : nullptr,
+       .grad_old_residual = wants_residual ? call.out("grad_old_residual", grad_old) : nullptr,
+       .weights = sums.params,
+       .rows = rows.rows,
+       .grad_residual_stride = residual_grads.stride,
+       .grad_y_stride = y_grads.stride,
+       .x_stride = rows.stride,
+       .new_residual_stride = residuals.stride,
+       .width = as_int("x", width),
+       .eps = static_cast<float>(eps)},
+      call.dtype(), Call::dtype(other), call.device());
+  return {grad_x, grad_old, grad_post, grad_next};
 }
 
 std::tuple<Tensor, Tensor> moe_norm(Tensor x, Tensor weight, Tensor scale, double eps) {
@@ -203,6 +309,8 @@ Tensor qkv_norm_rope_cache(Tensor q, Tensor k, OptionalTensor v, Tensor q_weight
 void register_norm(Library& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("moe_norm", TORCH_BOX(&moe_norm));
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("qkv_norm_rope_cache", TORCH_BOX(&qkv_norm_rope_cache));

@@ -19,6 +19,22 @@ DEVICE float gated(float gate, float other) {
   return saturate<T>(gelu_tanh(gate) * other);
 }
 
+// It and its gradients, given the product's; what fp16's largest value holds back passes nothing
+// on.
+struct GatedGradient {
+  float product, d_gate, d_other;
+};
+template <class T>
+DEVICE GatedGradient gated_gradient(float gate, float other, float grad) {
+  constexpr float kScale = 0.7978845608028654f, kCube = 0.044715f;
+  const float share = 1.0f / (1.0f + expf(-2.0f * kScale * (gate + kCube * gate * gate * gate)));
+  const float u_slope = kScale * (1.0f + 3.0f * kCube * gate * gate);
+  const float slope = share + 2.0f * gate * u_slope * share * (1.0f - share);
+  const float act = gate * share, product = act * other, held = saturate<T>(product);
+  if (fabsf(product) > fabsf(held)) grad = 0.0f;
+  return {held, grad * other * slope, grad * act};
+}
+
 DEVICE float softcap(float x, float cap) { return cap * tanhf(x / cap); }
 
 // cap tanh(x / cap) for attention scores: 1 - 2 / (1 + e^2u), exact to a few ulp of cap, and cheap.

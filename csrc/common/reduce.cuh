@@ -27,23 +27,35 @@ DEVICE V lane_max(V value) {
 constexpr int kMaxWarps = 32;
 
 // Partial sums of a block's warps, twice: while slow threads still read the one, fast threads may
-// already fill the other, so that each sum costs one barrier.
-struct BlockSum {
-  float partial[2][kMaxWarps];
+// already fill the other, so that each call costs one barrier.
+template <int kSums>
+struct BlockSums {
+  float partial[2][kSums][kMaxWarps];
 };
+using BlockSum = BlockSums<1>;
 
-// The sum over all threads of a block of whole warps, in all of them. `parity` says which of the
-// two it goes through, and turns to the other for the next sum.
-DEVICE float block_sum(float value, BlockSum& shared, int& parity) {
-  value = lane_sum(value);
-  const int warps = blockDim.x / 32;
-  if (warps == 1) return value;
-  float* partial = shared.partial[parity];
+// The sums over all threads of a block of whole warps, in all of them. `parity` says which of the
+// two they go through, and turns to the other for the next ones.
+template <int kSums>
+DEVICE void block_sums(float (&values)[kSums], BlockSums<kSums>& shared, int& parity) {
+#pragma unroll
+  for (float& value : values) value = lane_sum(value);
+  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  if (warps == 1) return;
+  auto& partial = shared.partial[parity];
   parity ^= 1;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+#pragma unroll
+  for (int i = 0; i < kSums; i++)
+    if (lane == 0) partial[i][threadIdx.x / 32] = values[i];
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-  return lane_sum(lane < warps ? partial[lane] : 0.0f);
+#pragma unroll
+  for (int i = 0; i < kSums; i++) values[i] = lane_sum(lane < warps ? partial[i][lane] : 0.0f);
+}
+
+DEVICE float block_sum(float value, BlockSum& shared, int& parity) {
+  float values[] = {value};
+  block_sums(values, shared, parity);
+  return values[0];
 }
 
 }  // namespace gemma4

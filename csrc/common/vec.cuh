@@ -72,9 +72,13 @@ DEVICE Vec<T, kWidth> load_fresh(const T* p FROM_HERE) {
 
 template <class T, int kWidth>
 DEVICE void store(T* p, const Vec<T, kWidth>& v FROM_HERE) {
-  static_assert(kWidth == 1 || v.kBytes <= 16);
   if constexpr (kWidth == 1) {
     *p = v.data[0];
+  } else if constexpr (v.kBytes == 32) {
+    Vec<T, kWidth / 2> halves[2];
+    __builtin_memcpy(halves, &v, 32);
+    store(p, halves[0] HERE);
+    store(p + kWidth / 2, halves[1] HERE);
   } else if constexpr (v.kBytes == 8) {
     uint2 bits;
     __builtin_memcpy(&bits, &v, 8);

@@ -4,8 +4,10 @@
 // Hopper wgmma multiplies the tiles where they lie; elsewhere ldmatrix and mma.sync, with sums in
 // the same places. Warps whose rows hold no token leave the tensor cores to others.
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
-// stage s - 1 is free. Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two
-// blocks on a large multiprocessor, one multiplies while the other waits.
+// stage s - 1 is free. wgmma starts before that one's copies are issued, and runs under them.
+//
+// Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two blocks on a large
+// multiprocessor, one multiplies while the other waits.
 #pragma once
 
 #include "../common/tile.cuh"
@@ -29,27 +31,6 @@ template <class T, int kRows>
 DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
                            const typename ProductTiles<T, kRows>::Stage& stage, int rows) {
   const int warp_row = threadIdx.x / 32 * 16;
-  if (ptx::has_wgmma()) {
-    const uint64_t x = wgmma_tile<kRows>(stage.x, 0, 0);
-    const uint64_t weight = wgmma_tile<kTileWeightRows>(stage.weight, 0, 0);
-    // A branch between them would make the compiler run them one by one.
-    const auto multiply = [&]<int kBlocks>() {
-      ptx::wgmma_fence(sum);
-#pragma unroll
-      for (int column = 0; column < kTileColumns; column += 16)
-#pragma unroll
-        for (int i = 0; i < kBlocks; i++)
-          ptx::wgmma_64x128x16<T>(sum[i], x + wgmma_step<kRows>(i * 64, column),
-                                  weight + wgmma_step<kTileWeightRows>(0, column));
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>(sum);
-    };
-    if (rows > 64)
-      multiply.template operator()<kRows / 64>();
-    else
-      multiply.template operator()<1>();
-    return;
-  }
   const auto x_at = lane_address<kRows>(stage.x, warp_row, 0);
   const auto weight_at = transposed_lane_address<kTileWeightRows>(stage.weight, 0, 0);
   const auto multiply = [&]<int kBlocks>() {
@@ -76,6 +57,29 @@ DEVICE void multiply_stage(float (&sum)[kRows / 64][16][4],
     multiply.template operator()<1>();
 }
 
+// The same as one group of wgmmas.
+template <class T, int kRows>
+DEVICE void start_multiply_stage(float (&sum)[kRows / 64][16][4],
+                                 const typename ProductTiles<T, kRows>::Stage& stage, int rows) {
+  const uint64_t x = wgmma_tile<kRows>(stage.x, 0, 0);
+  const uint64_t weight = wgmma_tile<kTileWeightRows>(stage.weight, 0, 0);
+  // A branch between them would make the compiler run them one by one.
+  const auto multiply = [&]<int kBlocks>() {
+    ptx::wgmma_fence(sum);
+#pragma unroll
+    for (int column = 0; column < kTileColumns; column += 16)
+#pragma unroll
+      for (int i = 0; i < kBlocks; i++)
+        ptx::wgmma_64x128x16<T>(sum[i], x + wgmma_step<kRows>(i * 64, column),
+                                weight + wgmma_step<kTileWeightRows>(0, column));
+    ptx::wgmma_commit();
+  };
+  if (kRows == 64 || rows <= 64)
+    multiply.template operator()<1>();
+  else
+    multiply.template operator()<kRows / 64>();
+}
+
 // The same over all stages, of which load_stage(stage, step) starts the copies, or makes the
 // weights by ordinary stores; no thread reads or writes a tile any more when it returns.
 template <class T, int kRows, class Load>
@@ -90,10 +94,15 @@ DEVICE void multiply_stages(float (&sum)[kRows / 64][16][4], ProductTiles<T, kRo
     ptx::cp_async_wait<kTileStages - 2>();
     if (ptx::has_wgmma()) ptx::fence_async_proxy();
     __syncthreads();
+    const auto& stage = tiles.stage[step % kTileStages];
+    if (ptx::has_wgmma()) start_multiply_stage<T, kRows>(sum, stage, rows);
     const int ahead = step + kTileStages - 1;
     if (ahead < steps) load_stage(tiles.stage[ahead % kTileStages], ahead);
     ptx::cp_async_commit();
-    multiply_stage<T, kRows>(sum, tiles.stage[step % kTileStages], rows);
+    if (ptx::has_wgmma())
+      ptx::wgmma_wait<0>(sum);
+    else
+      multiply_stage<T, kRows>(sum, stage, rows);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

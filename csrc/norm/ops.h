@@ -55,4 +55,47 @@ struct QkvNormRopeParams {
 };
 void qkv_norm_rope(const QkvNormRopeParams& params, const DTypes& dtypes, const Device& device);
 
+// What a backward makes for up to two weights: each block writes the sums of its rows in fp32, and
+// a second launch adds those of all blocks, in their order.
+struct WeightGradients {
+  float* partial[2];  // [blocks, width]; null: not wanted
+  void* sum[2];       // [width]
+  DType dtype[2];     // of the sums
+  int blocks;         // as `weight_gradient_blocks` has it
+};
+// Few, for each costs a row of `partial`; as many as keep every multiprocessor's loads in flight.
+int weight_gradient_blocks(int64_t rows, const Device& device);
+void add_weight_gradients(const WeightGradients& gradients, int width, const char* name,
+                          const Device& device);
+
+// Rows of the backward kernels hold whole vectors of every dtype, and no more than this.
+constexpr int kRowMultiple = 8, kWidestRow = 6144;
+
+struct RmsNormBackwardParams {
+  const void *grad, *x;  // [rows, width]
+  Floats weight;         // [width] or null
+  void* grad_x;          // [rows, width]; null: not wanted
+  WeightGradients weights;
+  int64_t rows, grad_stride, x_stride;
+  int width;
+  float eps;
+};
+void rms_norm_backward(const RmsNormBackwardParams& params, DType dtype, const Device& device);
+
+struct AddRmsNormBackwardParams {
+  const void *grad_residual, *grad_y;  // [rows, width], of the other dtype; null: zeros
+  const void* x;                       // [rows, width]
+  const void* new_residual;            // [rows, width], of the other dtype
+  Floats post_weight, next_weight;     // [width]; without grad_y the second is not read
+  Floats scale;                        // [1] or null
+  void* grad_x;                        // [rows, width]; null: not wanted
+  void* grad_old_residual;             // [rows, width], likewise
+  WeightGradients weights;             // of post_weight and next_weight
+  int64_t rows, grad_residual_stride, grad_y_stride, x_stride, new_residual_stride;
+  int width;
+  float eps;
+};
+void add_rms_norm_backward(const AddRmsNormBackwardParams& params, DType x, DType other,
+                           const Device& device);
+
 }  // namespace gemma4

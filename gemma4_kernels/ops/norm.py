@@ -3,8 +3,48 @@
 import torch
 from torch import Tensor
 
-from ..opset import Op, new
+from ..opset import Args, Gradient, NoGradient, Op, new
 from ..reference import norm as reference
+
+# Of the rows that the kernels of gradients take, as csrc/norm/ops.h has it.
+ROW_MULTIPLE, WIDEST_ROW = 8, 6144
+
+
+def _row_unserved(x: Tensor) -> str | None:
+    width = x.shape[-1]
+    if width % ROW_MULTIPLE == 0 and width <= WIDEST_ROW:
+        return None
+    return f"it is for widths up to {WIDEST_ROW} that {ROW_MULTIPLE} divides, got {width}"
+
+
+def grad_of(x: Tensor, like: Tensor | None, wanted: bool) -> Tensor:
+    """A new tensor beside x for the gradient of another, which is empty where none is wanted."""
+    if like is None or not wanted:
+        return new(x, 0)
+    return new(x, *like.shape, dtype=like.dtype)
+
+
+_rms_norm_backward = Op(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, bool wants_x,"
+    " bool wants_weight) -> (Tensor, Tensor)",
+    reference.rms_norm_backward,
+    outputs=lambda x, weight, wants_x, wants_weight: (
+        grad_of(x, x, wants_x),
+        grad_of(x, weight, wants_weight),
+    ),
+    main="x",
+    beside=("weight",),
+    unserved=_row_unserved,
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _through_rms_norm(
+    kept: Args, wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_x, grad_weight = _rms_norm_backward.registered(grad, *kept, *wanted[:2])
+    return grad_x if wanted[0] else None, grad_weight if wanted[1] else None, None
+
 
 _rms_norm = Op(
     "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
@@ -12,6 +52,7 @@ _rms_norm = Op(
     check=reference.check_rms_norm,
     outputs=lambda x: new(x, *x.shape),
     beside=("weight",),
+    gradient=Gradient(lambda inputs, output: inputs, _through_rms_norm, in_eager=False),
 )
 
 
@@ -32,6 +73,62 @@ def _residual_and_y(
     return new(x, *x.shape, dtype=dtype), new(x, *y_shape, dtype=dtype)
 
 
+def _add_rms_norm_grads(
+    x: Tensor,
+    new_residual: Tensor,
+    post_weight: Tensor,
+    next_weight: Tensor | None,
+    wants_x: bool,
+    wants_residual: bool,
+    wants_post_weight: bool,
+    wants_next_weight: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        grad_of(x, x, wants_x),
+        grad_of(x, new_residual, wants_residual),
+        grad_of(x, post_weight, wants_post_weight),
+        grad_of(x, next_weight, wants_next_weight),
+    )
+
+
+_add_rms_norm_backward = Op(
+    "add_rms_norm_backward(Tensor? grad_residual, Tensor? grad_y, Tensor x, Tensor new_residual,"
+    " Tensor post_weight, Tensor? next_weight, Tensor? scale, float eps, bool wants_x,"
+    " bool wants_residual, bool wants_post_weight, bool wants_next_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.add_rms_norm_backward,
+    outputs=_add_rms_norm_grads,
+    main="x",
+    beside=("new_residual", "post_weight", "next_weight", "scale"),
+    unserved=_row_unserved,
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _keep_of_add(inputs: Args, output: tuple[Tensor, Tensor]) -> Args:
+    """The residual that comes out, and that which went in only for the gradient of the scale."""
+    x, residual, *rest = inputs
+    scale = inputs[4]
+    trained = scale is not None and scale.requires_grad
+    return x, output[0], *rest, residual if trained else None
+
+
+def _through_add_rms_norm(
+    kept: Args, wanted: tuple[bool, ...], grad_residual: Tensor | None, grad_y: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, new_residual, *rest, residual = kept
+    if wanted[4]:  # the layer scalar, which is a buffer in Gemma 4; at 0 the output tells nothing
+        given = x, residual, *rest
+        return _add_rms_norm.differentiate_twin(given, wanted, (grad_residual, grad_y))
+    if rest[1] is None:
+        grad_y = None  # of nothing
+    grads = _add_rms_norm_backward.registered(
+        grad_residual, grad_y, x, new_residual, *rest, *wanted[:4]
+    )
+    found = [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
+    return *found, None, None
+
+
 _add_rms_norm = Op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor post_weight, Tensor? next_weight,"
     " Tensor? scale, float eps) -> (Tensor, Tensor)",
@@ -39,6 +136,7 @@ _add_rms_norm = Op(
     check=reference.check_add_rms_norm,
     outputs=_residual_and_y,
     beside=("residual", "post_weight", "next_weight", "scale"),
+    gradient=Gradient(_keep_of_add, _through_add_rms_norm, in_eager=False),
 )
 
 

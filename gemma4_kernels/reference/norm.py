@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .common import check_beside, check_floating
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "add_rms_norm_backward", "rms_norm", "rms_norm_backward"]
 
 
 def check_rms_norm(x: Tensor, weight: Tensor | None, name: str = "weight") -> None:
@@ -23,6 +23,50 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+
+
+def through_norm(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, row by row, of the weight, from that of y = n weight.
+
+    With n = x r, r = (mean x² + eps)^-½: dx = r (dn - n mean(dn n)), dweight = Σ_rows dy n.
+    All are wide already.
+    """
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n = x * r
+    grad_n = grad if weight is None else grad * weight
+    return r * (grad_n - n * (grad_n * n).mean(-1, keepdim=True)), grad * n
+
+
+def sum_of_rows(x: Tensor, weight: Tensor | None, wanted: bool) -> Tensor:
+    """A weight's gradient in its dtype, if it is wanted."""
+    if weight is None or not wanted:
+        return x.new_empty(0)
+    return x.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """What the tensors promote to, no less than fp32."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = widest(x, weight)
+    wide_weight = None if weight is None else weight.to(wide)
+    grad_x, weight_rows = through_norm(grad.to(wide), x.to(wide), wide_weight, eps)
+    grad_x = grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0)
+    return grad_x, sum_of_rows(weight_rows, weight, wants_weight)
 
 
 def check_add_rms_norm(
@@ -56,3 +100,39 @@ def add_rms_norm(
     if next_weight is None:
         return residual, residual.new_empty(0)
     return residual, rms_norm(residual, next_weight, eps)
+
+
+def add_rms_norm_backward(
+    grad_residual: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor,
+    new_residual: Tensor,
+    post_weight: Tensor,
+    next_weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    wants_x: bool,
+    wants_residual: bool,
+    wants_post_weight: bool,
+    wants_next_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = widest(x, new_residual, post_weight, next_weight, scale)
+    grad = torch.zeros_like(new_residual, dtype=wide)
+    next_rows = grad
+    if grad_residual is not None:
+        grad = grad + grad_residual
+    if grad_y is not None and next_weight is not None:
+        into, next_rows = through_norm(
+            grad_y.to(wide), new_residual.to(wide), next_weight.to(wide), eps
+        )
+        grad = grad + into
+    if scale is not None:
+        grad = grad * scale
+    grad_x, post_rows = through_norm(grad, x.to(wide), post_weight.to(wide), eps)
+    none = new_residual.new_empty(0)
+    return (
+        grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0),
+        grad.to(new_residual.dtype).contiguous() if wants_residual else none,
+        sum_of_rows(post_rows, post_weight, wants_post_weight),
+        sum_of_rows(next_rows, next_weight, wants_next_weight),
+    )

@@ -8,7 +8,7 @@ FAULTS = {
             ("norm/rms_norm.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
             ("norm/rms_norm.cuh", "load_fresh(", "load_once("),
             ("common/reduce.cuh", "step = kLanes / 2; step > 0", "step = kLanes / 2; step > 1"),
-            ("common/reduce.cuh", "lane < warps ? partial[lane] : 0.0f", "partial[lane]"),
+            ("common/reduce.cuh", "lane < warps ? partial[i][lane] : 0.0f", "partial[i][lane]"),
         ],
         "test_strided[emulated-columns]": [
             ("norm/rms_norm.cuh", "row * p.x_stride", "row * p.width"),

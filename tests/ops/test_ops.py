@@ -109,7 +109,8 @@ def test_opcheck_of_backward_ops(name, case):
 
 def backward_sample(name, arguments):
     if name == "moe_experts":
-        return torch.randn_like(arguments[0]), *arguments
+        packed = not arguments[1].is_floating_point()
+        return torch.randn_like(arguments[0]), *arguments, True, not packed, False, True
     forward = dict(zip(opset.OPS[name].names, arguments, strict=True))
     return tuple(cases.attention_prefill_backward(EAGER, forward).values())
 
