@@ -106,6 +106,16 @@ def row(op: str, model: str, n: int) -> Case:
     return Case(op, f"{model}, {n} tokens", make, limits.row_bytes(model, op, n))
 
 
+def row_backward(op: str, model: str, n: int) -> Case:
+    """Of such an op, with all gradients wanted."""
+    forward, name = row(op, model, n), f"{op}_backward"
+
+    def make(device: torch.device) -> Arguments:
+        return getattr(cases, name)(EAGER, forward.make(device))
+
+    return Case(name, forward.label, make, limits.row_bytes(model, name, n))
+
+
 def attention_prefill(model: str, kind: str, n: int) -> Case:
     c = limits.MODELS[model]
     heads, kv_heads, size = c.num_attention_heads, c.kv_heads(kind), c.head_size(kind)
@@ -123,7 +133,9 @@ def attention_prefill_backward(model: str, kind: str, n: int) -> Case:
         inputs = cases.attention_prefill_backward(EAGER, forward.make(device))
         return inputs | {"grad_lse": torch.zeros_like(inputs["lse"])}  # as peers have it
 
-    counts = 2 * forward.bytes, 2.5 * forward.flop
+    counts = (
+        f(model, kind, n) for f in (limits.attention_backward_bytes, limits.attention_backward_flop)
+    )
     return Case("attention_prefill_backward", forward.label, make, *counts)
 
 
@@ -235,3 +247,4 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             )
             ops += ["softcap", "softcap_argmax", "sample"] * (n <= 64)
             yield from (row(op, model, n) for op in ops)
+            yield from (row_backward(op, model, n) for op in ops[:3])
