@@ -95,7 +95,7 @@ class _HeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         mantissa, exponent = torch.frexp(count)
         total, d_x, d_weight, logits = torch.zeros_like(count), [], None, None
-        for begin in range(0, len(x_TD), LOSS_TOKENS):
+        for begin in range(0, max(len(x_TD), 1), LOSS_TOKENS):  # of no tokens too
             rows = slice(begin, begin + LOSS_TOKENS)
             given, raw = _product(head, x_TD[rows], weight_VD, wanted)
             raw_TV, target = raw.detach(), targets_T[rows]
