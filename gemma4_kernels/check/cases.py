@@ -16,6 +16,7 @@ from ..ops.attention import HEAD_DIMS
 from ..ops.decode import CODED_HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..ops.rope import TRAINED_HEAD_DIMS
 from ..opset import HALF
 from ..packed import pack
 from ..reference.decode import COUNTERS
@@ -94,6 +95,39 @@ def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
     yield x, residual, *weights, draw.randn(1, mean=SMALL, std=0), EPS
 
 
+# Rows that the kernels of gradients take, with 8 columns a thread and with 16; the last is no
+# whole number of warps.
+BACKWARD_WIDTHS = (512, 3840, 5376, 104)
+# More rows than blocks that keep sums.
+MANY_SUMMED = (600, 256)
+
+
+def rms_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for dtype in draw.others:
+            grad, x = draw.strided(3, width), draw.strided(3, width)
+            yield grad, x, draw.weight(width, dtype), EPS, True, True
+        yield draw.strided(2, width), draw.strided(2, width), None, EPS, True, False
+    grad, x = draw.strided(*MANY_SUMMED), draw.strided(*MANY_SUMMED, std=SMALL)
+    yield grad, x, draw.weight(MANY_SUMMED[1]), EPS, True, True
+
+
+def add_rms_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for other, dtype in draw.pairs:
+            grads = [draw.randn(3, width, dtype=other) for _ in range(2)]
+            x, residual = draw.strided(3, width), draw.randn(3, width, dtype=other)
+            weights = [draw.weight(width, dtype) for _ in range(2)]
+            rest = *weights, draw.randn(1, dtype=dtype), EPS
+            yield *grads, x, residual, *rest, True, True, True, True
+        alone = draw.weight(width), None, None, EPS, True, False, False, False
+        yield draw.strided(2, width), None, draw.strided(2, width), draw.randn(2, width), *alone
+    rows = [draw.strided(*MANY_SUMMED) for _ in range(3)]
+    weights = [draw.weight(MANY_SUMMED[1]) for _ in range(2)]
+    rest = draw.strided(*MANY_SUMMED, std=SMALL), *weights, None, EPS, True, True, True, True
+    yield *rows, *rest
+
+
 def moe_norm(draw: Draw) -> Iterator[Arguments]:
     for width in WIDTHS:
         for other, dtype in draw.pairs:
@@ -113,6 +147,17 @@ def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
         yield q, k, v, *weights, *rest
         yield q, k, None, *(w.float() for w in weights), *rest
         yield q, None, None, weights[0], None, *rest
+
+
+def qkv_norm_rope_backward(draw: Draw) -> Iterator[Arguments]:
+    for q, k, v, q_weight, k_weight, *rest in qkv_norm_rope(draw):
+        if q.shape[-1] in TRAINED_HEAD_DIMS:
+            grads = [None if x is None else draw.randn(*x.shape) for x in (q, k, k)]
+            yield *grads, q, k, v, q_weight, k_weight, *rest, True, k is not None
+    q, k, v = draw.strided(600, 4, 256).split([2, 1, 1], 1)
+    positions, inv_freq = torch.arange(600).to(draw.device), torch.ones(128).to(draw.device)
+    rest = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
+    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *rest
 
 
 def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
@@ -461,9 +506,12 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
     function.__name__: function
     for function in (
         rms_norm,
+        rms_norm_backward,
         add_rms_norm,
+        add_rms_norm_backward,
         moe_norm,
         qkv_norm_rope,
+        qkv_norm_rope_backward,
         qkv_norm_rope_cache,
         geglu,
         geglu_backward,

@@ -91,7 +91,7 @@ class _HeadLoss(torch.autograd.Function):
         mantissa, exponent = torch.frexp(count)
         total, d_x, d_weight, logits = torch.zeros_like(count), [], None, None
         step = LOSS_TOKENS * (WITH_WEIGHT if wanted[1] else 1)
-        for begin in range(0, len(x_TD), step):
+        for begin in range(0, max(len(x_TD), 1), step):  # of no tokens too
             rows = slice(begin, begin + step)
             given, raw = _product(head, x_TD[rows], weight_VD, wanted)
             raw_TV, target = raw.detach(), targets_T[rows]

@@ -41,6 +41,7 @@ def test_nothing_spills(kernels):
 LOAD, STORE, COPY = r"LDG\.E\..*128.*", r"STG\.E\..*128.*", r"LDGSTS\.E\..*128.*"
 INSTRUCTIONS = {
     r"((add_)?rms|moe)_norm_kernel<.*, [124]>": (LOAD, STORE),
+    r"((add_)?rms_norm|qkv_norm_rope)_backward_kernel<.*>": (LOAD, STORE),
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
     r"ple_embed_kernel<.*, [124]>": (LOAD, STORE),
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
@@ -110,6 +111,15 @@ def test_nothing_else_is_touched_before_the_wait(kernels):
         if not re.fullmatch(PARAMETER, name)
     ]
     assert early == []
+
+
+@pytest.mark.slow
+def test_wgmma_starts_before_copies_are_issued(kernels):
+    """Behind the barrier of an iteration stand sums of zero and descriptions of tiles, no more; the
+    copies of the next tiles, an order of magnitude more, run under the products."""
+    found = {str(k): k.before_wgmma for k in kernels if k.has("HGMMA.*")}
+    assert found and [name for name, count in found.items() if count is None] == []
+    assert {name: count for name, count in found.items() if count > 40} == {}
 
 
 @pytest.mark.slow

@@ -212,6 +212,14 @@ def test_labels_that_are_all_ignored(chunk: int) -> None:
     assert all((grad == 0).all() for grad in gradients(model, loss).values())
 
 
+@pytest.mark.parametrize("kind", [DENSE, E_SERIES, MOE], ids=["dense", "e_series", "moe"])
+def test_a_batch_of_padding(kind: dict[str, object]) -> None:
+    model = tiny(kind)
+    output = model(ids(2, 13), attention_mask=torch.zeros(2, 13), labels=LABELS)
+    assert output.loss == 0 and output.logits.shape == (2, 13, model.config.vocab_size)
+    assert all((grad == 0).all() for grad in gradients(model, output.loss).values())
+
+
 def test_a_label_that_is_no_token() -> None:
     model, labels = tiny(SMALL), LABELS.clone()
     labels[1, 3] = 97

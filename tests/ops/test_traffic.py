@@ -79,9 +79,7 @@ def test_backward_traffic(counted, op, dtype):
     arguments = getattr(cases, op)(backend, *sizes, dtype=dtype)
     if op == "softcap_cross_entropy":
         arguments["targets"] = torch.arange(64)
-        backward = cases.softcap_cross_entropy_backward(backend, arguments)
-    else:
-        backward = cases.gated_backward(backend, op, arguments)
+    backward = getattr(cases, f"{op}_backward")(backend, arguments)
     counted.reset_counts()
     counted.settings.seed = 1
     with emulated.one_schedule():

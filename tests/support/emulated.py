@@ -48,7 +48,7 @@ INSTRUMENTS = {
     # Its calls go to emulation/hooks.cpp, and its library is not linked.
     "hooks": "-fsanitize=thread",
     # Must be loaded before Python; takes the place of the hooks. Counts the lines that run, too.
-    "address": "-fsanitize=address --coverage",
+    "address": "-O1 -fsanitize=address --coverage",
 }
 
 
@@ -127,6 +127,7 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
 # Kernels of several ops are launched in a file of their own.
 LAUNCHED_BY = {"attention_prefill": "attention", "attention_decode": "attention"}
 LAUNCHED_BY |= {"geglu": "gelu_mul", "ple_gate": "gelu_mul"}
+LAUNCHED_BY |= {"rms_norm_backward": "weight_gradients"}
 LAUNCHED_BY |= dict.fromkeys(("geglu_backward", "ple_gate_backward"), "gelu_mul_backward")
 
 
