@@ -156,8 +156,8 @@ def qkv_norm_rope_backward(draw: Draw) -> Iterator[Arguments]:
             yield *grads, q, k, v, q_weight, k_weight, *rest, True, k is not None
     q, k, v = draw.strided(600, 4, 256).split([2, 1, 1], 1)
     positions, inv_freq = torch.arange(600).to(draw.device), torch.ones(128).to(draw.device)
-    rest = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
-    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *rest
+    last = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
+    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *last
 
 
 def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
