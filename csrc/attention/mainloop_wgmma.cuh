@@ -3,8 +3,9 @@
 // where those of multiply and accumulate do once they are waited for.
 //
 // k and v have two stages each, and one barrier an iteration is enough: before it, the next k and
-// this v have landed and the partial scores are there; after it, the next but one k and the next v
-// are free to be copied. The next q kᵀ then runs under this tile's softmax.
+// this v have landed and the partial scores are there; after it, the tiles of the next but one k
+// and of the next v are free. The next q kᵀ starts first: it runs under the copies into those two,
+// which look up where keys lie, and under this tile's softmax.
 #pragma once
 
 #include "products.cuh"
@@ -87,14 +88,14 @@ DEVICE void mainloop_wgmma(Smem& smem, float (&out)[Tile::kColumns / 8][4], cons
     ptx::cp_async_wait<0>();
     ptx::fence_async_proxy();
     __syncthreads();
+    float next[Tile::kKeys / 8][4] = {};
+    if constexpr (!kLast) start_multiply<Tile>(next, smem.q, smem.k[(iteration + 1) % 2]);
     keys.copy_k(iteration + 2);
     keys.copy_v(iteration + 1);
     ptx::cp_async_commit();
     keys.load_offsets(iteration + 3);
 
     smem.reduce(score, iteration % 2);
-    float next[Tile::kKeys / 8][4] = {};
-    if constexpr (!kLast) start_multiply<Tile>(next, smem.q, smem.k[(iteration + 1) % 2]);
     uint32_t weight[Tile::kKeys / 8][2];
     online_softmax(weight, score, iteration);
     start_accumulate<Tile>(out, weight, smem.v[iteration % 2]);

@@ -7,6 +7,8 @@
 
 namespace gemma4 {
 
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
 // x Φ(x) in its tanh form, written as x / (1 + exp(-2u)): no cancellation where tanh nears -1.
 DEVICE float gelu_tanh(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
@@ -19,11 +21,38 @@ DEVICE float gated(float gate, float other) {
   return saturate<T>(gelu_tanh(gate) * other);
 }
 
+// It and its gradients, given the product's; what fp16's largest value holds back passes nothing
+// on.
+struct GatedGradient {
+  float product, d_gate, d_other;
+};
+template <class T>
+DEVICE GatedGradient gated_gradient(float gate, float other, float grad) {
+  constexpr float kScale = 0.7978845608028654f, kCube = 0.044715f;
+  const float share = 1.0f / (1.0f + expf(-2.0f * kScale * (gate + kCube * gate * gate * gate)));
+  const float u_slope = kScale * (1.0f + 3.0f * kCube * gate * gate);
+  const float slope = share + 2.0f * gate * u_slope * share * (1.0f - share);
+  const float act = gate * share, product = act * other, held = saturate<T>(product);
+  if (fabsf(product) > fabsf(held)) grad = 0.0f;
+  return {held, grad * other * slope, grad * act};
+}
+
 DEVICE float softcap(float x, float cap) { return cap * tanhf(x / cap); }
 
 // cap tanh(x / cap) for attention scores: 1 - 2 / (1 + e^2u), exact to a few ulp of cap, and cheap.
 DEVICE float softcap_fast(float x, float cap) {
   return cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2_approx(x * (2.88539008177792681f / cap)));
+}
+
+// The same and its slope 1 - (softcap / cap)², by e = exp(-2|x| / cap), which cannot overflow: the
+// value exact to a few ulp of cap, the slope to a few of its own, however near the cap.
+struct Sloped {
+  float value, slope;
+};
+DEVICE Sloped sloped_softcap(float x, float cap) {
+  const float e = ptx::exp2_approx(fabsf(x) * (-2.88539008177792681f / cap));
+  const float r = __fdividef(1.0f, 1.0f + e);
+  return {copysignf(cap * (1.0f - e) * r, x), 4.0f * e * r * r};
 }
 
 // sin and cos of an angle of at most 2^20 either way. CUDA's own sincosf keeps a table on the stack

@@ -189,7 +189,8 @@ void fence_async_proxy();
 void wgmma_fence(Loc);
 void wgmma_commit(Loc);
 void wgmma_wait(int groups_left, Loc);
-void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool is_bf16, Loc);
+void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed,
+           bool is_bf16, Loc);
 void wgmma_trans(float* d, int columns, const uint32_t* a, uint64_t b, bool is_bf16, Loc);
 
 template <class T>

@@ -62,12 +62,12 @@ struct Traced {
   uint64_t address;
 };
 
-// One wgmma of one warp; `d` is where each lane's accumulators are. With `a` in registers, b is
-// transposed.
+// One wgmma of one warp; `d` is where each lane's accumulators are.
 struct Wgmma {
   float* d[kLanes];
   int columns;
   uint64_t a, b;
+  bool a_transposed, b_transposed;
   bool is_bf16;
   Site site;
   std::vector<std::array<uint32_t, 4>> a_registers;  // of each lane, or none

@@ -30,59 +30,60 @@ uint32_t address_in(uint64_t tile, int row, int column) {
   return address ^ (address >> 3 & 0x70);
 }
 
-// Values of a tile, row by row.
-std::vector<float> read_tile(uint64_t tile, int first_row, int rows, int columns, const Wgmma& op) {
-  std::vector<float> values;
-  for (int row = first_row; row < first_row + rows; row++)
-    for (int column = 0; column < columns; column += 8) {
-      const uint32_t address = address_in(tile, row, column);
+// Sixteen columns of a tile's rows, row by row; of a transposed tile sixteen rows of its columns.
+std::vector<float> read_tile(uint64_t tile, int first, int count, bool transposed,
+                             const Wgmma& op) {
+  std::vector<float> values(count * 16);
+  for (int i = 0; i < (transposed ? 16 : count); i++)
+    for (int j = 0; j < (transposed ? count : 16); j += 8) {
+      const uint32_t address =
+          transposed ? address_in(tile, i, first + j) : address_in(tile, first + i, j);
       read_by_async_proxy(address, 16, op.site);
       uint16_t bits[8];
       std::memcpy(bits, shared_at(address, 16, op.site), 16);
-      for (uint16_t x : bits) values.push_back(value_of(x, op.is_bf16));
+      for (int n = 0; n < 8; n++)
+        values[transposed ? (j + n) * 16 + i : i * 16 + j + n] = value_of(bits[n], op.is_bf16);
     }
   return values;
 }
 
 // Eight rows of 16 bytes, or 128 bytes of a transposed tile's row, are one access to all banks.
-void count_tile(uint64_t tile, int first_row, int rows, int columns, bool transposed, Site site) {
+void count_tile(uint64_t tile, int first, int count, bool transposed, Site site) {
   if (!settings().profile) return;
   std::vector<Traced> accesses;
-  const int chunks = columns / 8;
-  for (int i = 0; i < rows * chunks; i++) {
-    const int row = first_row + (transposed ? i / chunks : i % rows);
-    const int chunk = transposed ? i % chunks : i / rows;
-    accesses.push_back({site, 0, 16, address_in(tile, row, chunk * 8)});
+  const int chunks = count / 8;
+  for (int i = 0; i < count * 2; i++) {
+    const uint32_t address = transposed ? address_in(tile, i / chunks, first + i % chunks * 8)
+                                        : address_in(tile, first + i % count, i / count * 8);
+    accesses.push_back({site, 0, 16, address});
   }
   for (size_t i = 0; i < accesses.size(); i += kLanes)
     count_together(&accesses[i], kLanes, "wgmma");
 }
 
 void execute(Warp& w, const Wgmma& op) {
-  const bool transposed = !op.a_registers.empty();
+  const bool in_registers = !op.a_registers.empty();
   const int first_row = w.index % 4 * 16;
   std::vector<float> a(16 * 16);
-  if (transposed)
+  if (in_registers)
     for (int i = 0; i < 16; i++)
       for (int k = 0; k < 16; k++) {
         const uint32_t pair = op.a_registers[i % 8 * 4 + k % 8 / 2][i / 8 + k / 8 * 2];
         a[i * 16 + k] = value_of(static_cast<uint16_t>(pair >> k % 2 * 16), op.is_bf16);
       }
   else
-    a = read_tile(op.a, first_row, 16, 16, op);
-  const std::vector<float> b =
-      transposed ? read_tile(op.b, 0, 16, op.columns, op) : read_tile(op.b, 0, op.columns, 16, op);
-  if (!transposed) count_tile(op.a, first_row, 16, 16, false, op.site);
-  if (first_row == 0) {  // the four warps share b
-    const int rows = transposed ? 16 : op.columns, columns = transposed ? op.columns : 16;
-    count_tile(op.b, 0, rows, columns, transposed, op.site);
+    a = read_tile(op.a, first_row, 16, op.a_transposed, op);
+  const std::vector<float> b = read_tile(op.b, 0, op.columns, op.b_transposed, op);
+  if (!in_registers && !op.a_transposed) count_tile(op.a, first_row, 16, false, op.site);
+  if (first_row == 0) {  // the four warps share b, and the rows of a transposed a
+    if (op.a_transposed) count_tile(op.a, 0, 64, true, op.site);
+    count_tile(op.b, 0, op.columns, op.b_transposed, op.site);
   }
   for (int lane = 0; lane < kLanes; lane++) {
     float* d = w.accumulators.at(op.d[lane]).data();
     for (int i = 0; i < op.columns / 2; i++) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; k++)
-        d[i] += a[row * 16 + k] * b[transposed ? k * op.columns + column : column * 16 + k];
+      for (int k = 0; k < 16; k++) d[i] += a[row * 16 + k] * b[column * 16 + k];
     }
   }
   counts().mma += op.columns / 8;
@@ -109,8 +110,8 @@ void wgmma_fence(Loc loc) {
 namespace {
 
 // `a` is a tile, or `registers` the lane's part of it.
-void issue(float* d, int columns, uint64_t a, const uint32_t* registers, uint64_t b, bool is_bf16,
-           Loc loc) {
+void issue(float* d, int columns, uint64_t a, const uint32_t* registers, uint64_t b,
+           bool a_transposed, bool b_transposed, bool is_bf16, Loc loc) {
   struct Argument {
     float* d;
     uint64_t a, b;
@@ -121,7 +122,7 @@ void issue(float* d, int columns, uint64_t a, const uint32_t* registers, uint64_
     if (!w.wgmma_fenced) report("wgmma without a wgmma.fence before it, at " + where(site));
     if ((!registers && a >> 62 != 1) || b >> 62 != 1)
       stop("wgmma of a tile that is not in the 128-byte mode, at " + where(site));
-    Wgmma op{{}, columns, a, b, is_bf16, site, {}};
+    Wgmma op{{}, columns, a, b, a_transposed, b_transposed, is_bf16, site, {}};
     for (int lane = 0; lane < kLanes; lane++) {
       const auto& x = *static_cast<Argument*>(arguments[lane]);
       if (x.a != a || x.b != b) stop("the lanes of a wgmma differ in its tiles, at " + where(site));
@@ -139,12 +140,13 @@ void issue(float* d, int columns, uint64_t a, const uint32_t* registers, uint64_
 
 }  // namespace
 
-void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool is_bf16, Loc loc) {
-  issue(d, columns, a, nullptr, b, is_bf16, loc);
+void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed,
+           bool is_bf16, Loc loc) {
+  issue(d, columns, a, nullptr, b, a_transposed, b_transposed, is_bf16, loc);
 }
 
 void wgmma_trans(float* d, int columns, const uint32_t* a, uint64_t b, bool is_bf16, Loc loc) {
-  issue(d, columns, 0, a, b, is_bf16, loc);
+  issue(d, columns, 0, a, b, false, true, is_bf16, loc);
 }
 
 void wgmma_commit(Loc loc) {

@@ -114,14 +114,33 @@ def _experts_unserved(
     return None
 
 
-def _like_each(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor
+def _gradients(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    want_x: bool,
+    want_gate_up: bool,
+    want_down: bool,
+    want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, d_weights = new(x, *x.shape), new(weights, *weights.shape)
-    d_gate_up, d_down = (
-        new(x, 0) if is_packed((w, None, None)) else new(w, *w.shape) for w in (gate_up, down)
-    )
+    wanted = (x, want_x), (gate_up, want_gate_up), (down, want_down), (weights, want_weights)
+    dx, d_gate_up, d_down, d_weights = (new(t, *(t.shape if want else (0,))) for t, want in wanted)
     return dx, d_gate_up, d_down, d_weights
+
+
+def _backward_unserved(
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_row_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_row_scales: Tensor | None,
+) -> str | None:
+    parts = (gate_up, gate_up_scales, gate_up_row_scales), (down, down_scales, down_row_scales)
+    if any(map(is_packed, parts)):
+        return "it is for gate_up and down that are dense"
+    return _experts_unserved(*parts[0], *parts[1])
 
 
 _EXPERTS = (
@@ -130,21 +149,22 @@ _EXPERTS = (
 )
 
 _moe_experts_backward = Op(
-    f"moe_experts_backward(Tensor grad, {_EXPERTS}, Tensor experts, Tensor weights)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"moe_experts_backward(Tensor grad, {_EXPERTS}, Tensor experts, Tensor weights, bool want_x,"
+    " bool want_gate_up, bool want_down, bool want_weights) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.moe_experts_backward,
-    outputs=_like_each,
+    outputs=_gradients,
+    dtypes=HALF,
+    beside=("weights",),
+    unserved=_backward_unserved,
     gradient=NoGradient("second derivatives are not offered"),
 )
 
 
 def _backward(kept: Args, wanted: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, d_gate_up, d_down, d_weights = _moe_experts_backward.registered(grad, *kept)
-    if is_packed(kept[1:4]):
-        d_gate_up = None
-    if is_packed(kept[4:7]):
-        d_down = None
-    return dx, d_gate_up, None, None, d_down, None, None, None, d_weights
+    differentiable = 0, 1, 4, 8  # x, gate_up, down, weights
+    made = _moe_experts_backward.registered(grad, *kept, *(wanted[i] for i in differentiable))
+    gradients = dict(zip(differentiable, made, strict=True))
+    return tuple(gradients[i] if want else None for i, want in enumerate(wanted))
 
 
 _moe_experts = Op(

@@ -196,41 +196,52 @@ def moe_experts_backward(
     down_row_scales: Tensor | None,
     experts_TK: Tensor,
     weights_TK: Tensor,
+    want_x: bool,
+    want_gate_up: bool,
+    want_down: bool,
+    want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed; empty
-    where a weight is packed."""
+    """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed; what is
+    not wanted is empty."""
     gate_up, down = (
         (gate_up_E2FD, gate_up_scales, gate_up_row_scales),
         (down_EDF, down_scales, down_row_scales),
     )
-    order, runs = _by_expert(experts_TK, down_EDF.shape[0])
+    order, runs = _by_expert(experts_TK, shape_of(down)[0])
     tokens = order // experts_TK.shape[1]
     weights = weights_TK.flatten()[order, None]
-    dx = x_TD.new_zeros(x_TD.shape)
-    d_gate_up, d_down = (
-        x_TD.new_zeros(0) if is_packed(parts) else parts[0].new_zeros(parts[0].shape)
-        for parts in (gate_up, down)
+    dx, d_gate_up, d_down, d_weights = (
+        t.new_zeros(t.shape if want else 0)
+        for t, want in (
+            *((x_TD, want_x), (gate_up_E2FD, want_gate_up)),
+            *((down_EDF, want_down), (weights_TK, want_weights)),
+        )
     )
-    d_weights = weights_TK.new_zeros(weights_TK.numel())
+    inner = torch.promote_types(x_TD.dtype, torch.float32)
     for e, run in runs:
         x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
         gate, up = times(x, _expert(gate_up, e)).chunk(2, -1)
         act = F.gelu(gate, approximate="tanh")
         product = act * up
         hidden = finite(product)
-        d_weights[order[run]] = (dy * times(hidden, _expert(down, e))).sum(-1).to(d_weights.dtype)
+        if want_weights:
+            out = finite(times(hidden, _expert(down, e)))
+            d_weights.view(-1)[order[run]] = (dy * out.to(inner)).sum(-1).to(d_weights.dtype)
         dy = (dy * weights[run]).to(x.dtype)
-        if d_down.numel():
+        if want_down:
             d_down[e] = dy.T @ hidden
+        if not (want_x or want_gate_up):
+            continue
         d_hidden = _times_transposed(dy, _expert(down, e))
         if hidden is not product:  # what was held back passes nothing on
             d_hidden = d_hidden.masked_fill(product.isinf(), 0.0)
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
         d_pair = torch.cat([d_gate, d_hidden * act], -1)
-        if d_gate_up.numel():
+        if want_gate_up:
             d_gate_up[e] = d_pair.T @ x
-        dx.index_add_(0, tokens[run], _times_transposed(d_pair, _expert(gate_up, e)))
-    return dx, d_gate_up, d_down, d_weights.view_as(weights_TK)
+        if want_x:
+            dx.index_add_(0, tokens[run], _times_transposed(d_pair, _expert(gate_up, e)))
+    return dx, d_gate_up, d_down, d_weights
 
 
 def _times_transposed(x: Tensor, parts: Parts) -> Tensor:

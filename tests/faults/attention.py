@@ -93,13 +93,13 @@ FAULTS = {
         "test_traffic.py::test_prefill_work[256-Hopper]": [
             (
                 "attention/mainloop_wgmma.cuh",
-                "    ptx::fence_async_proxy();\n    __syncthreads();\n    keys.copy_k",
-                "    __syncthreads();\n    keys.copy_k",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    float next",
+                "    __syncthreads();\n    float next",
             ),
             (
                 "attention/mainloop_wgmma.cuh",
-                "    ptx::fence_async_proxy();\n    __syncthreads();\n    keys.copy_k",
-                "    ptx::fence_async_proxy();\n    keys.copy_k",
+                "    ptx::fence_async_proxy();\n    __syncthreads();\n    float next",
+                "    ptx::fence_async_proxy();\n    float next",
             ),
             (
                 "attention/mainloop_wgmma.cuh",

@@ -157,8 +157,8 @@ FAULTS = {
             ),
             (
                 "linear/tiles.cuh",
-                "    __syncthreads();\n    const int ahead",
-                "    const int ahead",
+                "    __syncthreads();\n    const auto& stage",
+                "    const auto& stage",
             ),
             ("moe/moe_tiles.cuh", "  __syncthreads();\n\n  const T* x", "  const T* x"),
             ("linear/tiles.cuh", "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();"),
@@ -193,7 +193,7 @@ FAULTS = {
                 "wgmma_step<kRows>(i * 64, column)",
                 "wgmma_step<kRows>(0, column)",
             ),
-            ("linear/tiles.cuh", "if (rows > 64)", "if (rows > 128)"),
+            ("linear/tiles.cuh", "rows <= 64)", "rows <= 128)"),
         ],
     },
     "moe_experts_packed": {

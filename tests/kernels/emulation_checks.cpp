@@ -336,6 +336,45 @@ void wgmma_trans() {
       &body, sizeof body);
 }
 
+// The same of two tiles, of whose rows products are sums.
+template <class T>
+void wgmma_of_transposed() {
+  auto body = [=] {
+    auto& smem = shared_memory<Operands>();
+    const auto a = [](int k, int row) { return float((row * 7 + k * 3) % 11 - 5); };
+    const auto b = [](int k, int column) { return float((k * 5 + column * 2) % 13 - 6); };
+    const auto fill = [](uint16_t* tile, int columns, auto value) {
+      for (int i = threadIdx.x; i < 64 * columns; i += 128) {
+        const T x = from_float<T>(value(i / columns, i % columns));
+        __builtin_memcpy(tile + chunk_offset<64>(i / columns, i % columns / 8) + i % 8, &x, 2);
+      }
+    };
+    fill(smem.a, 64, a);
+    fill(smem.b, 128, b);
+    ptx::fence_async_proxy();
+    __syncthreads();
+
+    float d[16][4] = {};
+    ptx::wgmma_fence(d);
+    for (int k = 0; k < 64; k += 16)
+      ptx::wgmma_64x128x16<T, true, true>(d, wgmma_tile<64>(smem.a, k, 0),
+                                          wgmma_tile<64>(smem.b, k, 0));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>(d);
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, lane = threadIdx.x % 32;
+    for (int n = 0; n < 16; n++)
+      for (int e = 0; e < 4; e++) {
+        float sum = 0;
+        for (int k = 0; k < 64; k++)
+          sum += a(k, row + e / 2 * 8) * b(k, n * 8 + lane % 4 * 2 + e % 2);
+        require(d[n][e] == sum, "wgmma of transposed tiles");
+      }
+  };
+  emulation::launch(
+      "check", 1, 128, sizeof(Operands), [](void* f) { (*static_cast<decltype(body)*>(f))(); },
+      &body, sizeof body);
+}
+
 // ---- several blocks
 
 void exchange_globally(bool synced) {
@@ -681,6 +720,7 @@ const std::map<std::string, void (*)()> kChecks = {
     {"wgmma fp16", [] { wgmma<fp16>(Wgmma::kRight); }},
     {"wgmma of registers bf16", wgmma_trans<bf16>},
     {"wgmma of registers fp16", wgmma_trans<fp16>},
+    {"wgmma of transposed tiles", wgmma_of_transposed<bf16>},
     {"wgmma without fence", [] { wgmma<bf16>(Wgmma::kNoFence); }},
     {"wgmma without proxy fence", [] { wgmma<bf16>(Wgmma::kNoProxyFence); }},
     {"wgmma not waited for", [] { wgmma<bf16>(Wgmma::kNotWaited); }},

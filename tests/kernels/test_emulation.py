@@ -85,6 +85,7 @@ CHECKS = {  # name in emulation_checks.cpp: the finding, "clean" for a kernel th
     "wgmma fp16": "clean",
     "wgmma of registers bf16": "clean",
     "wgmma of registers fp16": "clean",
+    "wgmma of transposed tiles": "clean",
     "wgmma without fence": r"wgmma without a wgmma.fence before it, at emulation_checks.cpp:\d+",
     "wgmma without proxy fence": "wgmma reads .*, written by .* without a fence.proxy.async since",
     "wgmma not waited for": "exits with wgmmas never waited for",
@@ -135,31 +136,35 @@ def test_address_sanitizer_on_the_emulator():
             assert run.stdout.strip() == "clean", (name, run.stdout, run.stderr)
 
 
-def run_op_tests(library, environment):
-    tests = emulated.ROOT / "tests" / "ops"
-    others = ("attention_tiles", "attention_lengths", "e4m3_cache", "moe_packed")
-    files = [tests / f"test_{name}.py" for name in (*emulated.ops_with_kernels(), *others)]
-    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
-    command += ["-k", "emulated or tiles"]
-    # Which lines run, and on which addresses, does not hang on the order of threads.
-    command += [f"--emulated-library={library}", "--one-schedule", *files]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_address_sanitizer_on_the_kernels():
-    """The op tests once more, with every local array of a kernel under guard."""
-    library = emulated.build(folder=emulated.BUILD / "emulation_address", instrument="address")
+@pytest.fixture(scope="module")
+def instrumented():
+    """The folder of a library that guards every local array of a kernel and counts the lines that
+    run, and the op tests' run over it, once more. Neither hangs on the order of threads."""
+    folder = emulated.BUILD / "emulation_address"
+    for old in folder.glob("*.gcda"):
+        old.unlink()
+    library = emulated.build(folder=folder, instrument="address")
     # The sanitizer must be there before Python, and what throws exceptions before the sanitizer's
     # first look for it.
     runtime = [
         subprocess.check_output(["c++", f"-print-file-name={name}.so"], text=True).strip()
         for name in ("libasan", "libstdc++")
     ]
-    run = run_op_tests(library, {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"})
+    tests = emulated.ROOT / "tests" / "ops"
+    others = ("attention_tiles", "attention_lengths", "e4m3_cache", "moe_packed")
+    files = [tests / f"test_{name}.py" for name in (*emulated.ops_with_kernels(), *others)]
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+    command += ["-k", "emulated or tiles"]
+    command += [f"--emulated-library={library}", "--one-schedule", *files]
+    environment = {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    return folder, run
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_address_sanitizer_on_the_kernels(instrumented):
+    _, run = instrumented
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
@@ -174,13 +179,9 @@ def lines_of_refusals(source):
 
 @needs_compiler
 @pytest.mark.slow
-def test_every_line_of_the_kernels_runs():
+def test_every_line_of_the_kernels_runs(instrumented):
     """What the op tests never execute, they do not test."""
-    folder = emulated.BUILD / "emulation_coverage"
-    for old in folder.glob("*.gcda"):
-        old.unlink()
-    library = emulated.build(folder=folder, instrument="coverage")
-    run = run_op_tests(library, {})
+    folder, run = instrumented
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     counts = {}
     for data in folder.glob("*.gcda"):

@@ -50,16 +50,10 @@ DEVICE void wgmma_wait(Sums& sums) {
   fence_operand(sums);
 }
 
-// d [64 x n] += a [64x16] bᵀ, b [n x 16], both in tiles as wgmma_tile describes them; _trans: d +=
-// a b, a being an operand of mma_16816 and b [16 x n] such a tile. Warp w of the four holds rows
-// 16 w ..; within them element e of d[i] stands as in an accumulator of mma_16816. d is undefined
-// until its group is waited for.
-template <class T>
-DEVICE void wgmma_64x32x16(float (*d)[4], uint64_t a, uint64_t b);
-template <class T>
-DEVICE void wgmma_64x64x16(float (*d)[4], uint64_t a, uint64_t b);
-template <class T>
-DEVICE void wgmma_64x128x16(float (*d)[4], uint64_t a, uint64_t b);
+// d [64 x n] += a [64x16] bᵀ, b [n x 16], both in tiles as wgmma_tile describes them; one that is
+// transposed lies there as [16 x 64], or [16 x n]. _trans: d += a b, a being an operand of
+// mma_16816 and b [16 x n] such a tile. Warp w of the four holds rows 16 w ..; within them element
+// e of d[i] stands as in an accumulator of mma_16816. d is undefined until its group is waited for.
 template <class T>
 DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 
@@ -79,34 +73,32 @@ DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_
 #define WGMMA(shape, type, sums, operands)     \
   "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n" \
   "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" sums "}, " operands "; }"
-#define WGMMAS(T, type)                                                                           \
-  template <>                                                                                     \
-  DEVICE void wgmma_64x32x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                          \
-    asm volatile(WGMMA("m64n32k16", type, NUMBERS_16, "%16, %17, add, 1, 1, 0, 0")                \
-                 : SUMS_16                                                                        \
-                 : "l"(a), "l"(b));                                                               \
-  }                                                                                               \
-  template <>                                                                                     \
-  DEVICE void wgmma_64x64x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                          \
-    asm volatile(WGMMA("m64n64k16", type, NUMBERS_32, "%32, %33, add, 1, 1, 0, 0")                \
-                 : SUMS_32                                                                        \
-                 : "l"(a), "l"(b));                                                               \
-  }                                                                                               \
-  template <>                                                                                     \
-  DEVICE void wgmma_64x128x16<T>(float (*d)[4], uint64_t a, uint64_t b) {                         \
-    asm volatile(WGMMA("m64n128k16", type, NUMBERS_64, "%64, %65, add, 1, 1, 0, 0")               \
-                 : SUMS_64                                                                        \
-                 : "l"(a), "l"(b));                                                               \
-  }                                                                                               \
+#define WGMMA_OF_TILES(name, shape, numbers, sums, operands)                          \
+  template <class T, bool kATransposed = false, bool kBTransposed = false>            \
+  DEVICE void name(float (*d)[4], uint64_t a, uint64_t b) {                           \
+    if constexpr (std::is_same_v<T, bf16>)                                            \
+      asm volatile(WGMMA(shape, "bf16", numbers, operands)                            \
+                   : sums                                                             \
+                   : "l"(a), "l"(b), "n"(int{kATransposed}), "n"(int{kBTransposed})); \
+    else                                                                              \
+      asm volatile(WGMMA(shape, "f16", numbers, operands)                             \
+                   : sums                                                             \
+                   : "l"(a), "l"(b), "n"(int{kATransposed}), "n"(int{kBTransposed})); \
+  }
+WGMMA_OF_TILES(wgmma_64x32x16, "m64n32k16", NUMBERS_16, SUMS_16, "%16, %17, add, 1, 1, %18, %19")
+WGMMA_OF_TILES(wgmma_64x64x16, "m64n64k16", NUMBERS_32, SUMS_32, "%32, %33, add, 1, 1, %34, %35")
+WGMMA_OF_TILES(wgmma_64x128x16, "m64n128k16", NUMBERS_64, SUMS_64, "%64, %65, add, 1, 1, %66, %67")
+#undef WGMMA_OF_TILES
+#define WGMMA_OF_REGISTERS(T, type)                                                               \
   template <>                                                                                     \
   DEVICE void wgmma_64x128x16_trans<T>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {       \
     asm volatile(WGMMA("m64n128k16", type, NUMBERS_64, "{%64, %65, %66, %67}, %68, add, 1, 1, 1") \
                  : SUMS_64                                                                        \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
   }
-WGMMAS(bf16, "bf16")
-WGMMAS(fp16, "f16")
-#undef WGMMAS
+WGMMA_OF_REGISTERS(bf16, "bf16")
+WGMMA_OF_REGISTERS(fp16, "f16")
+#undef WGMMA_OF_REGISTERS
 #undef WGMMA
 #undef SUMS_64
 #undef SUMS_32
@@ -133,17 +125,17 @@ template <int kGroupsLeft, class Sums>
 DEVICE void wgmma_wait(Sums& FROM_HERE) {
   emulation::wgmma_wait(kGroupsLeft, loc);
 }
-template <class T>
+template <class T, bool kATransposed = false, bool kBTransposed = false>
 DEVICE void wgmma_64x32x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
-  emulation::wgmma(*d, 32, a, b, std::is_same_v<T, bf16> HERE);
+  emulation::wgmma(*d, 32, a, b, kATransposed, kBTransposed, std::is_same_v<T, bf16> HERE);
 }
-template <class T>
+template <class T, bool kATransposed = false, bool kBTransposed = false>
 DEVICE void wgmma_64x64x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
-  emulation::wgmma(*d, 64, a, b, std::is_same_v<T, bf16> HERE);
+  emulation::wgmma(*d, 64, a, b, kATransposed, kBTransposed, std::is_same_v<T, bf16> HERE);
 }
-template <class T>
+template <class T, bool kATransposed = false, bool kBTransposed = false>
 DEVICE void wgmma_64x128x16(float (*d)[4], uint64_t a, uint64_t b FROM_HERE) {
-  emulation::wgmma(*d, 128, a, b, std::is_same_v<T, bf16> HERE);
+  emulation::wgmma(*d, 128, a, b, kATransposed, kBTransposed, std::is_same_v<T, bf16> HERE);
 }
 template <class T>
 DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_t b FROM_HERE) {
@@ -154,8 +146,8 @@ DEVICE void wgmma_64x128x16_trans(float (*d)[4], const uint32_t (&a)[4], uint64_
 
 // How wgmma finds a tile of rows of 128 bytes whose 16-byte chunks are permuted as chunk_offset has
 // it, which is its own 128-byte mode: where it begins (on a multiple of 1024 bytes; 16 further
-// columns are 2 added), how far it is to the 64 columns beside these, which _trans alone reads,
-// 1024 bytes from eight rows to the next, the mode.
+// columns are 2 added), how far it is to the 64 columns beside these, which of a transposed
+// tile alone is read, 1024 bytes from eight rows to the next, the mode.
 DEVICE uint64_t wgmma_tile(uint32_t shared_address, uint32_t panel_bytes) {
   return uint64_t{(shared_address & 0x3ffff) >> 4} | uint64_t{panel_bytes >> 4} << 16 |
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
