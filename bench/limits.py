@@ -44,6 +44,7 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "add_rms_norm": 4 * c.hidden_size,
         "add_rms_norm_backward": 6 * c.hidden_size,
         "moe_norm": 3 * c.hidden_size,
+        "moe_norm_backward": 4 * c.hidden_size,
         "qkv_norm_rope": 2 * heads * c.head_dim,
         "qkv_norm_rope_backward": 3 * heads * c.head_dim,
         "qkv_norm_rope_cache": 2 * heads * c.head_dim,

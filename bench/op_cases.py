@@ -260,7 +260,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             yield from (linear_packed(model, part, n) for n in sizes.tokens[:2])
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
-                yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))
+                yield from (row("moe_norm", model, n), row_backward("moe_norm", model, n))
+                yield from (moe_route(model, n), moe_experts(model, n))
                 if n <= 8:
                     yield from (moe_open(model, n), moe_experts_small(model, n))
                 if n in (1, 64):

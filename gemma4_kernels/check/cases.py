@@ -135,6 +135,20 @@ def moe_norm(draw: Draw) -> Iterator[Arguments]:
     yield draw.strided(*MANY, std=SMALL), draw.weight(MANY[1]), draw.weight(MANY[1]), EPS
 
 
+def moe_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for other, dtype in draw.pairs:
+            grads = draw.strided(3, width), draw.randn(3, width, dtype=other)
+            weights = draw.weight(width, dtype), draw.weight(width, other)
+            yield *grads, draw.strided(3, width), *weights, EPS, True, True, True
+        weights = draw.weight(width), draw.weight(width)
+        x = draw.strided(2, width)
+        yield draw.strided(2, width), None, x, *weights, EPS, True, False, False
+    grads = draw.strided(*MANY_SUMMED), draw.strided(*MANY_SUMMED)
+    weights = draw.weight(MANY_SUMMED[1]), draw.weight(MANY_SUMMED[1])
+    yield *grads, draw.strided(*MANY_SUMMED, std=SMALL), *weights, EPS, True, True, True
+
+
 def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
     for head_dim in (24, *HEAD_DIMS):
         std = SMALL if head_dim == 128 else 1.0
@@ -156,8 +170,8 @@ def qkv_norm_rope_backward(draw: Draw) -> Iterator[Arguments]:
             yield *grads, q, k, v, q_weight, k_weight, *rest, True, k is not None
     q, k, v = draw.strided(600, 4, 256).split([2, 1, 1], 1)
     positions, inv_freq = torch.arange(600).to(draw.device), torch.ones(128).to(draw.device)
-    rest = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
-    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *rest
+    last = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
+    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *last
 
 
 def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
@@ -510,6 +524,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         add_rms_norm,
         add_rms_norm_backward,
         moe_norm,
+        moe_norm_backward,
         qkv_norm_rope,
         qkv_norm_rope_backward,
         qkv_norm_rope_cache,
