@@ -93,14 +93,19 @@ RELEASED = ("E2B", "E4B")
 CONFIGS |= {name: options(Gemma4TextConfig.preset(name)) for name in RELEASED}
 
 
-def build(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
-    """Ours and transformers' with eager and sdpa attention and enabled, over the same weights."""
+def build(
+    config: dict[str, object],
+    dtype: torch.dtype,
+    device: torch.device,
+    ways: tuple[str, ...] = ("eager", "sdpa", "enabled"),
+) -> dict[str, torch.nn.Module]:
+    """Ours, and transformers' with eager and sdpa attention and enabled, over the same weights."""
     torch.manual_seed(0)
     with device:
-        model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIGS[name]))
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**config))
     models = {"gemma4": model.to(dtype).eval()}
-    for way in ("eager", "sdpa", "enabled"):
-        theirs = transformers.Gemma4TextConfig(**CONFIGS[name])
+    for way in ways:
+        theirs = transformers.Gemma4TextConfig(**config)
         theirs._attn_implementation = "eager" if way == "eager" else "sdpa"
         with device:
             model = transformers.Gemma4ForCausalLM(theirs)
@@ -187,7 +192,7 @@ def main() -> None:
             if item in ledger.done():
                 continue
             ledger.start(item)
-            models = build(name, dtype, device)
+            models = build(CONFIGS[name], dtype, device)
             ids = torch.randint(3, CONFIGS[name]["vocab_size"], (1, PREFILL_TOKENS)).to(device)
             with torch.no_grad():
                 difference = compare(models, ids)

@@ -42,6 +42,8 @@ class Kernel:
     # Of the smallest loop that holds most tensor instructions, and of the one inside it, if any.
     loop: Counter[str] = field(default_factory=Counter)
     inner_loop: Counter[str] = field(default_factory=Counter)
+    # Instructions of that loop between a barrier and the first wgmma behind it; None without one.
+    before_wgmma: int | None = None
     # Accesses of global memory before it waits for the kernel before it; None if it never does.
     before_wait: Counter[str] | None = None
 
@@ -155,25 +157,31 @@ def tensor_count(loop: Counter[str]) -> int:
     return sum(count for name, count in loop.items() if TENSOR.match(name))
 
 
-def _tensor_loops(body: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
-    """The instructions of `Kernel.loop` and `Kernel.inner_loop`."""
+def _tensor_loops(body: list[Instruction]) -> tuple[list[str], list[str]]:
+    """The instructions of `Kernel.loop` and `Kernel.inner_loop`, in their order."""
     loops = set()
     for address, name, operands in body:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if name.startswith("BRA") and target and int(target[1], 16) < address:
             loops.add((int(target[1], 16), address))
-    inside = {loop: Counter(n for a, n, _ in body if loop[0] <= a <= loop[1]) for loop in loops}
-    inside = {loop: names for loop, names in inside.items() if tensor_count(names)}
+    inside = {loop: [n for a, n, _ in body if loop[0] <= a <= loop[1]] for loop in loops}
+    tensor = {loop: n for loop, names in inside.items() if (n := tensor_count(Counter(names)))}
 
     def largest(of: set[tuple[int, int]]) -> tuple[int, int] | None:
-        return max(of, key=lambda x: (tensor_count(inside[x]), x[0] - x[1]), default=None)
+        return max(of, key=lambda x: (tensor[x], x[0] - x[1]), default=None)
 
-    outer = largest(set(inside))
+    outer = largest(set(tensor))
     if outer is None:
-        return Counter(), Counter()
-    fewer = {x for x in inside if tensor_count(inside[x]) < tensor_count(inside[outer])}
+        return [], []
+    fewer = {x for x in tensor if tensor[x] < tensor[outer]}
     inner = largest({x for x in fewer if outer[0] <= x[0] and x[1] <= outer[1]})
-    return inside[outer], inside[inner] if inner else Counter()
+    return inside[outer], inside[inner] if inner else []
+
+
+def _before_wgmma(loop: list[str]) -> int | None:
+    first = next((i for i, name in enumerate(loop) if name.startswith("HGMMA")), None)
+    barriers = [i for i, name in enumerate(loop[:first]) if name.startswith("BAR.SYNC")]
+    return None if first is None or not barriers else first - barriers[-1] - 1
 
 
 def _before_wait(body: list[Instruction]) -> Counter[str] | None:
@@ -195,8 +203,13 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         instructions = {n for _, n, _ in body if MEMORY.match(n) or TENSOR.match(n)}
         if not instructions:
             continue  # it is for another architecture, and traps
-        loops, early = _tensor_loops(body), _before_wait(body)
-        kernels.append(Kernel(name, arch, registers, stack, smem, instructions, *loops, early))
+        loop, inner = _tensor_loops(body)
+        kernels.append(
+            Kernel(
+                *(name, arch, registers, stack, smem, instructions, Counter(loop), Counter(inner)),
+                *(_before_wgmma(loop), _before_wait(body)),
+            )
+        )
     return kernels
 
 

@@ -99,11 +99,22 @@ def row(op: str, model: str, n: int) -> Case:
         "ple_gate": (n, *ple, 1),
         "softcap": (n, c.vocab_size),
         "softcap_argmax": (n, c.vocab_size),
+        "softcap_cross_entropy": (n, c.vocab_size),
         "sample": (n, c.vocab_size),
     }
     options = dict(cap=30.0, temperature=1.0, top_k=64, top_p=0.95) if op == "sample" else {}
     make = maker(op, *sizes.get(op, (n, c.hidden_size)), **options)
     return Case(op, f"{model}, {n} tokens", make, limits.row_bytes(model, op, n))
+
+
+def row_backward(op: str, model: str, n: int) -> Case:
+    """Of such an op, with all gradients wanted."""
+    forward, name = row(op, model, n), f"{op}_backward"
+
+    def make(device: torch.device) -> Arguments:
+        return getattr(cases, name)(EAGER, forward.make(device))
+
+    return Case(name, forward.label, make, limits.row_bytes(model, name, n))
 
 
 def attention_prefill(model: str, kind: str, n: int) -> Case:
@@ -123,7 +134,9 @@ def attention_prefill_backward(model: str, kind: str, n: int) -> Case:
         inputs = cases.attention_prefill_backward(EAGER, forward.make(device))
         return inputs | {"grad_lse": torch.zeros_like(inputs["lse"])}  # as peers have it
 
-    counts = 2 * forward.bytes, 2.5 * forward.flop
+    counts = (
+        f(model, kind, n) for f in (limits.attention_backward_bytes, limits.attention_backward_flop)
+    )
     return Case("attention_prefill_backward", forward.label, make, *counts)
 
 
@@ -248,3 +261,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             )
             ops += ["softcap", "softcap_argmax", "sample"] * (n <= 64)
             yield from (row(op, model, n) for op in ops)
+            gated = [op for op in ops if op in ("geglu", "ple_gate")]
+            yield from (row_backward(op, model, n) for op in ops[:3] + gated)
+        chunk = min(sizes.tokens[-1], 2048)  # of a loss
+        yield row("softcap_cross_entropy", model, chunk)
+        yield row_backward("softcap_cross_entropy", model, chunk)

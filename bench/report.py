@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import compiled
-import limits
+import estimates
 import plots
 import token_cost
 from ledger import Ledger
@@ -84,13 +84,17 @@ def over_floor(row: dict | None) -> float:
     return row["estimate_us"] / row["floor_us"] if row else 0.0
 
 
+def longest_bound(row: dict) -> float:
+    return row[f"{row['bound_by']}_us"]
+
+
 def estimates_table(rows: list[dict]) -> str:
     def line(row: dict) -> tuple[object, ...]:
-        ratio = f"{over_floor(row):.2f}"
-        return (row["case"], row["floor_us"], row["estimate_us"], ratio, row["bound_by"])
+        times = row["floor_us"], longest_bound(row), row["estimate_us"]
+        return (row["case"], *times, f"{over_floor(row):.2f}", row["bound_by"], row["moved_by"])
 
-    lines = map(line, rows)
-    return table(("case", "floor µs", "estimate µs", "estimate / floor", "bound by"), lines)
+    times = ("floor µs", "bound µs", "estimate µs", "estimate / floor")
+    return table(("case", *times, "bound by", "would move it"), map(line, rows))
 
 
 def static_md(report: dict[str, list[dict]]) -> str:
@@ -117,6 +121,8 @@ banks of shared memory, matrix products. Small shapes, bf16.
 
 {estimate_words()}
 
+{textwrap.fill(estimates.assumptions(), 100)}
+
 {estimates_table(report["estimates"])}
 ## One token at batch 1, in bf16
 
@@ -128,9 +134,10 @@ banks of shared memory, matrix products. Small shapes, bf16.
 def token_words() -> str:
     return textwrap.fill(
         f"Weights and keys at {token_cost.STREAMED:.0%} of what copies move, "
-        f"{token_cost.LAUNCH * 1e6:.1f} µs a launch, and {token_cost.TURN * 1e6:.1f} µs a turn of "
-        "decode attention where that takes longer than its keys: arithmetic, with constants whose "
-        "sources stand in `bench/token_cost.py`. Behind an arrow, "
+        f"{token_cost.LAUNCH * 1e6:.1f} µs a launch, and {token_cost.ITERATION * 1e6:.1f} µs an "
+        "iteration of decode attention where that takes longer than its keys: arithmetic, with "
+        "constants whose sources stand in `bench/estimates.py` and `bench/token_cost.py`. Behind "
+        "an arrow, "
         f"{token_cost.DEPENDENT_LAUNCH * 1e6:.1f} µs a launch, as dependent launches allow from "
         "Hopper on. Then the floor, bytes over copies alone, and the last number's share of it. A "
         "dash: the weights and that many keys do not fit the card. Launches are counted on the "
@@ -176,12 +183,14 @@ def token_cell(row: dict) -> str:
 
 
 def estimate_words() -> str:
-    return (
-        "An estimate is the largest of the times that bytes from DRAM, from L2 and through shared "
-        "memory,\ntensor work and issued instructions would take alone, at full rate: arithmetic, "
-        "not a measurement.\n"
-        f"{limits.ASSUMPTIONS}."
+    told = (
+        "The bound is the largest of the times that bytes from DRAM, from L2 and through shared "
+        "memory, tensor work and issued instructions would take alone. The estimate has beside it "
+        "the launch, waves that do not fill the card, and, where a multiprocessor holds one block, "
+        "its begin and end and the copies for which every iteration waits. All of it is "
+        "arithmetic, not a measurement."
     )
+    return textwrap.fill(told, 100)
 
 
 def on_gpu(name: str, rows: list[dict]) -> str:
@@ -241,11 +250,13 @@ and over its own after `enable`.
 
 
 def worst_words(rows: list[dict]) -> str:
-    """The estimate over the floor of each op with tensor work, in the case that stands worst."""
+    """The estimate over the floor of each op with tensor work, in the case that stands worst; not
+    of the kernels that are parts of one."""
     worst: dict[str, dict] = {}
     for row in rows:
         op = re.split(r"[ ,]+\d", row["case"])[0]
-        if row.get("tensor_us") and over_floor(row) > over_floor(worst.get(op)):
+        of_all = row.get("tensor_us") and " of " not in op
+        if of_all and over_floor(row) > over_floor(worst.get(op)):
             worst[op] = row
     said = (f"{op} {over_floor(row):.2f} ({row['bound_by']})" for op, row in worst.items())
     return textwrap.fill(f"Over the floors it is at worst, by op: {', '.join(said)}.", 100)

@@ -1,11 +1,11 @@
 """What can be said of the kernels without a GPU: the compiler's report, the SASS, counted work.
 
-    python bench/static_report.py [--out bench/results/static.json]
+    python bench/static_report.py [--out bench/results/static.json] [--estimates]
 
 Four tables, the same from run to run. `compiled`: each kernel on each architecture, from ptxas and
 cuobjdump, with the threads and the shared memory that its launcher gives it in the emulator.
 `counted`: bytes, sectors, bank wavefronts and matrix products that the emulator counts on small
-shapes, beside what would do. `estimates`: times on an H100, from the first table and limits.py.
+shapes, beside what would do. `estimates`: times on an H100, from the first table and estimates.py.
 `tokens`: what a token costs on four cards, from counted launches (token_cost.py). The last two are
 never measured. test_static_report.py lets no kernel become worse than the committed tables, of
 which report.py makes static.md and the README's.
@@ -17,8 +17,10 @@ import tempfile
 from pathlib import Path
 
 import compiled
+import estimates
 import limits
 import paths  # noqa: F401
+import tile_work
 import token_cost
 import torch
 from support import cases, emulated
@@ -163,7 +165,7 @@ def counted_rows() -> list[dict]:
     return rows
 
 
-MMA_FLOP = limits.flop_of("HMMA.16816")
+MMA_FLOP = tile_work.flop_of("HMMA.16816")
 
 
 def hopper_kernels(rows: list[dict], call: Call) -> list[dict]:
@@ -174,6 +176,18 @@ def hopper_kernels(rows: list[dict], call: Call) -> list[dict]:
     settings.has_wgmma = False
     of = {r["kernel"]: r for r in rows if r["arch"] == "sm_90a" and r["tensor"]}
     return [of[name] for name in launched if name in of]
+
+
+def decode_rows() -> list[dict]:
+    """With the iterations of the plan that an H100 is given."""
+    settings, card = emulated.control().settings, token_cost.CARDS[0]
+    before = settings.sm_count, settings.max_smem_bytes
+    rows = [
+        estimates.decode_estimate(*case, token_cost.turns(*case, card))
+        for case in estimates.DECODES
+    ]
+    settings.sm_count, settings.max_smem_bytes = before
+    return rows
 
 
 def estimate_rows(rows: list[dict]) -> list[dict]:
@@ -188,10 +202,11 @@ def estimate_rows(rows: list[dict]) -> list[dict]:
     arguments = cases.moe_experts(b, 160, 2, 1, 64, 64, dtype=torch.bfloat16)
     moe = hopper_kernels(rows, ("moe_experts", arguments))[0]
     return [
-        *limits.row_estimates(),
-        *limits.attention_estimates(forward),
-        *limits.backward_estimates(backward),
-        *limits.moe_estimates(moe),
+        *estimates.row_estimates(),
+        *estimates.attention_estimates(forward),
+        *decode_rows(),
+        *estimates.backward_estimates(backward),
+        *estimates.moe_estimates(moe),
     ]
 
 
@@ -257,10 +272,18 @@ def report() -> dict[str, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT)
-    out = parser.parse_args().out
+    parser.add_argument("--estimates", action="store_true", help="make the estimates alone anew")
+    given = parser.parse_args()
+    out = given.out
+    if given.estimates:
+        emulated.ops()
+        tables = json.loads(out.read_text())
+        tables["estimates"] = estimate_rows(tables["compiled"])
+    else:
+        tables = report()
     lines = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in table) + "\n]"
-        for name, table in report().items()
+        for name, table in tables.items()
     ]
     out.write_text("{" + ",\n".join(lines) + "}\n")
 

@@ -1,120 +1,261 @@
-"""Bytes that a training step moves, beside what no step can do without: counted, nothing measured.
+"""Bytes that a training step moves, beside the fewest that do: counted, nothing measured.
 
-    python bench/step_bytes.py [--models NAME ...] [--by-aten]
+    python bench/step_bytes.py    # makes bench/results/step_bytes.md; no GPU is needed
 
-The released models in bf16 on the meta device, 4 rows of 2,048 tokens, forward and backward, all
-weights trained or PEFT's LoRA of rank 16 on every linear layer. There the dispatcher sees each op
-as a GPU would be given it: an op reads its inputs once and writes its outputs once. The floor is
-that of `floor`, from the config alone: every tensor once. The optimizer is left out of both.
+A step is forward and backward of a released model in bf16, of 4 rows of 2,048 tokens, with all
+weights trained or with PEFT's LoRA; the optimizer is left out. It runs on the meta device, where
+the dispatcher is given what a GPU with kernels would be: each op reads its inputs and writes its
+outputs once, what has no kernel counts op by op of torch. Of the floor every number comes from the
+config: a tensor is read once by what is one op or one product at best, and written once.
 """
 
 import argparse
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from tables import table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
-from gemma4_kernels.opset import NAMESPACE, Op
+from gemma4.config import FULL
+from gemma4_kernels.opset import Op
 
-BATCH, LENGTH, RANK = 4, 2048, 16
+RESULT = Path(__file__).parent / "results" / "step_bytes.md"
 MODELS = ("E4B", "12B", "26B-A4B")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+BATCH, LENGTH, BYTES = 4, 2048, 2
+TOKENS = BATCH * LENGTH
+RANK = 16
+# What recipes adapt; the router, the head and PLE's linears stay as they are.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT = "PEFT's own"
 
-
-def touched(x: Tensor) -> int:
-    """Bytes of a tensor; what an expanded dimension repeats counts once."""
-    if not x.numel():
-        return 0
-    repeats = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        repeats *= size if stride == 0 else 1
-    return x.numel() // repeats * x.element_size()
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "_grouped_mm")
+UNTOUCHED = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias")
+FILLS = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "zero_", "fill_")
+# Ops that are given a table, and read what they put out of it: the table's place.
+LOOKUPS = {"embedding": 0, "ple_embed": 1, "ple_gate": 1}
 
 
 class Moved(TorchDispatchMode):
-    """Bytes read and written, by what did it: an op of ours (and what autograd makes of its twin),
-    the matrix products, or another op by its name."""
+    """Bytes read and written by what an op of ours does (also where its twin is differentiated),
+    by matrix products, and by every other op under its own name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self.by: str | None = None
+        self._differentiated: str | None = None
 
     @contextmanager
     def watching(self) -> Iterator["Moved"]:
-        differentiate = Op._differentiate_twin
+        differentiate = Op.differentiate_twin
 
         def named(op: Op, *args: Any) -> Any:
-            self.by = f"{op.name}_backward"
+            self._differentiated = f"{op.name}_backward"
             try:
                 return differentiate(op, *args)
             finally:
-                self.by = None
+                self._differentiated = None
 
-        with mock.patch.object(Op, "_differentiate_twin", named), self:
+        with mock.patch.object(Op, "differentiate_twin", named), self:
             yield self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            self.bytes[self.by or part(func)] += moved(func, args, kwargs or {}, result)
+            name = func.overloadpacket.__name__
+            part = self._differentiated or ("products" if name in PRODUCTS else name)
+            self.bytes[part] += moved(name, [*args, *(kwargs or {}).values()], result)
         return result
 
 
-def part(func: Any) -> str:
-    name = func.overloadpacket.__name__
-    return "products" if name in PRODUCTS else name
-
-
-def moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """What a call reads and writes, were each tensor in no cache."""
-    name = func.overloadpacket.__name__
-    if name.startswith(("empty", "new_empty", "_unsafe_view")):
+def moved(name: str, args: Sequence[Any], result: Any) -> int:
+    """What one call reads and writes, were nothing in a cache."""
+    if name in UNTOUCHED:
         return 0
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-    if name in ("embedding", "ple_embed"):  # of a table only the rows that are looked up
-        tensors[0 if name == "embedding" else 1] = made[0]
-    if name == "ple_gate":  # of the inputs of all layers one
-        tensors[1] = made[0]
-    if name in ("zeros", "new_zeros", "zeros_like", "full_like", "fill_", "zero_"):
-        tensors = []
-    return sum(map(touched, (*tensors, *made)))
+    given = [] if name in FILLS else list(args)
+    if name in LOOKUPS:
+        given[LOOKUPS[name]] = made[0]
+    return sum(touched(x) for x in [*tree_leaves(given), *made] if isinstance(x, Tensor))
 
 
-def model_of(name: str, lora: bool) -> nn.Module:
+def touched(x: Tensor) -> int:
+    """Bytes of a tensor; what an expanded dimension repeats counts once."""
+    sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n]
+    return math.prod(sizes) * x.element_size()
+
+
+def model_of(name: str, *, lora: bool) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = Gemma4ForCausalLM(Gemma4TextConfig.preset(name)).to(torch.bfloat16)
         if lora:
             import peft
 
-            config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+            config = peft.LoraConfig(r=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM")
             model = peft.get_peft_model(model, config).to(torch.bfloat16)
     return model.train()
 
 
-def counted(name: str, lora: bool) -> Counter[str]:
-    model = model_of(name, lora)
+def counted(name: str, *, lora: bool) -> Counter[str]:
+    """Of a step, by part; what PEFT's modules do beside the layer that they adapt is a part."""
+    model = model_of(name, lora=lora)
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     with Moved().watching() as moved:
         model(input_ids=ids, labels=ids).loss.backward()
-    return moved.bytes
+    by = moved.bytes
+    if lora:
+        adapters = Floor(name, lora=True).adapters
+        by.subtract(adapters)
+        by[PEFT] = adapters.total()
+    return by
+
+
+class Floor:
+    """The fewest bytes of a step, by part."""
+
+    def __init__(self, name: str, *, lora: bool) -> None:
+        self.lora, self.bytes, self.adapters = lora, Counter[str](), Counter[str]()
+        c = self.config = Gemma4TextConfig.preset(name)
+        width, vocabulary, ple = c.hidden_size, c.vocab_size, c.hidden_size_per_layer_input
+        # Nothing before the first adapter has a gradient.
+        self._rows("embedding", 2 * width)
+        self._norm(width, backward=not lora)
+        for index in range(c.num_hidden_layers):
+            self._layer(index)
+        if ple:
+            rows = c.num_hidden_layers * ple
+            self._product(width, [rows], backward=not lora)
+            self._rows("ple_embed", 3 * rows, 0 if lora else 3 * rows)
+            table = c.vocab_size_per_layer_input * rows
+            self.bytes["ple_embed_backward"] += 0 if lora else BYTES * table
+        self._product(width, [vocabulary])
+        self._rows("softcap_cross_entropy", vocabulary, 2 * vocabulary)
+        self.bytes[PEFT] = self.adapters.total()
+
+    def _layer(self, index: int) -> None:
+        c = self.config
+        width, ple, kind = c.hidden_size, c.hidden_size_per_layer_input, c.layer_types[index]
+        size, heads, kv_heads = c.head_size(kind), c.num_attention_heads, c.kv_heads(kind)
+        given = made = 0  # heads of keys and values
+        if c.kv_owner(index) == index:
+            made = 2 * kv_heads
+            given = kv_heads if c.attention_k_eq_v and kind == FULL else made
+        kv = [kv_heads * size] * (given // kv_heads)
+        before = not self.lora or index > 0
+        self._product(width, [heads * size, *kv], adapted=True, backward=before)
+        rows = 2 * heads + given + made
+        self._rows("qkv_norm_rope", rows * size, (rows + heads + given) * size)
+        rows = 2 * heads + 2 * kv_heads
+        self._rows("attention_prefill", rows * size, 2 * rows * size)
+        self._product(heads * size, [width], adapted=True)
+        self._close(opens=True, scaled=False)
+        self._gated_mlp(c.mlp_width(index))
+        if c.enable_moe_block:
+            self._experts()
+        if ple:
+            self._close(opens=False, scaled=False)
+            self._product(width, [ple])
+            self._rows("ple_gate", 3 * ple, (4 if self.lora else 5) * ple)
+            self._product(ple, [width])
+        self._close(opens=True, scaled=True)
+
+    def _gated_mlp(self, hidden: int) -> None:
+        width = self.config.hidden_size
+        self._product(width, [hidden, hidden], adapted=True)
+        self._rows("ple_gate", 3 * hidden, 5 * hidden)
+        self._product(hidden, [width], adapted=True)
+
+    def _experts(self) -> None:
+        """Weights once forward and once backward, and their gradients once if wanted."""
+        width, (experts, _, hidden) = self.config.hidden_size, self.config.expert_sizes
+        weights = BYTES * experts * 3 * width * hidden
+        self._rows("moe_norm", 3 * width, 4 * width)
+        self._product(width, [experts])
+        self._rows("moe_experts", 2 * width, 3 * width)
+        self.bytes["moe_experts"] += weights
+        self.bytes["moe_experts_backward"] += weights * (1 if self.lora else 2)
+        self._norm(width)
+        self._close(opens=False, scaled=False)
+
+    def _norm(self, width: int, *, backward: bool = True) -> None:
+        self._rows("rms_norm", 2 * width, 3 * width if backward else 0)
+
+    def _close(self, *, opens: bool, scaled: bool) -> None:
+        """add_rms_norm with or without a second norm. Without that and a scale the residual's
+        gradient is the one that came."""
+        backward = 6 if opens else 4 if scaled else 3
+        width = self.config.hidden_size
+        self._rows("add_rms_norm", (4 if opens else 3) * width, backward * width)
+
+    def _rows(self, op: str, forward: int, backward: int = 0) -> None:
+        """Values a token."""
+        self.bytes[op] += BYTES * TOKENS * forward
+        self.bytes[f"{op}_backward"] += BYTES * TOKENS * backward
+
+    def _product(
+        self, inputs: int, outputs: list[int], *, adapted: bool = False, backward: bool = True
+    ) -> None:
+        """x Wᵀ of weights that read the same x; backward: x has a gradient."""
+        columns = sum(outputs)
+        once = BYTES * (TOKENS * (inputs + columns) + inputs * columns)
+        self.bytes["products"] += once * (1 + backward + (not self.lora))
+        if self.lora and adapted:
+            for n in outputs:
+                self._adapter(inputs, n, backward=backward)
+
+    def _adapter(self, inputs: int, outputs: int, *, backward: bool) -> None:
+        """y + (x Aᵀ) Bᵀ s as PEFT calls it: two products, a factor, a sum, and their gradients."""
+        x, y, h = (BYTES * TOKENS * n for n in (inputs, outputs, RANK))
+        a, b = BYTES * RANK * inputs, BYTES * RANK * outputs
+        down, up = x + a + h, h + b + y
+        self.adapters["products"] += down * (2 + backward) + 3 * up
+        self.adapters["mul"] += 2 * y + 2 * y
+        self.adapters["add"] += 3 * y + (3 * x if backward else 0)
+
+
+def section(name: str) -> str:
+    """A model's table, in GB."""
+    steps = [(Floor(name, lora=lora).bytes, counted(name, lora=lora)) for lora in (False, True)]
+    totals = [[by.total() for by in step] for step in steps]
+    least = 1e-3 * totals[0][0]
+    names = sorted({n for step in steps for by in step for n in by if by[n] > least})
+    names.sort(key=lambda n: -max(by[n] for by in steps[0]))
+    lines = [[n, *(gigabytes(by[n]) for step in steps for by in step)] for n in names]
+    others = [total - sum(by[n] for n in names)
+              for step, pair in zip(steps, totals, strict=True)
+              for by, total in zip(step, pair, strict=True)]  # fmt: skip
+    lines.append(["others", *map(gigabytes, others)])
+    lines.append(["all", *(gigabytes(total) for pair in totals for total in pair)])
+    ratios = [moved / floor for floor, moved in totals]
+    head = ("part", "floor", "moved", "LoRA: floor", "moved")
+    said = f"{ratios[0]:.2f} times the floor, with LoRA {ratios[1]:.2f} times"
+    return f"## {name}: {said}\n\n{table(head, lines)}"
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f}"
+
+
+def page(models: Sequence[str] = MODELS) -> str:
+    return f"""# What a training step moves
+
+Made by `bench/step_bytes.py`: GB read and written by forward and backward of {BATCH} rows of
+{LENGTH:,} tokens, in bf16, counted on the meta device and not measured. An op's inputs and outputs
+count once, and op by op what has no kernel; the floor is every tensor once. LoRA is PEFT's, of rank
+{RANK} on {", ".join(f"`{name}`" for name in TARGETS)}; what its modules do beside the layer that
+they adapt is theirs, and stands in the floor as it is. `add` are sums of gradients.
+
+{chr(10).join(map(section, models))}"""
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="*", default=MODELS)
-    for name in parser.parse_args().models:
-        for lora in (False, True):
-            found = counted(name, lora)
-            total = sum(found.values())
-            print(name, "LoRA" if lora else "full", round(total / 1e9, 1))
-            for k, v in found.most_common(24):
-                print(f"   {k:40} {v / 1e9:9.2f} {100 * v / total:5.1f}%")
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    RESULT.write_text(page(), encoding="utf-8")

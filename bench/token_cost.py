@@ -17,6 +17,7 @@ import launches
 import limits
 import paths  # noqa: F401
 import torch
+from estimates import ITERATION, LAUNCH, STREAMED
 from support import emulated
 
 from gemma4 import Gemma4ForCausalLM
@@ -26,15 +27,8 @@ from gemma4.presets import RELEASED
 
 CONTEXTS = (1024, 32768)
 
-# The part of the copy rate that streamed weights reach: 84 to 89 % for large matrices
-# (tile-ai/TileOPs#243), 83 % over a whole step (gpt-fast's README).
-STREAMED = 0.88
-# From one kernel of a graph to the next. A node alone takes 0.58 µs (ahrefs/ocannl#488), chains
-# 2 µs and more (kekzl/imp#1956), of which dependent launches save up to 0.96 (pegainfer#569).
-LAUNCH, DEPENDENT_LAUNCH = 1.3e-6, 0.8e-6
-# A turn of decode attention, of which no two overlap in a block: 0.8 µs until its keys are there,
-# as long as reads under load take on an H100, the rest products and barriers.
-TURN = 1.3e-6
+# Of a launch, dependent ones save up to 0.96 µs (pegainfer#569).
+DEPENDENT_LAUNCH = 0.8e-6
 # What of a card's memory is left by its driver, its context and the allocator.
 USABLE = 0.95
 # Copies of the nominal bandwidth of a card: 3.0 of 3.35 TB/s are measured on the H100.
@@ -88,7 +82,7 @@ class Step:
     def seconds(self, card: Card, launch: float) -> float:
         rate = STREAMED * card.copies
         attention = sum(
-            max(self.key_bytes(kind) / rate, self.turns[kind] * TURN)
+            max(self.key_bytes(kind) / rate, self.turns[kind] * ITERATION)
             for kind in limits.MODELS[self.model].layer_types
         )
         return weight_bytes(self.model)[0] / rate + attention + self.launches * launch

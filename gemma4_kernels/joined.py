@@ -1,10 +1,13 @@
-"""Linears that read the same, multiplied as one."""
+"""Linears that read the same, multiplied as one; and trained as one, as far as that goes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import product_dtype
 from .fusion import is_plain
 from .packed import PackedWeight, Weight, cat
 from .packed_linear import LINEAR, PackedLinear, PackedParameter, has_kernels
@@ -101,3 +104,60 @@ def _lay_side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     for part, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         part.data = view
     return whole
+
+
+def products(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor] | None:
+    """What each of the linears makes of x, where a gradient is wanted and they can give x's as one.
+
+    The second product is added to the first as it is made: autograd would write each and sum them,
+    nine passes over x for q, k and v where these are five. None where the linears must be called:
+    there is one alone, something hooks or replaces them, their weights are packed, a compiler plans
+    its own sums, or autocast is on, under which plain sums are in fp32.
+    """
+    if (
+        not (torch.is_grad_enabled() and x.requires_grad)
+        or torch.compiler.is_compiling()
+        or product_dtype(x) is not None
+        or len(linears) < 2
+        or not all(is_plain(linear, nn.Linear, x.device) for linear in linears)
+    ):
+        return None
+    made: Sequence[Tensor] = _Products.apply(
+        x, *(parameter for linear in linears for parameter in (linear.weight, linear.bias))
+    )
+    return made
+
+
+class _Products(torch.autograd.Function):
+    """x Wᵀ + b of each W and b, which are given in turns."""
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        return tuple(F.linear(x, weight, bias) for weight, bias in pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        x, *parameters = inputs
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        # Frozen weights need no x, which nothing else may hold.
+        kept = x if any(ctx.needs_input_grad[1::2]) else None
+        ctx.save_for_backward(kept, *parameters[::2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        wants_x, *wanted = ctx.needs_input_grad
+        dx, found = None, list[Tensor | None]()
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            if grad is None:
+                found += [None, None]
+                continue
+            rows = grad.flatten(0, -2)
+            if wants_x:
+                dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+            wants_weight, wants_bias = wanted[2 * i : 2 * i + 2]
+            found.append(rows.T @ x.flatten(0, -2) if wants_weight else None)
+            found.append(rows.sum(0) if wants_bias else None)
+        return dx if dx is None else dx.view(ctx.shape), *found

@@ -188,6 +188,8 @@ class Op(Generic[Result]):
         def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             if isinstance(gradient, NoGradient):
                 raise RuntimeError(f"{self.name} has no backward: {gradient.reason}")
+            if all(grad is None for grad in grads):
+                return (None,) * len(self.names)
             if isinstance(gradient, Gradient):
                 return gradient.backward(_saved(ctx), ctx.needs_input_grad, *grads)
             return self.differentiate_twin(_saved(ctx), ctx.needs_input_grad, grads)

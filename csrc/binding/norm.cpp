@@ -54,8 +54,9 @@ struct WeightSums {
   Call& call;
   WeightGradients params;
 
-  WeightSums(Call& call, int64_t rows)
-      : call(call), params{.blocks = gemma4::weight_gradient_blocks(rows, call.device())} {}
+  WeightSums(Call& call, int64_t rows, int of_multiprocessor)
+      : call(call),
+        params{.blocks = gemma4::weight_gradient_blocks(rows, of_multiprocessor, call.device())} {}
 
   Tensor of(int which, const OptionalTensor& weight, bool wanted) {
     if (!weight || !wanted) return call.empty({0});
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, OptionalTens
   const int64_t width = shape.back();
   const Rows rows = rows_for_backward(call, "x", x, shape, x.scalar_type());
   const Rows grads = rows_for_backward(call, "grad", grad, shape, x.scalar_type());
-  WeightSums sums(call, rows.rows);
+  WeightSums sums(call, rows.rows, gemma4::kRowBlocks);
   Tensor grad_x = call.empty(wants_x ? shape : Shape{0});
   Tensor grad_weight = sums.of(0, weight, wants_weight);
   gemma4::rms_norm_backward({.grad = call.in("grad", grads.tensor),
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_backward(
   const Rows residuals = rows_of("new_residual", new_residual);
   const Rows residual_grads = rows_of("grad_residual", grad_residual);
   const Rows y_grads = rows_of("grad_y", grad_y);
-  WeightSums sums(call, rows.rows);
+  WeightSums sums(call, rows.rows, gemma4::kRowBlocks);
   Tensor grad_x = call.empty(wants_x ? shape : Shape{0});
   Tensor grad_old = call.empty(wants_residual ? shape : Shape{0}, other);
   Tensor grad_post = sums.of(0, post_weight, wants_post_weight);
@@ -247,6 +248,46 @@ QkvNormRopeParams qkv_params(Call& call, const DTypes& dtypes, const Tensor& q, 
   return p;
 }
 
+// Heads for a backward kernel, which reads 16 bytes at a time alone.
+gemma4::Heads heads_for_backward(Call& call, const char* name, const OptionalTensor& t,
+                                 const Shape& shape) {
+  if (!t) return {};
+  call.expect(name, *t, shape);
+  const Tensor& held = call.keep(aligned(*t));
+  return {call.in(name, held), held.stride(0), held.stride(1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkv_norm_rope_backward(
+    OptionalTensor grad_q, OptionalTensor grad_k, OptionalTensor grad_v, Tensor q, OptionalTensor k,
+    OptionalTensor v, Tensor q_weight, OptionalTensor k_weight, Tensor positions, Tensor inv_freq,
+    double eps, bool wants_q_weight, bool wants_k_weight) {
+  Call call(q);
+  q = aligned(q), inv_freq = aligned(inv_freq);
+  if (k) k = aligned(*k);
+  if (v) v = aligned(*v);
+  // The weights are read by themselves.
+  gemma4::QkvNormRopeBackwardParams p{
+      .forward = qkv_params(call, call.dtypes(q.scalar_type(), {&q_weight, pointer_to(k_weight)}),
+                            q, k, v, q_weight, k_weight, positions, inv_freq, eps)};
+  const Shape q_shape = shape_of(q), kv_shape = k ? shape_of(*k) : Shape{0};
+  p.grad_q = heads_for_backward(call, "grad_q", grad_q, q_shape);
+  p.grad_k = heads_for_backward(call, "grad_k", grad_k, kv_shape);
+  p.grad_v = heads_for_backward(call, "grad_v", grad_v, kv_shape);
+  p.q_weight = weight_for_backward(call, "q_weight", q_weight, p.forward.head_dim);
+  p.k_weight = weight_for_backward(call, "k_weight", k_weight, p.forward.head_dim);
+  WeightSums sums(call, p.forward.tokens, gemma4::kHeadBlocks);
+  Tensor q_out = call.empty(q_shape), k_out = call.empty(kv_shape);
+  Tensor v_out = call.empty(v ? kv_shape : Shape{0});
+  Tensor grad_q_weight = sums.of(0, q_weight, wants_q_weight);
+  Tensor grad_k_weight = sums.of(1, k_weight, wants_k_weight);
+  p.forward.q_out = call.out("q_out", q_out);
+  p.forward.k_out = call.out("k_out", k_out);
+  p.forward.v_out = call.out("v_out", v_out);
+  p.weights = sums.params;
+  gemma4::qkv_norm_rope_backward(p, call.dtype(), call.device());
+  return {q_out, k_out, v_out, grad_q_weight, grad_k_weight};
+}
+
 std::tuple<Tensor, Tensor, Tensor> qkv_norm_rope(Tensor q, OptionalTensor k, OptionalTensor v,
                                                  Tensor q_weight, OptionalTensor k_weight,
                                                  Tensor positions, Tensor inv_freq, double eps) {
@@ -313,6 +354,7 @@ void register_norm(Library& m) {
   m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("moe_norm", TORCH_BOX(&moe_norm));
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
+  m.impl("qkv_norm_rope_backward", TORCH_BOX(&qkv_norm_rope_backward));
   m.impl("qkv_norm_rope_cache", TORCH_BOX(&qkv_norm_rope_cache));
 }
 

@@ -6,8 +6,8 @@
 // Three stages of 64 columns; one barrier a stage, before which stage s has landed and after which
 // stage s - 1 is free. wgmma starts before that one's copies are issued, and runs under them.
 //
-// Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two blocks on a large
-// multiprocessor, one multiplies while the other waits.
+// Shared memory: sizeof(ProductTiles), 97 KB with 128 rows, 73 KB with 64: two or three blocks on a
+// large multiprocessor, some multiply while others wait.
 #pragma once
 
 #include "../common/tile.cuh"

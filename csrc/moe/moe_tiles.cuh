@@ -137,8 +137,11 @@ struct TransposedWeights {
 
 // kTransposed: down is [E, F, D], and what is stored is a gradient, whose overflow is for a loss
 // scaler to see.
+//
+// Untold, the compiler would hold more in registers under Hopper's products than the three blocks
+// have for whose tiles there is room.
 template <class T, class W, int kRows, bool kGateUp, bool kTransposed = false>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kRows == 64 && ptx::has_wgmma() ? 3 : 0)
     moe_tiles_kernel(const __grid_constant__ MoeExpertsParams p) {
   constexpr int kOutColumns = kGateUp ? kTileWeightRows / 2 : kTileWeightRows;
   auto& smem = shared_memory<MoeTilesSmem<T, kRows>>();

@@ -58,18 +58,19 @@ void qkv_norm_rope(const QkvNormRopeParams& params, const DTypes& dtypes, const 
 // What a backward makes for up to two weights: each block writes the sums of its rows in fp32, and
 // a second launch adds those of all blocks, in their order.
 struct WeightGradients {
-  float* partial[2];  // [blocks, width]; null: not wanted
-  void* sum[2];       // [width]
+  float* partial[2];  // [blocks, width]
+  void* sum[2];       // [width]; null: not wanted
   DType dtype[2];     // of the sums
   int blocks;         // as `weight_gradient_blocks` has it
 };
-// Few, for each costs a row of `partial`; as many as keep every multiprocessor's loads in flight.
-int weight_gradient_blocks(int64_t rows, const Device& device);
+// Few, for each costs a row of `partial`: as many as a multiprocessor holds at once, or half of it.
+int weight_gradient_blocks(int64_t rows, int of_multiprocessor, const Device& device);
 void add_weight_gradients(const WeightGradients& gradients, int width, const char* name,
                           const Device& device);
 
 // Rows of the backward kernels hold whole vectors of every dtype, and no more than this.
 constexpr int kRowMultiple = 8, kWidestRow = 6144;
+constexpr int kRowBlocks = 2, kHeadBlocks = 3;  // that keep sums, of a multiprocessor
 
 struct RmsNormBackwardParams {
   const void *grad, *x;  // [rows, width]
@@ -97,5 +98,20 @@ struct AddRmsNormBackwardParams {
 };
 void add_rms_norm_backward(const AddRmsNormBackwardParams& params, DType x, DType other,
                            const Device& device);
+
+// Heads that need not lie beside each other.
+struct Heads {
+  const void* data;  // [T, heads, C] or null
+  int64_t stride, head_stride;
+};
+
+struct QkvNormRopeBackwardParams {
+  QkvNormRopeParams forward;     // whose outputs are the gradients of q, k and v; no weights
+  Heads grad_q, grad_k, grad_v;  // null: zeros
+  Floats q_weight, k_weight;     // [C]
+  WeightGradients weights;       // of both
+};
+void qkv_norm_rope_backward(const QkvNormRopeBackwardParams& params, DType dtype,
+                            const Device& device);
 
 }  // namespace gemma4

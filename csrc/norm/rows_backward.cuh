@@ -72,7 +72,7 @@ void launch_rows_backward(const Device& device, const char* name, const Params& 
     throw std::runtime_error(std::string(name) + ": there are kernels for rows of a multiple of " +
                              std::to_string(kRowMultiple) + " columns alone, at most " +
                              std::to_string(kWidestRow));
-  const bool sums = p.weights.partial[0] || p.weights.partial[1];
+  const bool sums = p.weights.sum[0] || p.weights.sum[1];
   const auto start = [&]<int kColumns>() {
     const int threads = round_up(ceil_div(p.width, kColumns), kWarpSize);
     const int64_t resident = device.sm_count * (2048 / threads);  // or more, if they need registers

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(1024)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, which = blockIdx.y;
   const int column = blockIdx.x * 32 + lane;
   const float* partial = p.gradients.partial[which];
-  if (!partial) return;
+  if (!p.gradients.sum[which]) return;
   float sum = 0.0f;
   if (column < p.width)
     for (int64_t row = warp; row < p.gradients.blocks; row += 32)
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(1024)
 
 }  // namespace
 
-int weight_gradient_blocks(int64_t rows, const Device& device) {
-  return static_cast<int>(std::min<int64_t>(rows, 2 * device.sm_count));
+int weight_gradient_blocks(int64_t rows, int of_multiprocessor, const Device& device) {
+  return static_cast<int>(std::min<int64_t>(rows, of_multiprocessor * device.sm_count));
 }
 
 void add_weight_gradients(const WeightGradients& gradients, int width, const char* name,

@@ -16,6 +16,7 @@ from ..ops.attention import HEAD_DIMS
 from ..ops.decode import CODED_HEAD_DIMS
 from ..ops.logits import sample_counters
 from ..ops.moe import MOST_EXPERTS, MOST_ROUTES
+from ..ops.rope import TRAINED_HEAD_DIMS
 from ..opset import HALF
 from ..packed import pack
 from ..reference.decode import COUNTERS
@@ -94,6 +95,39 @@ def add_rms_norm(draw: Draw) -> Iterator[Arguments]:
     yield x, residual, *weights, draw.randn(1, mean=SMALL, std=0), EPS
 
 
+# Rows that the kernels of gradients take, with 8 columns a thread and with 16; the last is no
+# whole number of warps.
+BACKWARD_WIDTHS = (512, 3840, 5376, 104)
+# More rows than blocks that keep sums.
+MANY_SUMMED = (600, 256)
+
+
+def rms_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for dtype in draw.others:
+            grad, x = draw.strided(3, width), draw.strided(3, width)
+            yield grad, x, draw.weight(width, dtype), EPS, True, True
+        yield draw.strided(2, width), draw.strided(2, width), None, EPS, True, False
+    grad, x = draw.strided(*MANY_SUMMED), draw.strided(*MANY_SUMMED, std=SMALL)
+    yield grad, x, draw.weight(MANY_SUMMED[1]), EPS, True, True
+
+
+def add_rms_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for other, dtype in draw.pairs:
+            grads = [draw.randn(3, width, dtype=other) for _ in range(2)]
+            x, residual = draw.strided(3, width), draw.randn(3, width, dtype=other)
+            weights = [draw.weight(width, dtype) for _ in range(2)]
+            rest = *weights, draw.randn(1, dtype=dtype), EPS
+            yield *grads, x, residual, *rest, True, True, True, True
+        alone = draw.weight(width), None, None, EPS, True, False, False, False
+        yield draw.strided(2, width), None, draw.strided(2, width), draw.randn(2, width), *alone
+    rows = [draw.strided(*MANY_SUMMED) for _ in range(3)]
+    weights = [draw.weight(MANY_SUMMED[1]) for _ in range(2)]
+    rest = draw.strided(*MANY_SUMMED, std=SMALL), *weights, None, EPS, True, True, True, True
+    yield *rows, *rest
+
+
 def moe_norm(draw: Draw) -> Iterator[Arguments]:
     for width in WIDTHS:
         for other, dtype in draw.pairs:
@@ -115,6 +149,17 @@ def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
         yield q, None, None, weights[0], None, *rest
 
 
+def qkv_norm_rope_backward(draw: Draw) -> Iterator[Arguments]:
+    for q, k, v, q_weight, k_weight, *rest in qkv_norm_rope(draw):
+        if q.shape[-1] in TRAINED_HEAD_DIMS:
+            grads = [None if x is None else draw.randn(*x.shape) for x in (q, k, k)]
+            yield *grads, q, k, v, q_weight, k_weight, *rest, True, k is not None
+    q, k, v = draw.strided(600, 4, 256).split([2, 1, 1], 1)
+    positions, inv_freq = torch.arange(600).to(draw.device), torch.ones(128).to(draw.device)
+    rest = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
+    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *rest
+
+
 def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
     """Caches in e4m3, and their scales."""
     codes, scales = zip(*map(to_e4m3, caches), strict=True)
@@ -134,6 +179,11 @@ def qkv_norm_rope_cache(draw: Draw) -> Iterator[Arguments]:
 def geglu(draw: Draw) -> Iterator[Arguments]:
     for width in (1, 77, 512):
         yield (draw.strided(3, 2 * width),)
+
+
+def geglu_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in (1, 77, 512):
+        yield draw.strided(3, width), draw.strided(3, 2 * width)
 
 
 def packed_weight(draw: Draw, *shape: int, eight: bool) -> list[Tensor]:
@@ -418,6 +468,12 @@ def ple_gate(draw: Draw) -> Iterator[Arguments]:
             yield draw.strided(3, width), ple, 2
 
 
+def ple_gate_backward(draw: Draw) -> Iterator[Arguments]:
+    for gate, ple, layer in ple_gate(draw):
+        for wanted in ((True, True), (True, False), (False, True)):
+            yield draw.randn(*gate.shape, dtype=ple.dtype), gate, ple, layer, *wanted
+
+
 def softcap(draw: Draw) -> Iterator[Arguments]:
     for width in (1, 97, 1024):
         yield draw.strided(3, width, std=20.0), 30.0
@@ -431,6 +487,22 @@ def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
         logits[2, 3] = logits[2, 4] = torch.nan
         yield logits, 30.0
         yield -1.0 - draw.permutation(width).to(draw.device, draw.dtype)[None], 30.0
+
+
+def softcap_cross_entropy(draw: Draw) -> Iterator[Arguments]:
+    for vocab_size in (7, 1031, 20_000):
+        for cap in (0.0, 30.0):
+            logits = draw.strided(4, vocab_size, std=8.0)
+            logits[1] = torch.nan  # ignored, and not read
+            yield logits, draw.ints(0, -100, vocab_size - 1, 3), cap
+
+
+def softcap_cross_entropy_backward(draw: Draw) -> Iterator[Arguments]:
+    for logits, targets, cap in softcap_cross_entropy(draw):
+        lse = reference.softcap_cross_entropy(logits.to(HOST).float(), targets.to(HOST), cap)[1]
+        grads = (draw.randn(4, dtype=torch.float32) for _ in range(2))
+        d_logits = torch.full(logits.shape, torch.nan, dtype=draw.dtype).to(draw.device)
+        yield logits, targets, lse.to(draw.device), *grads, cap, d_logits
 
 
 def sample(draw: Draw) -> Iterator[Arguments]:
@@ -451,11 +523,15 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
     function.__name__: function
     for function in (
         rms_norm,
+        rms_norm_backward,
         add_rms_norm,
+        add_rms_norm_backward,
         moe_norm,
         qkv_norm_rope,
+        qkv_norm_rope_backward,
         qkv_norm_rope_cache,
         geglu,
+        geglu_backward,
         linear_packed,
         linear_small,
         attention_prefill,
@@ -469,8 +545,11 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         moe_experts_small,
         ple_embed,
         ple_gate,
+        ple_gate_backward,
         softcap,
         softcap_argmax,
+        softcap_cross_entropy,
+        softcap_cross_entropy_backward,
         sample,
     )
 }

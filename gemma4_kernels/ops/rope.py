@@ -2,14 +2,63 @@
 
 from torch import Tensor
 
-from ..opset import HALF, Op, needs_grad, new
+from ..opset import HALF, Args, Gradient, NoGradient, Op, needs_grad, new
 from ..reference import rope as reference
 from .attention import HEAD_DIMS
+from .norm import grad_of
+
+# Gemma 4's own, for which there are kernels of gradients.
+TRAINED_HEAD_DIMS = (256, 512)
 
 
 def _qkv(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     kv_shape = (0,) if k is None else k.shape
     return new(q, *q.shape), new(q, *kv_shape), new(q, *kv_shape)
+
+
+def _qkv_grads(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    wants_q_weight: bool,
+    wants_k_weight: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        *(grad_of(q, x, True) for x in (q, k, v)),
+        grad_of(q, q_weight, wants_q_weight),
+        grad_of(q, k_weight, wants_k_weight),
+    )
+
+
+def _backward_unserved(q: Tensor) -> str | None:
+    if q.shape[-1] in TRAINED_HEAD_DIMS:
+        return None
+    return f"it is for head_dim {TRAINED_HEAD_DIMS}, got {list(q.shape)}"
+
+
+_qkv_norm_rope_backward = Op(
+    "qkv_norm_rope_backward(Tensor? grad_q, Tensor? grad_k, Tensor? grad_v, Tensor q, Tensor? k,"
+    " Tensor? v, Tensor q_weight, Tensor? k_weight, Tensor positions, Tensor inv_freq, float eps,"
+    " bool wants_q_weight, bool wants_k_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.qkv_norm_rope_backward,
+    outputs=_qkv_grads,
+    main="q",
+    beside=("q_weight", "k_weight"),
+    unserved=_backward_unserved,
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _through_qkv_norm_rope(
+    kept: Args, wanted: tuple[bool, ...], *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """q, k and v come from one input, and their gradients are made together or for nothing."""
+    # Without a k its outputs are empty, as are their gradients.
+    given = grads if kept[1] is not None else (grads[0], None, None)
+    found = _qkv_norm_rope_backward.registered(*given, *kept, *wanted[3:5])
+    return *(grad if want else None for grad, want in zip(found, wanted, strict=False)), *[None] * 3
 
 
 _qkv_norm_rope = Op(
@@ -19,6 +68,7 @@ _qkv_norm_rope = Op(
     check=reference.check_qkv_norm_rope,
     outputs=_qkv,
     beside=("q_weight", "k_weight"),
+    gradient=Gradient(lambda inputs, output: inputs, _through_qkv_norm_rope, in_eager=False),
 )
 
 

@@ -129,10 +129,9 @@ def add_rms_norm_backward(
     if scale is not None:
         grad = grad * scale
     grad_x, post_rows = through_norm(grad, x.to(wide), post_weight.to(wide), eps)
-    none = new_residual.new_empty(0)
     return (
         grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0),
-        grad.to(new_residual.dtype).contiguous() if wants_residual else none,
+        grad.to(new_residual.dtype).contiguous() if wants_residual else x.new_empty(0),
         sum_of_rows(post_rows, post_weight, wants_post_weight),
         sum_of_rows(next_rows, next_weight, wants_next_weight),
     )

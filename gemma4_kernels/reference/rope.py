@@ -13,9 +13,9 @@ from .common import (
     check_shape,
     extremes,
 )
-from .norm import rms_norm
+from .norm import rms_norm, sum_of_rows, through_norm, widest
 
-__all__ = ["qkv_norm_rope", "qkv_norm_rope_cache"]
+__all__ = ["qkv_norm_rope", "qkv_norm_rope_backward", "qkv_norm_rope_cache"]
 
 
 def check_qkv_norm_rope(
@@ -93,6 +93,54 @@ def qkv_norm_rope(
     # V is made from the raw k (k_eq_v): it sees neither k's weight nor the rotation.
     v = rms_norm(k_TGC if v_TGC is None else v_TGC, None, eps)
     return q, norm_and_rotate(k_TGC, k_weight), v
+
+
+def qkv_norm_rope_backward(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    q_THC: Tensor,
+    k_TGC: Tensor | None,
+    v_TGC: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    positions_T: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    wants_q_weight: bool,
+    wants_k_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = widest(q_THC, q_weight, k_weight)
+    angle = positions_T[:, None, None] * inv_freq
+    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+
+    def wide_of(grad: Tensor | None, like: Tensor) -> Tensor:
+        return torch.zeros_like(like, dtype=wide) if grad is None else grad.to(wide)
+
+    def through(
+        grad: Tensor | None, x: Tensor, weight: Tensor, raw_grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a head that was normed and turned, and that is a head of V as it is too."""
+        a, b = wide_of(grad, x).chunk(2, -1)
+        back = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+        grad_x, weight_rows = through_norm(back, x.to(wide), weight.to(wide), eps)
+        if raw_grad is not None:
+            grad_x = grad_x + through_norm(raw_grad.to(wide), x.to(wide), None, eps)[0]
+        return grad_x.to(x.dtype), weight_rows
+
+    def none() -> Tensor:
+        return q_THC.new_empty(0)
+
+    dq, q_rows = through(grad_q, q_THC, q_weight)
+    d_q_weight = sum_of_rows(q_rows, q_weight, wants_q_weight)
+    if k_TGC is None or k_weight is None:
+        return dq, none(), none(), d_q_weight, none()
+    dk, k_rows = through(grad_k, k_TGC, k_weight, grad_v if v_TGC is None else None)
+    d_k_weight = sum_of_rows(k_rows, k_weight, wants_k_weight)
+    if v_TGC is None:
+        return dq, dk, none(), d_q_weight, d_k_weight
+    dv, _ = through_norm(wide_of(grad_v, v_TGC), v_TGC.to(wide), None, eps)
+    return dq, dk, dv.to(v_TGC.dtype), d_q_weight, d_k_weight
 
 
 def check_qkv_norm_rope_cache(

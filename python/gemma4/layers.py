@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gemma4_kernels import ops
 from gemma4_kernels.common import cosines_and_sines, gelu_mul
 from gemma4_kernels.fusion import is_plain
+from gemma4_kernels.joined import products
 from gemma4_kernels.packed_linear import LINEAR, product
 
 from .config import FULL, Gemma4TextConfig
@@ -116,7 +117,10 @@ class Attention(nn.Module):
         one = plan.joined(*self.linears) if len(self.linears) > 1 else None
         if one is not None:
             return self.split(product(y_TD, *one))
-        return _three([self._heads(plan.call(part, LINEAR, y_TD)) for part in self.linears])
+        made = products(y_TD, *self.linears)
+        if made is None:
+            made = [plan.call(part, LINEAR, y_TD) for part in self.linears]
+        return _three([self._heads(part) for part in made])
 
     def split(self, qkv_TN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The joined product's parts, as heads."""
@@ -186,7 +190,8 @@ class MLP(nn.Module):
         self.act_fn = GELUTanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        made = products(x, self.gate_proj, self.up_proj)
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if made is None else made
         if is_plain(self.act_fn, GELUTanh):
             return self.down_proj(gelu_mul(gate, up))
         return self.down_proj(self.act_fn(gate) * up)

@@ -11,9 +11,11 @@ import math
 import re
 
 import compiled
+import estimates
 import limits
 import pytest
 import static_report
+import tile_work
 import token_cost
 import torch
 from support import emulated, small_calls
@@ -118,8 +120,9 @@ def test_the_work_of_an_estimate_is_the_kernels(window):
     inputs = small_calls.prefill(b, n, n, heads, head_dim)
     counts = static_report.run("attention_prefill", inputs | {"window": window})
     tile = emulated.control().attention_tile(head_dim, n * heads, 227 * 1024)
-    walked = limits.keys_walked(n, tile["rows"] // heads, tile["keys"], window)
-    assert counts.mma * static_report.MMA_FLOP == walked * tile["rows"] * head_dim * 4
+    walked = sum(tile_work.tiles_walked(n, n, tile["rows"] // heads, tile["keys"], window))
+    of_one = tile["rows"] * tile["keys"] * head_dim * 4
+    assert counts.mma * static_report.MMA_FLOP == walked * of_one
 
 
 @pytest.mark.parametrize("card", ["99 KB", "227 KB", "Hopper"])
@@ -138,7 +141,7 @@ def test_shared_bytes_of_an_estimate_are_the_kernels(on_card, card, head_dim):
     more = wavefronts(256) - wavefronts(128)
     tiles = 128 / tile["keys"] * 4 * 96 / tile["rows"]
     offsets = 8 * tile["keys"] / 128  # written, 8 bytes a key
-    expected = limits.shared_bytes(tile, head_dim, hopper) / 128 + offsets
+    expected = tile_work.shared_bytes(tile, head_dim, hopper) / 128 + offsets
     assert more / tiles == pytest.approx(expected, rel=0.01 if tile["threads"] == 192 else 0)
 
 
@@ -147,6 +150,46 @@ def test_floors_of_known_shapes():
     flop = limits.attention_flop("26B-A4B", "sliding_attention", 8192, 8192)
     assert flop == 4 * 16 * 256 * (8192 * 1024 - 1024 * 1023 // 2)
     assert limits.moe_bytes("26B-A4B", 1) == pytest.approx(95.2e6, rel=1e-3)
+
+
+def test_experts_from_l2_worked_out_by_hand():
+    """576 tiles of 128 assignments copy an expert each, 65,536 assignments their rows of 2,816 for
+    11 column tiles and of 704 for 22: 12.94 GB."""
+    tiles = {"tensor": {"HGMMA.64x128x16": 12}, "loop": [12, 300], "inner_loop": [0, 0]}
+    row = estimates.moe_tiles_estimate(8192, tiles | {"blocks": 2})
+    moved = 576 * 3 * 2816 * 704 * 2 + 65536 * 2 * (11 * 2816 + 22 * 704)
+    assert row["bound_by"] == "l2" and row["l2_us"] == round(moved / 5.5e6, 1) == 2353.0
+
+
+def test_blocks_take_turns():
+    """Two at a time: 3 and 2, then 2 behind the second, then 1 behind the first."""
+    assert estimates.makespan([3, 2, 2, 1], 2) == 4
+
+
+def test_what_waves_cost():
+    """A full wave of blocks that hide each other takes the bound; one block more takes a wave more;
+    alone, a block waits in each iteration, and begins and ends by itself."""
+    n, block = 132 * 2, estimates.BLOCK
+    full = estimates.in_waves(1.0, [5] * n, 2, True)
+    assert full == pytest.approx(1 + block)
+    more = estimates.in_waves(1.0, [5] * (n + 1), 2, True)
+    assert more == pytest.approx(2 * n / (n + 1) + block)
+    alone = estimates.in_waves(1.0, [5] * 132, 1, True)
+    assert alone == pytest.approx(1 + 5 * estimates.L2_READ + block)
+
+
+def test_estimates_are_above_their_bounds_and_floors():
+    for row in COMMITTED["estimates"]:
+        bound = row[f"{row['bound_by']}_us"]
+        assert row["estimate_us"] >= max(bound, row["floor_us"]) and row["moved_by"], row
+
+
+@needs_compiler
+def test_the_estimates_are_those_of_the_committed_kernels():
+    """What --estimates writes; the tiles' kernels are those that the committed rows name."""
+    emulated.ops()
+    made = static_report.estimate_rows(COMMITTED["compiled"])
+    assert json.loads(json.dumps(made)) == COMMITTED["estimates"]
 
 
 def test_a_token_worked_out_by_hand():

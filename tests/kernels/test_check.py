@@ -20,7 +20,7 @@ from gemma4_kernels.integrations.transformers import report
 
 # Their cases are large.
 SLOW = {name for name in CASES if name.startswith(("attention", "linear"))}
-SLOW |= {name for name in CASES if name.endswith("_norm")}
+SLOW |= {name for name in CASES if name.endswith(("_norm", "_backward"))}
 CARD = record.Card("A GPU", "9.0", "580.65.06", "ab" * 32)
 DEVICE = torch.device("cuda", 0)
 

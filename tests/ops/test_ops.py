@@ -97,7 +97,9 @@ def test_fake_knows_the_dtypes(name, dtype):
 
 
 BACKWARD_CASES = [
-    p for p in CASES if p.values[0] in ("attention_prefill", "moe_experts") and "no" not in p.id
+    p
+    for p in CASES
+    if f"{p.values[0]}_backward" in opset.OPS and p.values[1] not in ("no lse", "no tokens")
 ]
 
 
@@ -112,7 +114,7 @@ def backward_sample(name, arguments):
         dense = arguments[1].is_floating_point()
         return torch.randn_like(arguments[0]), *arguments, True, dense, False, True
     forward = dict(zip(opset.OPS[name].names, arguments, strict=True))
-    return tuple(cases.attention_prefill_backward(EAGER, forward).values())
+    return tuple(getattr(cases, f"{name}_backward")(EAGER, forward).values())
 
 
 def flat(result):
@@ -255,8 +257,10 @@ def test_compiled_ops_take_fake_tensors(name):
     compiled = getattr(getattr(torch.ops, emulated.NAME), name)
     forward = name.removesuffix("_backward")
     given = arguments_of(forward, dtype=torch.bfloat16)
-    if forward != name:  # of attention, where it returned an lse
-        given = {n: backward_sample(forward, a) for n, a in given.items() if a[-1] is not False}
+    if forward != name:
+        if forward == "attention_prefill":
+            given = {n: a for n, a in given.items() if a[-1]}  # with an lse
+        given = {n: backward_sample(forward, a) for n, a in given.items()}
     with FakeTensorMode() as mode:
         for arguments in given.values():
             fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]

@@ -127,6 +127,8 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
 # Kernels of several ops are launched in a file of their own.
 LAUNCHED_BY = {"attention_prefill": "attention", "attention_decode": "attention"}
 LAUNCHED_BY |= {"geglu": "gelu_mul", "ple_gate": "gelu_mul"}
+LAUNCHED_BY |= {"rms_norm_backward": "weight_gradients"}
+LAUNCHED_BY |= dict.fromkeys(("geglu_backward", "ple_gate_backward"), "gelu_mul_backward")
 
 
 def rebuild(op: str, csrc: Path, folder: Path) -> Path:

@@ -25,13 +25,23 @@ def launch_cases(b: Backend) -> Iterator[Call]:
         for width in WIDTHS:
             for op in ("rms_norm", "add_rms_norm", "moe_norm"):
                 yield op, getattr(cases, op)(b, T, width, dtype=dtype)
+        for width in (512, 5376):
+            for op in ("rms_norm", "add_rms_norm"):
+                yield backward_of(b, op, getattr(cases, op)(b, T, width, dtype=dtype))
         for head_dim in HEAD_DIMS:
             yield "qkv_norm_rope", cases.qkv_norm_rope(b, T, 2, 1, head_dim, dtype=dtype)
+        for head_dim in (256, 512):
+            forward = cases.qkv_norm_rope(b, T, 2, 1, head_dim, dtype=dtype)
+            yield backward_of(b, "qkv_norm_rope", forward)
         for width in PLE_WIDTHS:
             yield "ple_embed", cases.ple_embed(b, 4, 4, 2, width, dtype=dtype)
             yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
-            for op in ("geglu", "softcap", "softcap_argmax"):
-                yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+            for op in ("geglu", "softcap", "softcap_argmax", "softcap_cross_entropy"):
+                arguments = getattr(cases, op)(b, 4, width, dtype=dtype)
+                yield op, arguments
+                if op in ("geglu", "softcap_cross_entropy"):
+                    yield backward_of(b, op, arguments)
+            yield backward_of(b, "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype))
         for vocab_size in (4104, 77):
             for options in ({}, dict(temperature=0.7), dict(temperature=0.7, top_k=5)):
                 yield "sample", cases.sample(b, 2, vocab_size, dtype=dtype, **options)
@@ -102,11 +112,20 @@ def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
         yield from mixed("rms_norm", T, width)
         yield from mixed("add_rms_norm", T, width, also="residual")
         yield from mixed("moe_norm", T, width, also="scale")
+    for width in (512, 5376):
+        arguments = under_autocast("add_rms_norm", cases.add_rms_norm(b, T, width), dtype)
+        yield backward_of(b, "add_rms_norm", arguments)
     for head_dim in HEAD_DIMS:
         yield from mixed("qkv_norm_rope", T, 2, 1, head_dim)
     for width in PLE_WIDTHS:
         yield from mixed("ple_embed", 4, 4, 1, width, also="table")
         yield from mixed("ple_gate", 4, 2, width, 1)
+        arguments = under_autocast("ple_gate", cases.ple_gate(b, 4, 2, width, 1), dtype)
+        yield backward_of(b, "ple_gate", arguments)
+
+
+def backward_of(b: Backend, op: str, forward: Arguments) -> Call:
+    return f"{op}_backward", getattr(cases, f"{op}_backward")(b, forward)
 
 
 def prefill(

@@ -19,6 +19,7 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from ... import ops
 from ...common import cosines_and_sines, gelu_mul
 from ...fusion import is_plain, why_not_plain
+from ...joined import products
 from . import base
 
 Positions = tuple[Tensor, Tensor]
@@ -68,10 +69,11 @@ class MLP(gemma4.Gemma4TextMLP):
     def forward(self, x: Tensor) -> Tensor:
         if not base.takes_ops(x):
             return super().forward(x)
-        gate = self.gate_proj(x)
-        if is_plain(self.act_fn, base.TanhGELU):
-            return self.down_proj(gelu_mul(gate, self.up_proj(x)))
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+        made = products(x, self.gate_proj, self.up_proj)
+        gate, plain = made[0] if made else self.gate_proj(x), is_plain(self.act_fn, base.TanhGELU)
+        gate = gate if plain else self.act_fn(gate)
+        up = made[1] if made else self.up_proj(x)
+        return self.down_proj(gelu_mul(gate, up) if plain else gate * up)
 
 
 class RotaryEmbedding(gemma4.Gemma4TextRotaryEmbedding):
@@ -134,8 +136,10 @@ class Attention(gemma4.Gemma4TextAttention):
                 hidden_states, position_embeddings, attention_mask, shared_kv_states, **kwargs
             )
         tokens = hidden_states.shape[0] * tokens
-        made = [linear(hidden_states).reshape(tokens, -1, self.head_dim) for linear in self.linears]
-        q, k, v, *_ = *made, None, None
+        made = products(hidden_states, *self.linears)
+        if made is None:
+            made = [linear(hidden_states) for linear in self.linears]
+        q, k, v, *_ = *(part.reshape(tokens, -1, self.head_dim) for part in made), None, None
         assert q is not None
         given = position_embeddings, attention_mask, shared_kv_states
         out, weights = self.attend((q, k, v), hidden_states.shape, *given, **kwargs)
