@@ -140,6 +140,13 @@ def moe_bytes(model: str, tokens: int, packed: bool = False) -> float:
     return touched_experts(model, tokens) * of_expert + 2 * BYTES * tokens * c.hidden_size
 
 
+def moe_backward_bytes(model: str, tokens: int) -> float:
+    """As the forward's, with a gradient of every expert, and dx beside y's gradient and x."""
+    c = MODELS[model]
+    written = c.num_experts * expert_bytes(model) + BYTES * tokens * c.hidden_size
+    return moe_bytes(model, tokens) + written
+
+
 def moe_open_bytes(model: str, tokens: int) -> int:
     """The weights, and x, the residual, hidden, the experts' input and the residual once each."""
     c = MODELS[model]
