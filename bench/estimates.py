@@ -154,6 +154,13 @@ def row_estimates() -> list[dict]:
         ("ple_gate", "E4B", 8192),
         ("softcap_argmax", "31B", 64),
         ("sample", "31B", 1),
+        ("rms_norm_backward", "E4B", 8192),
+        ("add_rms_norm_backward", "31B", 8192),
+        ("qkv_norm_rope_backward", "31B", 8192),
+        ("geglu_backward", "31B", 8192),
+        ("ple_gate_backward", "E4B", 8192),
+        ("softcap_cross_entropy", "E4B", 2048),
+        ("softcap_cross_entropy_backward", "E4B", 2048),
     ]
     rows = [
         streamed(f"{op}, {model}, {tokens} tokens", limits.row_bytes(model, op, tokens))

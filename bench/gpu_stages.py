@@ -112,7 +112,10 @@ STAGES = {
         *("rms_norm", "add_rms_norm", "moe_norm", "qkv_norm_rope", "qkv_norm_rope_cache"),
         *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax", "sample"),
     ),
-    "backward": bench_ops("attention_prefill_backward"),
+    "backward": bench_ops(
+        *("attention_prefill_backward", "geglu_backward", "ple_gate_backward"),
+        *("softcap_cross_entropy", "softcap_cross_entropy_backward"),
+    ),
     "counters": Stage(
         "what the profiler counts in the main kernels; none spills",
         "{python} bench/counters.py --out {ledger}",

@@ -47,10 +47,14 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "qkv_norm_rope_backward": 3 * heads * c.head_dim,
         "qkv_norm_rope_cache": 2 * heads * c.head_dim,
         "geglu": 3 * c.intermediate_size,
+        "geglu_backward": 5 * c.intermediate_size,
         "ple_embed": 3 * c.num_hidden_layers * c.hidden_size_per_layer_input,
         "ple_gate": 3 * c.hidden_size_per_layer_input,
+        "ple_gate_backward": 5 * c.hidden_size_per_layer_input,
         "softcap": 2 * c.vocab_size,
         "softcap_argmax": c.vocab_size,
+        "softcap_cross_entropy": c.vocab_size,
+        "softcap_cross_entropy_backward": 2 * c.vocab_size,
         "sample": c.vocab_size,
     }[op]  # fmt: skip
 

@@ -99,6 +99,7 @@ def row(op: str, model: str, n: int) -> Case:
         "ple_gate": (n, *ple, 1),
         "softcap": (n, c.vocab_size),
         "softcap_argmax": (n, c.vocab_size),
+        "softcap_cross_entropy": (n, c.vocab_size),
         "sample": (n, c.vocab_size),
     }
     options = dict(cap=30.0, temperature=1.0, top_k=64, top_p=0.95) if op == "sample" else {}
@@ -247,4 +248,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             )
             ops += ["softcap", "softcap_argmax", "sample"] * (n <= 64)
             yield from (row(op, model, n) for op in ops)
-            yield from (row_backward(op, model, n) for op in ops[:3])
+            gated = [op for op in ops if op in ("geglu", "ple_gate")]
+            yield from (row_backward(op, model, n) for op in ops[:3] + gated)
+        chunk = min(sizes.tokens[-1], 2048)  # of a loss
+        yield row("softcap_cross_entropy", model, chunk)
+        yield row_backward("softcap_cross_entropy", model, chunk)

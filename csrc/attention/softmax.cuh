@@ -7,8 +7,6 @@
 
 namespace gemma4 {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
 // Scores become multiples of ln 2, which exp2 wants.
 template <bool kSoftcap, int kCount>
 DEVICE void scale_scores(float (&score)[kCount][4], const AttentionParams& p) {

@@ -120,6 +120,33 @@ Tensor geglu(Tensor gate_up) {
   return y;
 }
 
+Tensor geglu_backward(Tensor grad, Tensor gate_up) {
+  Call call(gate_up);
+  Shape shape = shape_of(gate_up);
+  STD_TORCH_CHECK(!shape.empty() && shape.back() % 2 == 0,
+                  "gate_up must end in an even width, got ", text(shape));
+  const int64_t width = shape.back() /= 2;
+  call.expect("grad", grad, shape);
+  const Rows rows = as_rows(gate_up), grad_rows = as_rows(grad);
+  Tensor d_gate_up = call.empty(shape_of(gate_up));
+  const int64_t half = width * gate_up.element_size();
+  const void* gate = call.in("gate_up", call.keep(rows.tensor));
+  void* d_gate = call.out("d_gate_up", d_gate_up);
+  gemma4::geglu_backward({.grad = call.in("grad", call.keep(grad_rows.tensor)),
+                          .gate = gate,
+                          .other = static_cast<const char*>(gate) + half,
+                          .d_gate = d_gate,
+                          .d_other = static_cast<char*>(d_gate) + half,
+                          .rows = rows.rows,
+                          .grad_stride = grad_rows.stride,
+                          .gate_stride = rows.stride,
+                          .other_stride = rows.stride,
+                          .d_stride = 2 * width,
+                          .width = as_int("gate_up", width)},
+                         call.dtype(), call.device());
+  return d_gate_up;
+}
+
 Tensor softcap(Tensor logits, double cap) {
   Call call(logits);
   STD_TORCH_CHECK(cap > 0, "cap must be positive, got ", cap);
@@ -133,6 +160,54 @@ Tensor softcap(Tensor logits, double cap) {
                    .cap = static_cast<float>(cap)},
                   call.dtype(), call.device());
   return y;
+}
+
+std::tuple<Tensor, Tensor> softcap_cross_entropy(Tensor logits, Tensor targets, double cap) {
+  Call call(logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits must be [T, V], got ",
+                  text(shape_of(logits)));
+  STD_TORCH_CHECK(cap >= 0, "cap must be at least 0, got ", cap);
+  const Rows rows = as_rows(logits);
+  const int64_t tokens = logits.size(0);
+  Tensor nll = call.empty({tokens}, ScalarType::Float),
+         lse = call.empty({tokens}, ScalarType::Float);
+  gemma4::softcap_cross_entropy({.logits = call.in("logits", rows.tensor),
+                                 .targets = call.indices("targets", targets, tokens),
+                                 .nll = static_cast<float*>(call.out("nll", nll)),
+                                 .lse = static_cast<float*>(call.out("lse", lse)),
+                                 .rows = tokens,
+                                 .stride = rows.stride,
+                                 .width = as_int("logits", rows.width),
+                                 .cap = static_cast<float>(cap)},
+                                call.dtype(), call.device());
+  return {nll, lse};
+}
+
+void softcap_cross_entropy_backward(Tensor logits, Tensor targets, Tensor lse, Tensor grad_nll,
+                                    Tensor grad_lse, double cap, Tensor d_logits) {
+  Call call(logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits must be [T, V], got ",
+                  text(shape_of(logits)));
+  STD_TORCH_CHECK(cap >= 0, "cap must be at least 0, got ", cap);
+  call.expect("d_logits", d_logits, shape_of(logits));
+  STD_TORCH_CHECK(d_logits.is_contiguous(), "d_logits must be contiguous");
+  const Rows rows = as_rows(logits);
+  const int64_t tokens = logits.size(0);
+  const auto of_rows = [&](const char* name, const Tensor& t) {
+    expect_dtype(name, t, ScalarType::Float);
+    return static_cast<const float*>(call.floats(name, t, {tokens}).data);
+  };
+  gemma4::softcap_cross_entropy_backward({.logits = call.in("logits", call.keep(rows.tensor)),
+                                          .d_logits = call.out("d_logits", d_logits),
+                                          .targets = call.indices("targets", targets, tokens),
+                                          .lse = of_rows("lse", lse),
+                                          .grad_nll = of_rows("grad_nll", grad_nll),
+                                          .grad_lse = of_rows("grad_lse", grad_lse),
+                                          .rows = tokens,
+                                          .stride = rows.stride,
+                                          .width = as_int("logits", rows.width),
+                                          .cap = static_cast<float>(cap)},
+                                         call.dtype(), call.device());
 }
 
 Tensor softcap_argmax(Tensor logits, double cap) {
@@ -217,7 +292,10 @@ void register_linear(Library& m) {
   m.impl("linear_packed", TORCH_BOX(&linear_packed));
   m.impl("linear_small", TORCH_BOX(&linear_small));
   m.impl("geglu", TORCH_BOX(&geglu));
+  m.impl("geglu_backward", TORCH_BOX(&geglu_backward));
   m.impl("softcap", TORCH_BOX(&softcap));
+  m.impl("softcap_cross_entropy", TORCH_BOX(&softcap_cross_entropy));
+  m.impl("softcap_cross_entropy_backward", TORCH_BOX(&softcap_cross_entropy_backward));
   m.impl("softcap_argmax", TORCH_BOX(&softcap_argmax));
   m.impl("sample", TORCH_BOX(&sample));
 }

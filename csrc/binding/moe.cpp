@@ -103,6 +103,77 @@ Tensor moe_experts(Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
   return y;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
+    Tensor grad, Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
+    OptionalTensor gate_up_row_scales, Tensor down, OptionalTensor down_scales,
+    OptionalTensor down_row_scales, Tensor experts, Tensor weights, bool want_x, bool want_gate_up,
+    bool want_down, bool want_weights) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && experts.dim() == 2,
+                  "x must be [T, D], down [E, D, F], not packed, and experts [T, K]");
+  const int64_t tokens = x.size(0), width = x.size(1), k = experts.size(1);
+  const int64_t num_experts = down.size(0), hidden_width = down.size(2);
+  expect_shape("experts", experts, {tokens, k});
+  call.expect("grad", grad, {tokens, width});
+  STD_TORCH_CHECK(width % 8 == 0 && hidden_width % 8 == 0,
+                  "there are kernels for widths that are multiples of 8, got ", width, " and ",
+                  hidden_width);
+  const DTypes dtypes = call.dtypes(x.scalar_type(), {&gate_up, &down});
+  const int64_t assignments = as_int("experts", tokens * k);
+  const Tensor& x_held = call.keep(aligned(x));
+  const Tensor& grad_held = call.keep(aligned(grad));
+  // Empty unless it is wanted.
+  const auto made = [&](bool wanted, const Shape& shape, ScalarType dtype) {
+    return call.empty(wanted ? shape : Shape{0}, dtype);
+  };
+  const auto pointer = [&](const char* name, bool wanted, const Tensor& t) -> void* {
+    return wanted ? call.out(name, t) : nullptr;
+  };
+  const ScalarType dtype = x.scalar_type();
+  Tensor dx = made(want_x, {tokens, width}, dtype);
+  Tensor d_gate_up = made(want_gate_up, shape_of(gate_up), gate_up.scalar_type());
+  Tensor d_down = made(want_down, shape_of(down), down.scalar_type());
+  Tensor d_weights = made(want_weights, {tokens, k}, ScalarType::Float);
+  Tensor offsets = call.empty({num_experts + 1}, ScalarType::Int);
+  Tensor order = call.empty({assignments}, ScalarType::Int);
+  Tensor hidden = made(want_down, {assignments, hidden_width}, dtype);
+  Tensor d_pair = made(want_x || want_gate_up, {assignments, 2 * hidden_width}, dtype);
+  Tensor dx_parts = made(want_x, {assignments, width}, dtype);
+  const int64_t tiles = (hidden_width + gemma4::kMoeHiddenColumns - 1) / gemma4::kMoeHiddenColumns;
+  Tensor d_parts = made(want_weights, {tiles, assignments}, ScalarType::Float);
+  gemma4::MoeExpertsBackwardParams p{};
+  p.x = call.in("x", x_held);
+  p.grad = call.in("grad", grad_held);
+  p.gate_up = weight(call, "gate_up", gate_up, gate_up_scales, gate_up_row_scales, {num_experts},
+                     2 * hidden_width, width, false, dtypes.weight);
+  p.down = weight(call, "down", down, down_scales, down_row_scales, {num_experts}, width,
+                  hidden_width, false, dtypes.weight);
+  p.experts = call.flat_indices("experts", experts);
+  p.weights = call.floats("weights", weights, {tokens, k});
+  p.y = pointer("dx", want_x, dx);
+  p.offsets = static_cast<int32_t*>(call.out("offsets", offsets));
+  p.order = static_cast<int32_t*>(call.out("order", order));
+  p.hidden = pointer("hidden", want_down, hidden);
+  p.expert_out = pointer("dx_parts", want_x, dx_parts);
+  p.d_pair = pointer("d_pair", want_x || want_gate_up, d_pair);
+  p.d_parts = static_cast<float*>(pointer("d_parts", want_weights, d_parts));
+  p.hidden_tiles = as_int("down", tiles);
+  p.d_gate_up = pointer("d_gate_up", want_gate_up, d_gate_up);
+  p.d_down = pointer("d_down", want_down, d_down);
+  p.d_weights = static_cast<float*>(pointer("d_weights", want_weights, d_weights));
+  p.x_stride = x_held.stride(0);
+  p.grad_stride = grad_held.stride(0);
+  p.tokens = as_int("x", tokens);
+  p.k = as_int("experts", k);
+  p.num_experts = as_int("down", num_experts);
+  p.width = as_int("x", width);
+  p.hidden_width = as_int("down", hidden_width);
+  gemma4::moe_experts_backward(p, dtypes, call.device());
+  const ScalarType of_weights = weights.scalar_type();
+  return {dx, d_gate_up, d_down,
+          of_weights == ScalarType::Float ? d_weights : torch::stable::to(d_weights, of_weights)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_open(Tensor x, Tensor residual, Tensor post_weight,
                                                     Tensor norm_weight, Tensor gate_up,
                                                     OptionalTensor gate_up_scales,
@@ -238,6 +309,7 @@ std::tuple<Tensor, Tensor> moe_experts_small(
 void register_moe(Library& m) {
   m.impl("moe_route", TORCH_BOX(&moe_route));
   m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("moe_experts_backward", TORCH_BOX(&moe_experts_backward));
   m.impl("moe_open", TORCH_BOX(&moe_open));
   m.impl("moe_experts_small", TORCH_BOX(&moe_experts_small));
 }

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "register.h"
 #include "torch.h"
@@ -56,16 +57,21 @@ Tensor ple_embed(Tensor ids, Tensor table, Tensor projected, Tensor weight, doub
   return y;
 }
 
-Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
-  Call call(gate);
+// The layer's [T, P] of ple, in what gate and ple promote to.
+Tensor layer_of(const Call& call, const Tensor& gate, const Tensor& ple, int64_t layer) {
   STD_TORCH_CHECK(gate.dim() == 2 && ple.dim() == 3, "gate must be [T, P] and ple [T, L, P]");
   call.expect_here("ple", ple);
   expect_shape("ple", ple, {gate.size(0), ple.size(1), gate.size(1)});
   STD_TORCH_CHECK(0 <= layer && layer < ple.size(1), "layer must lie in 0..L-1 = ", ple.size(1) - 1,
                   ", got ", layer);
-  const ScalarType other = call.promoted(ple.scalar_type());
   Tensor slice = torch::stable::select(ple, 1, layer);
-  if (slice.scalar_type() != other) slice = Call::as_float(slice);
+  return slice.scalar_type() == call.promoted(slice.scalar_type()) ? slice : Call::as_float(slice);
+}
+
+Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
+  Call call(gate);
+  const Tensor slice = layer_of(call, gate, ple, layer);
+  const ScalarType other = slice.scalar_type();
   const Rows gate_rows = as_rows(gate), layer_rows = as_rows(slice);
   Tensor y = call.empty(shape_of(gate), other);
   gemma4::ple_gate({.gate = call.in("gate", gate_rows.tensor),
@@ -79,11 +85,39 @@ Tensor ple_gate(Tensor gate, Tensor ple, int64_t layer) {
   return y;
 }
 
+std::tuple<Tensor, Tensor> ple_gate_backward(Tensor grad, Tensor gate, Tensor ple, int64_t layer,
+                                             bool wants_gate, bool wants_ple) {
+  Call call(gate);
+  const Tensor slice = layer_of(call, gate, ple, layer);
+  const ScalarType other = slice.scalar_type();
+  expect_dtype("grad", grad, other);
+  call.expect_here("grad", grad);
+  expect_shape("grad", grad, shape_of(gate));
+  const Rows grad_rows = as_rows(grad), gate_rows = as_rows(gate), layer_rows = as_rows(slice);
+  Tensor d_gate = call.empty(wants_gate ? shape_of(gate) : Shape{0});
+  Tensor d_slice = call.empty(wants_ple ? shape_of(gate) : Shape{0}, other);
+  gemma4::ple_gate_backward({.grad = call.in("grad", call.keep(grad_rows.tensor)),
+                             .gate = call.in("gate", call.keep(gate_rows.tensor)),
+                             .other = call.in("ple", call.keep(layer_rows.tensor)),
+                             .d_gate = wants_gate ? call.out("d_gate", d_gate) : nullptr,
+                             .d_other = wants_ple ? call.out("d_slice", d_slice) : nullptr,
+                             .rows = gate_rows.rows,
+                             .grad_stride = grad_rows.stride,
+                             .gate_stride = gate_rows.stride,
+                             .other_stride = layer_rows.stride,
+                             .d_stride = gate.size(1),
+                             .width = as_int("gate", gate.size(1))},
+                            call.dtypes(other, {}), call.device());
+  const bool narrow = ple.scalar_type() != other;
+  return {d_gate, narrow ? torch::stable::to(d_slice, ple.scalar_type()) : d_slice};
+}
+
 }  // namespace
 
 void register_ple(Library& m) {
   m.impl("ple_embed", TORCH_BOX(&ple_embed));
   m.impl("ple_gate", TORCH_BOX(&ple_gate));
+  m.impl("ple_gate_backward", TORCH_BOX(&ple_gate_backward));
 }
 
 }  // namespace binding

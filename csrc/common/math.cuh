@@ -7,6 +7,8 @@
 
 namespace gemma4 {
 
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
 // x Φ(x) in its tanh form, written as x / (1 + exp(-2u)): no cancellation where tanh nears -1.
 DEVICE float gelu_tanh(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
@@ -40,6 +42,17 @@ DEVICE float softcap(float x, float cap) { return cap * tanhf(x / cap); }
 // cap tanh(x / cap) for attention scores: 1 - 2 / (1 + e^2u), exact to a few ulp of cap, and cheap.
 DEVICE float softcap_fast(float x, float cap) {
   return cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2_approx(x * (2.88539008177792681f / cap)));
+}
+
+// The same and its slope 1 - (softcap / cap)², by e = exp(-2|x| / cap), which cannot overflow: the
+// value exact to a few ulp of cap, the slope to a few of its own, however near the cap.
+struct Sloped {
+  float value, slope;
+};
+DEVICE Sloped sloped_softcap(float x, float cap) {
+  const float e = ptx::exp2_approx(fabsf(x) * (-2.88539008177792681f / cap));
+  const float r = __fdividef(1.0f, 1.0f + e);
+  return {copysignf(cap * (1.0f - e) * r, x), 4.0f * e * r * r};
 }
 
 // sin and cos of an angle of at most 2^20 either way. CUDA's own sincosf keeps a table on the stack

@@ -60,6 +60,19 @@ void gelu_mul(const char* name, const GeluMulParams& params, const DTypes& dtype
               const Device& device);
 void geglu(const GeluMulParams& params, DType dtype, const Device& device);
 
+struct GeluMulBackwardParams {
+  const void* grad;   // [rows, width], of y
+  const void* gate;   // [rows, width]
+  const void* other;  // [rows, width]
+  void* d_gate;       // [rows, width], of gate's dtype, or null
+  void* d_other;      // [rows, width], of the other dtype, or null
+  int64_t rows, grad_stride, gate_stride, other_stride, d_stride;
+  int width;
+};
+void gelu_mul_backward(const char* name, const GeluMulBackwardParams& params, const DTypes& dtypes,
+                       const Device& device);
+void geglu_backward(const GeluMulBackwardParams& params, DType dtype, const Device& device);
+
 struct SoftcapParams {
   const void* logits;  // [rows, width]
   void* y;             // [rows, width]
@@ -77,6 +90,30 @@ struct SoftcapArgmaxParams {
   float cap;
 };
 void softcap_argmax(const SoftcapArgmaxParams& params, DType dtype, const Device& device);
+
+constexpr int64_t kIgnoredTarget = -100;
+
+struct CrossEntropyParams {
+  const void* logits;  // [rows, width]
+  Indices targets;     // [rows]; kIgnoredTarget, or below width
+  float *nll, *lse;    // [rows]
+  int64_t rows, stride;
+  int width;
+  float cap;  // 0: none
+};
+void softcap_cross_entropy(const CrossEntropyParams& params, DType dtype, const Device& device);
+
+struct CrossEntropyBackwardParams {
+  const void* logits;                      // [rows, width]
+  void* d_logits;                          // [rows, width], which may be the logits
+  Indices targets;                         // [rows]
+  const float *lse, *grad_nll, *grad_lse;  // [rows]
+  int64_t rows, stride;
+  int width;
+  float cap;  // 0: none
+};
+void softcap_cross_entropy_backward(const CrossEntropyBackwardParams& params, DType dtype,
+                                    const Device& device);
 
 // Of a block; and the most that may be cut to.
 constexpr int kSampleKeys = 2048, kMostTopK = 256;

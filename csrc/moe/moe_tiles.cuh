@@ -108,9 +108,39 @@ struct StageWeights<T, Bits<kBits>, kGateUp> {
   }
 };
 
+// A stage's 64 rows of an expert's dense weight, which the sums run over, and of them kColumns
+// columns from `first` on.
+template <class T, class W, int kColumns>
+struct TransposedWeights {
+  const W* data;
+  int first, columns, rows;
+
+  DEVICE TransposedWeights(const PackedWeight& weight, int expert, int first, int columns, int rows)
+      : data(static_cast<const W*>(weight.codes) + int64_t{expert} * rows * columns),
+        first(first),
+        columns(columns),
+        rows(rows) {}
+
+  DEVICE void load(T* to, int step) const {
+    const auto source = [&](int i) {
+      const int row = step * kTileColumns + i;
+      return SourceRow<W>{data + int64_t{min(row, rows - 1)} * columns + first, row < rows};
+    };
+    if constexpr (std::is_same_v<T, W>)
+      copy_rows<kColumns, kTileColumns, kTileThreads>(to, source, columns - first);
+    else
+      round_rows<kColumns, kTileColumns, kTileThreads>(to, source, columns - first);
+  }
+
+  DEVICE float2 row_scales(int) const { return {1.0f, 1.0f}; }
+};
+
+// kTransposed: down is [E, F, D], and what is stored is a gradient, whose overflow is for a loss
+// scaler to see.
+//
 // Untold, the compiler would hold more in registers under Hopper's products than the three blocks
 // have for whose tiles there is room.
-template <class T, class W, int kRows, bool kGateUp>
+template <class T, class W, int kRows, bool kGateUp, bool kTransposed = false>
 __global__ void __launch_bounds__(kTileThreads, kRows == 64 && ptx::has_wgmma() ? 3 : 0)
     moe_tiles_kernel(const __grid_constant__ MoeExpertsParams p) {
   constexpr int kOutColumns = kGateUp ? kTileWeightRows / 2 : kTileWeightRows;
@@ -130,8 +160,9 @@ __global__ void __launch_bounds__(kTileThreads, kRows == 64 && ptx::has_wgmma() 
 
   const T* x = static_cast<const T*>(kGateUp ? p.x : p.hidden);
   const int64_t x_stride = kGateUp ? p.x_stride : p.hidden_width;
-  StageWeights<T, W, kGateUp> weights(kGateUp ? p.gate_up : p.down, tile.expert, first_column,
-                                      out_width, width);
+  using Weights = std::conditional_t<kTransposed, TransposedWeights<T, W, kTileWeightRows>,
+                                     StageWeights<T, W, kGateUp>>;
+  Weights weights(kGateUp ? p.gate_up : p.down, tile.expert, first_column, out_width, width);
   const auto load_stage = [&](auto& stage, int step) {
     const int first = step * kTileColumns;
     copy_rows<kTileColumns, kRows, kTileThreads>(
@@ -146,7 +177,7 @@ __global__ void __launch_bounds__(kTileThreads, kRows == 64 && ptx::has_wgmma() 
 
   float sum[kRows / 64][16][4] = {};
   const int steps = (width + kTileColumns - 1) / kTileColumns;
-  multiply_stages(sum, smem.tiles, steps, tile.rows, load_stage);
+  multiply_stages<false, kTransposed>(sum, smem.tiles, steps, tile.rows, load_stage);
 
   // Through shared memory to rows of whole sectors.
 #pragma unroll
@@ -163,25 +194,22 @@ __global__ void __launch_bounds__(kTileThreads, kRows == 64 && ptx::has_wgmma() 
           low = gated<T>(low, sum[i][n + 8][2 * half] * up_scale.x);
           high = gated<T>(high, sum[i][n + 8][2 * half + 1] * up_scale.y);
         }
+        if constexpr (!kTransposed) low = saturate<T>(low), high = saturate<T>(high);
         T* to = smem.tiles.out + chunk_offset<kRows>(row, n) + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(saturate<T>(low), saturate<T>(high));
+        *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
       }
   }
   __syncthreads();
-  constexpr int kChunks = kOutColumns / 8;
-  for (int i = threadIdx.x; i < tile.rows * kChunks; i += kTileThreads) {
-    const int row = i / kChunks, chunk = i % kChunks, column = first_column + chunk * 8;
-    if (column >= out_width) continue;
-    const int64_t to = kGateUp ? tile.begin + row : p.order[tile.begin + row];
-    const auto* from =
-        reinterpret_cast<const uint4*>(smem.tiles.out + chunk_offset<kRows>(row, chunk));
-    ptx::store_16(static_cast<T*>(kGateUp ? p.hidden : p.expert_out) + to * out_width + column,
-                  load_shared(from));
-  }
+  T* out = static_cast<T*>(kGateUp ? p.hidden : p.expert_out);
+  store_tile<kRows, kOutColumns>(
+      smem.tiles.out, tile.rows, out_width - first_column, [&](int row, int chunk) {
+        const int64_t to = kGateUp ? tile.begin + row : p.order[tile.begin + row];
+        return out + to * out_width + first_column + chunk * 8;
+      });
 }
 
-// y = Σ_k weight expert_out, in the order of the slots. One thread, one vector. Bound: 2 (K + 1) D
-// bytes of DRAM a token.
+// y = Σ_k weight expert_out, in the order of the slots; without weights the sum of gradients. One
+// thread, one vector. Bound: 2 (K + 1) D bytes of DRAM a token.
 template <class T>
 __global__ void __launch_bounds__(kElementwiseThreads)
     moe_combine_kernel(const __grid_constant__ MoeExpertsParams p) {
@@ -192,14 +220,14 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     for (int slot = 0; slot < p.k; slot++) {
       const int64_t a = token * p.k + slot, expert = index_at(p.experts, a);
       if (expert < 0 || expert >= p.num_experts) continue;
-      const float weight = float_at(p.weights, a);
+      const float weight = p.weights.data ? float_at(p.weights, a) : 1.0f;
       const auto part = load_fresh<8>(static_cast<const T*>(p.expert_out) + a * p.width + column);
 #pragma unroll
       for (int j = 0; j < 8; j++) sum[j] += weight * part[j];
     }
     Vec<T, 8> y;
 #pragma unroll
-    for (int j = 0; j < 8; j++) y.set(j, saturate<T>(sum[j]));
+    for (int j = 0; j < 8; j++) y.set(j, p.weights.data ? saturate<T>(sum[j]) : sum[j]);
     store(static_cast<T*>(p.y) + token * p.width + column, y);
   });
 }

@@ -48,6 +48,26 @@ void moe_products_packed(const MoeExpertsParams& params, DType dtype, const Devi
 // Whether the tokens are so few that the weights are streamed past them.
 bool moe_experts_streams(int64_t tokens, int64_t k, int64_t num_experts);
 
+// What the backward launches of the forward, so that it is compiled once.
+void moe_sort(const MoeExpertsParams& params, const Device& device);
+void moe_combine(const MoeExpertsParams& params, DType dtype, const Device& device);
+
+// The forward's arguments, dense; y is dx, hidden is times its routing weight, expert_out the parts
+// of dx. A null pointer is a gradient that is not wanted, or what nobody wants.
+struct MoeExpertsBackwardParams : MoeExpertsParams {
+  const void* grad;  // [T, D], of y
+  int64_t grad_stride;
+  void* d_pair;      // [A, 2 F], of gate and up; sorted
+  float* d_parts;    // [hidden_tiles, A], of the weights; sorted
+  void* d_gate_up;   // [E, 2 F, D], of the weights' dtype
+  void* d_down;      // [E, D, F], likewise
+  int hidden_tiles;  // into which F is cut
+  float* d_weights;  // [A]
+};
+void moe_experts_backward(const MoeExpertsBackwardParams& params, const DTypes& dtypes,
+                          const Device& device);
+constexpr int kMoeHiddenColumns = 64;  // of one of those tiles
+
 // What opens both branches of a layer with experts; the OpeningParams' norm is the dense one's.
 struct MoeOpenParams : OpeningParams {
   PackedWeight gate_up;       // [2 rows, width], gate rows first

@@ -20,5 +20,7 @@ void ple_embed(const PleEmbedParams& params, const DTypes& dtypes, const Device&
 
 // `other` is the layer's slice of [T, L, width].
 void ple_gate(const GeluMulParams& params, const DTypes& dtypes, const Device& device);
+void ple_gate_backward(const GeluMulBackwardParams& params, const DTypes& dtypes,
+                       const Device& device);
 
 }  // namespace gemma4

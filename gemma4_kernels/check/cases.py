@@ -181,6 +181,11 @@ def geglu(draw: Draw) -> Iterator[Arguments]:
         yield (draw.strided(3, 2 * width),)
 
 
+def geglu_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in (1, 77, 512):
+        yield draw.strided(3, width), draw.strided(3, 2 * width)
+
+
 def packed_weight(draw: Draw, *shape: int, eight: bool) -> list[Tensor]:
     """int4, or float8_e4m3fn, with scales of both kinds; what a schema has of it."""
     *rows, width = shape
@@ -446,6 +451,12 @@ def ple_gate(draw: Draw) -> Iterator[Arguments]:
             yield draw.strided(3, width), ple, 2
 
 
+def ple_gate_backward(draw: Draw) -> Iterator[Arguments]:
+    for gate, ple, layer in ple_gate(draw):
+        for wanted in ((True, True), (True, False), (False, True)):
+            yield draw.randn(*gate.shape, dtype=ple.dtype), gate, ple, layer, *wanted
+
+
 def softcap(draw: Draw) -> Iterator[Arguments]:
     for width in (1, 97, 1024):
         yield draw.strided(3, width, std=20.0), 30.0
@@ -459,6 +470,22 @@ def softcap_argmax(draw: Draw) -> Iterator[Arguments]:
         logits[2, 3] = logits[2, 4] = torch.nan
         yield logits, 30.0
         yield -1.0 - draw.permutation(width).to(draw.device, draw.dtype)[None], 30.0
+
+
+def softcap_cross_entropy(draw: Draw) -> Iterator[Arguments]:
+    for vocab_size in (7, 1031, 20_000):
+        for cap in (0.0, 30.0):
+            logits = draw.strided(4, vocab_size, std=8.0)
+            logits[1] = torch.nan  # ignored, and not read
+            yield logits, draw.ints(0, -100, vocab_size - 1, 3), cap
+
+
+def softcap_cross_entropy_backward(draw: Draw) -> Iterator[Arguments]:
+    for logits, targets, cap in softcap_cross_entropy(draw):
+        lse = reference.softcap_cross_entropy(logits.to(HOST).float(), targets.to(HOST), cap)[1]
+        grads = (draw.randn(4, dtype=torch.float32) for _ in range(2))
+        d_logits = torch.full(logits.shape, torch.nan, dtype=draw.dtype).to(draw.device)
+        yield logits, targets, lse.to(draw.device), *grads, cap, d_logits
 
 
 def sample(draw: Draw) -> Iterator[Arguments]:
@@ -487,6 +514,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_norm_rope_backward,
         qkv_norm_rope_cache,
         geglu,
+        geglu_backward,
         linear_packed,
         linear_small,
         attention_prefill,
@@ -499,8 +527,11 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         moe_experts_small,
         ple_embed,
         ple_gate,
+        ple_gate_backward,
         softcap,
         softcap_argmax,
+        softcap_cross_entropy,
+        softcap_cross_entropy_backward,
         sample,
     )
 }

@@ -15,7 +15,7 @@ sentence names the argument, what it must be and what came.
 from .attention import attention_prefill
 from .decode import attention_decode, qkv_attention_decode
 from .linear import linear_packed, linear_small
-from .logits import sample, softcap, softcap_argmax
+from .logits import sample, softcap, softcap_argmax, softcap_cross_entropy
 from .mlp import geglu
 from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
 from .norm import add_rms_norm, rms_norm
@@ -43,4 +43,5 @@ __all__ = [
     "sample",
     "softcap",
     "softcap_argmax",
+    "softcap_cross_entropy",
 ]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..opset import Args, Gradient, NoGradient, Op, new
 from ..reference import logits as reference
@@ -44,6 +45,68 @@ def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
     logits [..., V]. Returns [...] int64: the lowest index among equals; NaN wins, as in torch.
     """
     return _softcap_argmax(logits, cap)
+
+
+_softcap_cross_entropy_backward = Op(
+    "softcap_cross_entropy_backward(Tensor logits, Tensor targets, Tensor lse, Tensor grad_nll,"
+    " Tensor grad_lse, float cap, Tensor(a!) d_logits) -> ()",
+    reference.softcap_cross_entropy_backward,
+    check=reference.check_softcap_cross_entropy_backward,
+    outputs=lambda: None,
+)
+
+
+def softcap_cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_nll: Tensor,
+    grad_lse: Tensor,
+    cap: float,
+    d_logits: Tensor,
+) -> None:
+    """Writes the gradient of the logits into d_logits [T, V] of their dtype, contiguous, which may
+    be the logits themselves: of a caller to whom alone they belong, and who needs them no more."""
+    _softcap_cross_entropy_backward(logits, targets, lse, grad_nll, grad_lse, cap, d_logits)
+
+
+@once_differentiable
+def _new_logits_gradient(kept: Args, grad_nll: Tensor | None, grad_lse: Tensor | None) -> Tensor:
+    logits, targets, lse, cap = kept
+    grads = (torch.zeros_like(lse) if grad is None else grad for grad in (grad_nll, grad_lse))
+    d_logits = new(logits, *logits.shape)
+    _softcap_cross_entropy_backward.registered(logits, targets, lse, *grads, cap, d_logits)
+    return d_logits
+
+
+_softcap_cross_entropy = Op(
+    "softcap_cross_entropy(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
+    reference.softcap_cross_entropy,
+    check=reference.check_softcap_cross_entropy,
+    outputs=lambda logits: _two_numbers_a_row(logits),
+    gradient=Gradient(
+        lambda inputs, output: (*inputs[:2], output[1], inputs[2]),
+        lambda kept, wanted, *grads: (_new_logits_gradient(kept, *grads), None, None),
+    ),
+)
+
+
+def _two_numbers_a_row(logits: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return new(logits, logits.shape[0], dtype=dtype), new(logits, logits.shape[0], dtype=dtype)
+
+
+def softcap_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """lse - x[target] and lse = log Σ exp x of each row, of x = softcap(logits, cap), or of the
+    logits where cap is 0.
+
+    logits [T, V]; targets [T] integers, tokens or -100: such a row is not read and has 0 and 0.
+    Returns two [T] in fp32 (fp64 for fp64): the cross-entropy and the log-sum-exp, whose sums and
+    functions are in it, without a copy of all logits. The gradient is a new tensor of the logits'
+    dtype. The eager twin reads the targets and raises ValueError for one that is neither; a kernel
+    makes the cross-entropy and the gradient of such a row NaN.
+    """
+    return _softcap_cross_entropy(logits, targets, cap)
 
 
 MOST_TOP_K = 256  # of a kernel

@@ -2,14 +2,28 @@
 
 from torch import Tensor
 
-from ..opset import Op, new
+from ..opset import Gradient, NoGradient, Op, new
 from ..reference import mlp as reference
+
+_geglu_backward = Op(
+    "geglu_backward(Tensor grad, Tensor gate_up) -> Tensor",
+    reference.geglu_backward,
+    check=reference.check_geglu_backward,
+    outputs=lambda gate_up: new(gate_up, *gate_up.shape),
+    main="gate_up",
+    gradient=NoGradient("second derivatives are not offered"),
+)
 
 _geglu = Op(
     "geglu(Tensor gate_up) -> Tensor",
     reference.geglu,
     check=reference.check_geglu,
     outputs=lambda gate_up: new(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2),
+    gradient=Gradient(
+        lambda inputs, output: inputs,
+        lambda kept, wanted, grad: (_geglu_backward.registered(grad, *kept),),
+        in_eager=False,
+    ),
 )
 
 

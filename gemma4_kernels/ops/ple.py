@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..opset import Op, new
+from ..opset import Args, Gradient, NoGradient, Op, new
 from ..reference import ple as reference
 
 
@@ -47,6 +47,36 @@ def ple_embed(
     return _ple_embed(ids, table, projected, weight, eps)
 
 
+_ple_gate_backward = Op(
+    "ple_gate_backward(Tensor grad, Tensor gate, Tensor ple, int layer, bool wants_gate,"
+    " bool wants_ple) -> (Tensor, Tensor)",
+    reference.ple_gate_backward,
+    check=reference.check_ple_gate_backward,
+    outputs=lambda gate, ple, wants_gate, wants_ple: (
+        new(gate, *gate.shape) if wants_gate else new(gate, 0),
+        new(ple, *gate.shape) if wants_ple else new(ple, 0),
+    ),
+    main="gate",
+    beside=("ple",),
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _gate_gradients(
+    kept: Args, wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of ple a tensor as large as it is, zeros but for the layer: who has all layers differentiated
+    gives each a ple of one layer (`ple.unbind(1)`), whose gradients are put together once."""
+    _, ple, layer = kept
+    wants_gate, wants_ple, _ = wanted
+    d_gate, d_slice = _ple_gate_backward.registered(grad, *kept, wants_gate, wants_ple)
+    d_ple = d_slice[:, None] if wants_ple else None
+    if d_ple is not None and ple.shape[1] > 1:
+        d_ple = torch.zeros_like(ple)
+        d_ple[:, layer] = d_slice
+    return d_gate if wants_gate else None, d_ple, None
+
+
 _ple_gate = Op(
     "ple_gate(Tensor gate, Tensor ple, int layer) -> Tensor",
     reference.ple_gate,
@@ -55,6 +85,7 @@ _ple_gate = Op(
         gate, *gate.shape, dtype=torch.promote_types(gate.dtype, ple.dtype)
     ),
     beside=("ple",),
+    gradient=Gradient(lambda inputs, output: inputs, _gate_gradients, in_eager=False),
 )
 
 

@@ -1,12 +1,30 @@
 """Twins and checks of `ops/logits.py`."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .common import check_floating, check_integral, check_same_device, check_shape
+from .common import (
+    check_beside,
+    check_floating,
+    check_integral,
+    check_like,
+    check_same_device,
+    check_shape,
+    extremes,
+)
 
-__all__ = ["sample", "softcap", "softcap_argmax"]
+__all__ = [
+    "sample",
+    "softcap",
+    "softcap_argmax",
+    "softcap_cross_entropy",
+    "softcap_cross_entropy_backward",
+]
 
+IGNORED = -100  # as a target
+LOSS_ELEMENTS = 1 << 22  # logits that are there in fp32 at once
 SAMPLE_KEYS = 2048  # logits a counter
 _WORD = 0xFFFFFFFF  # 32 bits
 
@@ -29,6 +47,90 @@ def check_softcap_argmax(logits: Tensor, cap: float) -> None:
 
 def softcap_argmax(logits: Tensor, cap: float) -> Tensor:
     return softcap(logits, cap).argmax(-1)
+
+
+def check_softcap_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> None:
+    check_floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [T, V] of a vocabulary, got {list(logits.shape)}")
+    check_integral("targets", targets)
+    check_same_device("targets", targets, "logits", logits)
+    check_shape("targets", targets, logits.shape[:1])
+    if not cap >= 0:
+        raise ValueError(f"cap must be at least 0, got {cap}")
+
+
+def softcap_cross_entropy(
+    logits_TV: Tensor, targets_T: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    ignored_T, chosen_T = _targets(targets_T, logits_TV.shape[1])
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    nll_T, lse_T = (logits_TV.new_empty(logits_TV.shape[:1], dtype=dtype) for _ in range(2))
+    for rows in _few_rows(logits_TV):
+        x = _capped(logits_TV[rows].to(dtype), cap)
+        lse_T[rows] = x.logsumexp(-1)
+        nll_T[rows] = lse_T[rows] - x.gather(-1, chosen_T[rows, None])[:, 0]
+    return nll_T.masked_fill_(ignored_T, 0.0), lse_T.masked_fill_(ignored_T, 0.0)
+
+
+def check_softcap_cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_nll: Tensor,
+    grad_lse: Tensor,
+    cap: float,
+    d_logits: Tensor,
+) -> None:
+    check_softcap_cross_entropy(logits, targets, cap)
+    for name, x in (("lse", lse), ("grad_nll", grad_nll), ("grad_lse", grad_lse)):
+        check_beside(name, x, "logits", logits, targets.shape)
+    check_like("d_logits", d_logits, "logits", logits)
+    check_shape("d_logits", d_logits, logits.shape)
+    if not d_logits.is_contiguous():
+        raise ValueError("d_logits must be contiguous")
+
+
+def softcap_cross_entropy_backward(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    lse_T: Tensor,
+    grad_nll_T: Tensor,
+    grad_lse_T: Tensor,
+    cap: float,
+    d_logits_TV: Tensor,
+) -> None:
+    ignored_T, chosen_T = _targets(targets_T, logits_TV.shape[1])
+    for rows in _few_rows(logits_TV):
+        x = _capped(logits_TV[rows].to(lse_T.dtype), cap)
+        grad = (x - lse_T[rows, None]).exp_() * (grad_nll_T + grad_lse_T)[rows, None]
+        grad.scatter_add_(-1, chosen_T[rows, None], -grad_nll_T[rows, None])
+        if cap:
+            grad *= 1 - (x / cap) ** 2
+        d_logits_TV[rows] = grad.masked_fill_(ignored_T[rows, None], 0.0)
+
+
+def _targets(targets_T: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Which are ignored, and tokens that can be looked up, 0 in their place."""
+    ignored_T = targets_T == IGNORED
+    chosen_T = targets_T.long().masked_fill(ignored_T, 0)
+    for target in extremes(chosen_T) if len(chosen_T) else ():
+        if not 0 <= target < vocab_size:
+            raise ValueError(
+                f"targets must lie in 0..{vocab_size - 1}, or be {IGNORED} for none, got {target}"
+            )
+    return ignored_T, chosen_T
+
+
+def _few_rows(x_TV: Tensor) -> Iterator[slice]:
+    """All rows, so many at once that an fp32 copy of them is small."""
+    tokens, vocab_size = x_TV.shape
+    step = max(1, LOSS_ELEMENTS // vocab_size)
+    return (slice(begin, begin + step) for begin in range(0, tokens, step))
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return softcap(x, cap) if cap else x
 
 
 def check_sample(

@@ -217,20 +217,22 @@ def moe_experts_backward(
             *((down_EDF, want_down), (weights_TK, want_weights)),
         )
     )
+    inner = torch.promote_types(x_TD.dtype, torch.float32)
     for e, run in runs:
         x, dy = x_TD[tokens[run]], grad_TD[tokens[run]]
         gate, up = times(x, _expert(gate_up, e)).chunk(2, -1)
         act = F.gelu(gate, approximate="tanh")
         product = act * up
         hidden = finite(product)
-        d_hidden = _times_transposed(dy, _expert(down, e))
-        if want_weights:  # <dy, down hidden>, without that product
-            d_weights.view(-1)[order[run]] = (hidden * d_hidden).sum(-1, dtype=weights.dtype)
+        if want_weights:
+            out = finite(times(hidden, _expert(down, e)))
+            d_weights.view(-1)[order[run]] = (dy * out.to(inner)).sum(-1).to(d_weights.dtype)
+        dy = (dy * weights[run]).to(x.dtype)
         if want_down:
-            d_down[e] = dy.T @ (hidden * weights[run]).to(x.dtype)
+            d_down[e] = dy.T @ hidden
         if not (want_x or want_gate_up):
             continue
-        d_hidden = (d_hidden * weights[run]).to(x.dtype)
+        d_hidden = _times_transposed(dy, _expert(down, e))
         if hidden is not product:  # what was held back passes nothing on
             d_hidden = d_hidden.masked_fill(product.isinf(), 0.0)
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")

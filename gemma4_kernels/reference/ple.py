@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import check_floating, check_integral, check_same_device, check_shape, finite
+from .mlp import gelu_mul_backward
 from .norm import rms_norm
 
-__all__ = ["ple_embed", "ple_gate"]
+__all__ = ["ple_embed", "ple_gate", "ple_gate_backward"]
 
 
 def check_ple_embed(ids: Tensor, table: Tensor, projected: Tensor, weight: Tensor) -> None:
@@ -64,3 +65,25 @@ def check_ple_gate(gate: Tensor, ple: Tensor, layer: int) -> None:
 
 def ple_gate(gate_TP: Tensor, ple_TLP: Tensor, layer: int) -> Tensor:
     return finite(F.gelu(gate_TP, approximate="tanh") * ple_TLP[:, layer]).contiguous()
+
+
+def check_ple_gate_backward(grad: Tensor, gate: Tensor, ple: Tensor, layer: int) -> None:
+    check_ple_gate(gate, ple, layer)
+    check_same_device("grad", grad, "gate", gate)
+    check_shape("grad", grad, gate.shape)
+    dtype = torch.promote_types(gate.dtype, ple.dtype)
+    if grad.dtype != dtype:
+        raise TypeError(f"grad must hold {dtype}, as the op's result does, got {grad.dtype}")
+
+
+def ple_gate_backward(
+    grad_TP: Tensor,
+    gate_TP: Tensor,
+    ple_TLP: Tensor,
+    layer: int,
+    wants_gate: bool,
+    wants_ple: bool,
+) -> tuple[Tensor, Tensor]:
+    d_gate, d_slice = gelu_mul_backward(grad_TP, gate_TP, ple_TLP[:, layer])
+    d_gate = d_gate if wants_gate else gate_TP.new_empty(0)
+    return d_gate, d_slice if wants_ple else ple_TLP.new_empty(0)

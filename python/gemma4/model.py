@@ -7,13 +7,14 @@ Shape letters: B rows, S columns of the padded batch, T packed tokens, D model w
 channels, P PLE width, L layers, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gemma4_kernels import extension, ops
+from gemma4_kernels import extension
 from gemma4_kernels.check import record
 from gemma4_kernels.fusion import is_plain, why_not_fused
 from gemma4_kernels.packed_linear import LINEAR, PackedLinear, PackedParameter
@@ -28,7 +29,7 @@ from .generate import GenerationConfig, generate
 from .inputs import checked_shape, restarting
 from .layers import DecoderLayer, call_layer
 from .layout import Layout, make_layout
-from .loss import causal_lm_loss
+from .loss import capped, causal_lm_loss
 from .modules import RMSNorm, RotaryEmbedding, ScaledEmbedding, linear
 from .outputs import CausalLMOutput, ModelOutput
 from .recompute import CheckpointOptions, RunLayer, recomputing
@@ -43,6 +44,8 @@ class Gemma4ForCausalLM(PreTrainedModel):
 
     base_model_prefix = "model"
     accepts_loss_kwargs, loss_type = True, "ForCausalLM"  # how Trainer counts labels
+    # Trainers may read a loss's logits, and nobody finds them missing who has not asked for it.
+    skip_logits = False
 
     generate = generate
 
@@ -110,6 +113,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
         **others: object,
     ) -> CausalLMOutput | tuple[object, ...]:
         """Logits of a batch; arguments as in `Gemma4TextModel.forward`, and:
@@ -117,6 +121,8 @@ class Gemma4ForCausalLM(PreTrainedModel):
         labels [B, S]: the loss is the cross-entropy, in fp32, of each real token's logits against
         the label of the next column, over labels that are not -100: their mean (0 if all are), or
         their sum over num_items_in_batch, which counts the labels of several batches.
+        skip_logits: with labels, the logits are not returned, and never made of all tokens at once;
+        None does as the attribute of this name says, for trainers that pass no options.
         logits_to_keep: the last n columns alone, or the columns at the given indices; 0 keeps all.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
@@ -138,13 +144,17 @@ class Gemma4ForCausalLM(PreTrainedModel):
             hidden = hidden[:, -columns:] if columns else hidden[:, logits_to_keep]
         if layout is None or layout.shape != hidden.shape[:2]:
             layout = Layout.whole(hidden.shape[:2], hidden.device)
-        logits_TV = self.logits(layout.pack(hidden), layout)
-        loss = None
-        if labels is not None:
-            loss = causal_lm_loss(logits_TV, labels, layout, num_items_in_batch)
+        x_TD, loss, logits_TV = layout.pack(hidden), None, None
+        if labels is None:
+            logits_TV = self.logits(x_TD, layout)
+        else:
+            cap = self.config.final_logit_softcapping or 0.0
+            skip = self.skip_logits if skip_logits is None else skip_logits
+            given = self.lm_head, x_TD, labels, layout, cap, num_items_in_batch, skip
+            loss, logits_TV = causal_lm_loss(*given)
         result = CausalLMOutput(
             loss=loss,
-            logits=layout.unpack(logits_TV),
+            logits=None if logits_TV is None else layout.unpack(logits_TV),
             cache=output.cache,
             hidden_states=output.hidden_states,
         )
@@ -168,8 +178,7 @@ class Gemma4ForCausalLM(PreTrainedModel):
         """[T, D] normed hidden states to soft-capped logits [T, V]."""
         head = self.lm_head
         logits = head(x_TD) if is_plain(head, LINEAR) else layout.call(head, x_TD)
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else ops.softcap(logits, cap)
+        return capped(logits, self.config.final_logit_softcapping or 0.0)
 
 
 class Gemma4TextModel(PreTrainedModel):
@@ -336,6 +345,7 @@ class Gemma4TextModel(PreTrainedModel):
         last_owner = len(layers) - self.config.num_kv_shared_layers - 1
         tail = layout.tail(columns) if columns else None
         states = [layout.unpack(x_TD)] if output_hidden_states else None
+        ples = _of_layers(ple_TLP, len(layers))
         options = self.checkpointing if torch.is_grad_enabled() else None
         y_TD = None
         if plan.plain(layers[0], DecoderLayer):
@@ -353,12 +363,11 @@ class Gemma4TextModel(PreTrainedModel):
                 run = partial(call_layer, layer)
             if options is not None and index % self.checkpoint_every == 0:
                 run = recomputing(run, index, self.config.kv_owner(index), options)
-            ple = None if ple_TLP is None else (ple_TLP, index)
-            x_TD, y_TD = run(x_TD, y_TD, ple, plan, following, cut if inside else None)
+            x_TD, y_TD = run(x_TD, y_TD, ples[index], plan, following, cut if inside else None)
             if cut is not None:
                 plan.keep(*cut)
                 chosen = cut[1]
-                ple_TLP = None if ple_TLP is None else ple_TLP[chosen]
+                ples = _of_layers(None if ple_TLP is None else ple_TLP[chosen], len(layers))
                 if not inside:
                     x_TD, y_TD = x_TD[chosen], None if y_TD is None else y_TD[chosen]
             if states is not None and not last:
@@ -368,3 +377,16 @@ class Gemma4TextModel(PreTrainedModel):
         if states is None:
             return y_TD, None
         return y_TD, (*states, plan.layout.unpack(y_TD))
+
+
+def _of_layers(ple_TLP: Tensor | None, layers: int) -> Sequence[tuple[Tensor, int] | None]:
+    """Each layer's per-layer inputs, as a tensor and its place in there.
+
+    To be differentiated they are cut apart at once: their gradients are then put together once, and
+    not by each layer into zeros of all.
+    """
+    if ple_TLP is None:
+        return [None] * layers
+    if not (ple_TLP.requires_grad and torch.is_grad_enabled()):
+        return [(ple_TLP, index) for index in range(layers)]
+    return [(ple_TP[:, None], 0) for ple_TP in ple_TLP.unbind(1)]

@@ -1,3 +1,6 @@
+LOSS = "linear/softcap_cross_entropy.cuh"
+LOSS_BACKWARD = "linear/softcap_cross_entropy_backward.cuh"
+
 FAULTS = {
     "softcap": {
         "test_softcap[emulated-one value-float32]": [
@@ -121,6 +124,36 @@ FAULTS = {
         "test_ends_of_rows[emulated-{}]": [
             ("linear/sample.cuh", "p.done[row] ? p.pad : index_of(winner)", "index_of(winner)"),
             ("linear/sample.cuh", "i < p.eos_count", "i < p.eos_count - 1"),
+        ],
+    },
+    "softcap_cross_entropy": {
+        "test_softcap_cross_entropy[emulated-several rounds-float32]": [
+            (LOSS, "mine.sum * ptx::exp2_approx(mine.top - top)", "mine.sum"),
+            (LOSS, "    sum *= ptx::exp2_approx(top - higher);\n", ""),
+            (LOSS, "  __syncthreads();\n", ""),
+            (LOSS, "lse - capped(to_float(logits[target]))", "lse - to_float(logits[target])"),
+        ],
+        "test_softcap_cross_entropy[emulated-all alike-float32]": [
+            (LOSS, "if (first + i * kStep >= p.width) break;", ""),
+        ],
+        "test_minus_infinity_has_no_share[emulated]": [
+            (LOSS, "float top = -FLT_MAX", "float top = -INFINITY"),
+        ],
+    },
+    "softcap_cross_entropy_backward": {
+        "test_softcap_cross_entropy.py::test_gradient[emulated-ragged-float32]": [
+            (LOSS_BACKWARD, "of_target + p.grad_lse[row]", "of_target"),
+            (LOSS_BACKWARD, "grad * y.slope", "grad"),
+            (LOSS_BACKWARD, "if (target != kIgnoredTarget)", "if (target != -1)"),
+        ],
+        "test_softcap_cross_entropy.py::test_gradient[emulated-several rounds-float32]": [
+            (LOSS_BACKWARD, "if (column + j == target) grad", "if (column == target) grad"),
+        ],
+        "test_softcap_cross_entropy.py::test_gradient_over_the_logits[emulated-several rounds]": [
+            (LOSS_BACKWARD, "load_fresh<kWidth>", "load_once<kWidth>"),
+        ],
+        "test_softcap_cross_entropy.py::test_strided[emulated-columns]": [
+            (LOSS_BACKWARD, "row * p.stride + column", "row * p.width + column"),
         ],
     },
 }

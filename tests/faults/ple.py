@@ -1,3 +1,5 @@
+BACKWARD = "linear/gelu_mul_backward.cuh"
+
 FAULTS = {
     "ple_embed": {
         "test_ple_embed[emulated-ids of no row-float32]": [
@@ -51,6 +53,21 @@ FAULTS = {
         ],
         "test_layers_that_start_anywhere[emulated]": [
             ("linear/gelu_mul.cu", "are_aligned<R>(p.other, p.other_stride, p.width) &&", ""),
+        ],
+    },
+    "ple_gate_backward": {
+        "test_ple_gate.py::test_gradient[emulated-odd width-float32]": [
+            (BACKWARD, "row * p.other_stride", "row * p.gate_stride"),
+        ],
+        "test_ple_gate.py::test_gradient[emulated-one token-float32]": [
+            (BACKWARD, "load_fresh<kWidth>(grad_row", "load_once<kWidth>(grad_row"),
+            (BACKWARD, "d_gate.set(j, gradient.d_gate)", "d_gate.set(j, gradient.d_other)"),
+        ],
+        "test_ple_gate.py::test_gradient_of_one_input[emulated-ple]": [
+            (BACKWARD, "if (p.d_gate) store(", "store("),
+        ],
+        "test_ple_gate.py::test_what_is_held_back_passes_nothing[emulated]": [
+            ("common/math.cuh", "if (fabsf(product) > fabsf(held)) grad = 0.0f;", ""),
         ],
     },
 }

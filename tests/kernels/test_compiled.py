@@ -45,7 +45,8 @@ INSTRUCTIONS = {
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
     r"ple_embed_kernel<.*, [124]>": (LOAD, STORE),
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
-    r"(softcap_argmax|sample)_kernel<(.*, 8|float, 4)>": (LOAD,),
+    r"(gelu_mul|softcap_cross_entropy)_backward_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
+    r"(softcap_argmax|sample|softcap_cross_entropy)_kernel<(.*, 8|float, 4)>": (LOAD,),
     r"attention_kernel<.*AttentionTile.*>": (COPY, STORE, r"LDSM\..*", r"HMMA\.16816\..*"),
     r"(qkv_attention_decode|attention)_kernel<.*CodedTile.*>": (
         *(COPY, STORE, r"LDSM\..*", r"LDS\.128", r"HMMA\.16816\..*"),
@@ -81,6 +82,7 @@ DEPENDENT = {
     r"ple_embed_kernel<.*, (?P<vectors>\d)>": lambda m: int(m["vectors"]),
     r"moe_open_kernel<.*>": lambda m: 8,
     r"(gelu_mul|softcap|sample|qkv_attention_decode)_kernel<.*>": lambda m: 0,
+    r"(gelu_mul|softcap_cross_entropy)_backward_kernel<.*>": lambda m: 0,
     r"moe_(small_gate_up|stream_down|combine)_kernel<.*>": lambda m: 0,
 }
 # ptx::load_*_first, which alone leave no line in L1.

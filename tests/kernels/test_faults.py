@@ -1,6 +1,7 @@
 """Every fault is put into a copy of the kernels, and a test of the kernel must catch it.
 
-A fault that survives is a missing test.
+A fault that survives is a missing test. That these tests pass where there is no fault, the other
+runs of them say.
 """
 
 import json
@@ -103,12 +104,3 @@ def test_fault_is_caught(runs, case):
     status, output = runs[case].result()
     assert status == 1, f"survives: {path}: {old!r} -> {new!r}\n{output[-2000:]}"
     assert "1 failed" in output, output[-2000:]
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_without_a_fault_nothing_is_caught(tmp_path):
-    tests = {node(op, test) for op, by_test in FAULTS.items() for test in by_test}
-    status, output = run_tests(emulated.build(), sorted(tests), tmp_path)
-    assert status == 0, output[-2000:]
-    assert f"{len(tests)} passed" in output, output[-2000:]

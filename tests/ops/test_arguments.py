@@ -88,6 +88,7 @@ TAKEN = {
         "pad": (-1, -2, 1 << 40),
     },
     "ple_gate": {"ple": ("+1 at 1",)},
+    "softcap_cross_entropy": {"logits": ("+1 at 1",)},
 }
 # Sizes that lengths must agree with, which the eager twin alone reads; CONTRACT breaks the lengths.
 READ = {

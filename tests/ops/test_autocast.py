@@ -92,7 +92,10 @@ def test_compiles_without_graph_breaks(device_backend, name, active, training):
     expected = call(arguments)
     assert_same(actual, expected)
     if training:
-        assert_same(gradients(actual, again), gradients(expected, arguments))
+        # A compiler takes the op's own gradient, eager torch may take autograd's of the twin.
+        pairs = zip(gradients(actual, again), gradients(expected, arguments), strict=True)
+        for a, e in pairs:
+            torch.testing.assert_close(a, e)
 
 
 def gradients(outputs, arguments):

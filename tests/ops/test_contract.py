@@ -38,6 +38,20 @@ def largest(backend: Backend, name: str, arguments: dict[str, Any]) -> None:
     assert (y == torch.finfo(torch.float16).max).all()
 
 
+def nan_rows(*rows: int) -> Callable[..., None]:
+    """The results of these rows alone are NaN, and so is their gradient."""
+
+    def check(backend: Backend, name: str, arguments: dict[str, Any]) -> None:
+        logits = arguments["logits"].clone().requires_grad_()
+        nll, _ = getattr(backend.ops, name)(**arguments | {"logits": logits})
+        (grad,) = torch.autograd.grad(nll.sum(), logits)
+        for x in (nll[:, None], grad):
+            assert x.isnan().all(1).nonzero().flatten().tolist() == list(rows)
+            assert x.isnan().any(1).sum() == len(rows)
+
+    return check
+
+
 def empty(*shape: int) -> Callable[..., None]:
     def check(backend: Backend, name: str, arguments: dict[str, Any]) -> None:
         assert list(run(backend, name, arguments)[0].shape) == list(shape)
@@ -132,6 +146,18 @@ CONTRACT = {
         {"ids": ints(0, 5, 1 << 30)},
         None,
         same_as(ids=ints(0, -1, -1)),
+    ),
+    "targets past the vocabulary": (
+        "softcap_cross_entropy",
+        {"targets": ints(64, 63, 1 << 30)},
+        r"targets must lie in 0..63, or be -100 for none, got 1073741824",
+        nan_rows(0, 2),
+    ),
+    "targets below the vocabulary": (
+        "softcap_cross_entropy",
+        {"targets": ints(-100, -1, 0)},
+        r"targets must lie in 0..63, or be -100 for none, got -1",
+        nan_rows(1),
     ),
     "a product past fp16": (
         "geglu",

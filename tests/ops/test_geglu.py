@@ -4,6 +4,8 @@ from support import float64
 from support.expect import assert_close_to_float64, assert_refused
 from support.marks import all_dtypes
 
+from gemma4_kernels import reference
+
 CASES = {  # shape of gate_up
     "no rows": (0, 64),
     "no width": (3, 0),
@@ -61,6 +63,62 @@ def test_fp16_saturates(backend):
     up = torch.tensor([300.0, -300.0, 250.0, 1.0, float("nan")], dtype=torch.float16)
     y = backend.ops.geglu(backend.to(torch.cat([gate, up]))).cpu()
     assert y[:3].tolist() == [65504.0, -65504.0, 62496.0] and y[3:].isnan().all()
+
+
+def gradient(geglu, gate_up, grad):
+    gate_up = gate_up.detach().requires_grad_()
+    return torch.autograd.grad(geglu(gate_up), gate_up, grad)[0]
+
+
+def check_gradient(backend, gate_up, dtype):
+    """Nearer to float64 than the twin's is, which rounds the gradient of the gate twice."""
+    grad = backend.randn(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=dtype)
+    actual = gradient(backend.ops.geglu, gate_up, grad)
+    expected = gradient(float64.geglu, gate_up.double().cpu(), grad.double().cpu())
+    gate, up = gate_up.double().cpu().abs().chunk(2, -1)
+    grads = torch.cat([grad, grad], -1).double().cpu().abs()
+    # 1 + tanh cancels far below 0, and the slope has the exponent's error times its own slope.
+    size = torch.cat([(1 + gate) ** 2 * up, gate], -1) * grads
+    roundings = 3 if backend.name == "eager" else 1
+    assert_close_to_float64(
+        actual, expected, dtype, roundings=roundings, terms=4, magnitude=roundings * size
+    )
+    return actual
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_gradient(backend, poisoned_memory, case, dtype):
+    check_gradient(backend, backend.randn(*CASES[case], dtype=dtype, std=2.0), dtype)
+
+
+@pytest.mark.parametrize("view", ["columns", "transposed"])
+def test_gradient_of_strided(backend, view):
+    packed = backend.randn(12, 48)
+    views = {"columns": packed[:, 16:32], "transposed": packed.T}
+    assert check_gradient(backend, views[view], torch.float32).is_contiguous()
+    x, wide = backend.randn(6, 32), backend.randn(6, 48)
+    grad = gradient(backend.ops.geglu, x, wide[:, 16:32])
+    assert torch.equal(grad, gradient(backend.ops.geglu, x, wide[:, 16:32].contiguous()))
+
+
+def test_what_is_held_back_passes_nothing(backend):
+    """Where fp16 saturates there is no slope; beside it there is."""
+    gate = torch.tensor([300.0, -300.0, 300.0, 250.0], dtype=torch.float16)
+    up = torch.tensor([300.0, 300.0, -300.0, 250.0], dtype=torch.float16)
+    ones = backend.to(torch.ones(4, dtype=torch.float16))
+    grad = gradient(backend.ops.geglu, backend.to(torch.cat([gate, up])), ones)
+    assert grad.tolist() == [0, 0, 0, 250, 0, 0, 0, 250]
+
+
+def test_the_backward_twin(device_backend):
+    """What stands for the kernel where none is, beside what autograd makes of the forward."""
+    gate_up = device_backend.randn(5, 74, std=3.0)
+    grad = device_backend.randn(5, 37)
+    actual = reference.geglu_backward(grad, gate_up)
+    expected = gradient(float64.geglu, gate_up.double().cpu(), grad.double().cpu())
+    size = 4 * (1 + gate_up.abs().amax()) ** 2
+    assert_close_to_float64(actual, expected, torch.float32, magnitude=float(size))
 
 
 BAD = {

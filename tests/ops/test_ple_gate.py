@@ -87,6 +87,68 @@ def test_fp16_saturates(backend):
     assert y[:2].tolist() == [65504.0, -65504.0] and y[2].isnan()
 
 
+def gradients(ple_gate, arguments, grad):
+    """Of gate and of the layer's slice of ple; of the other slices there is none."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in ("gate", "ple")}
+    d_gate, d_ple = torch.autograd.grad(
+        ple_gate(**(arguments | leaves)), list(leaves.values()), grad
+    )
+    others = [i for i in range(d_ple.shape[1]) if i != arguments["layer"]]
+    assert (d_ple[:, others] == 0).all()
+    return d_gate, d_ple[:, arguments["layer"]]
+
+
+def check_gradients(backend, arguments):
+    gate, ple, layer = (arguments[name] for name in ("gate", "ple", "layer"))
+    grad = backend.randn(*gate.shape, dtype=torch.promote_types(gate.dtype, ple.dtype))
+    actual = gradients(backend.ops.ple_gate, arguments, grad)
+    exact = {
+        n: x.double().cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()
+    }
+    expected = gradients(float64.ple_gate, exact, grad.double().cpu())
+    size = exact["gate"].abs()
+    # The slope has the exponent's error times its own slope.
+    sizes = (1 + size) ** 2 * exact["ple"][:, layer].abs(), size
+    roundings = 3 if backend.name == "eager" else 1
+    for a, e, of, like in zip(actual, expected, sizes, (gate, ple), strict=True):
+        of = roundings * of * grad.double().cpu().abs()
+        # The twin keeps what it makes of the gate in its dtype.
+        inner = torch.promote_types(gate.dtype, FP32) if backend.name != "eager" else gate.dtype
+        assert_close_to_float64(
+            a, e, like.dtype, roundings=roundings, terms=4, magnitude=of, inner=inner
+        )
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_gradient(backend, poisoned_memory, case, dtype):
+    check_gradients(backend, inputs(backend, case, dtype))
+
+
+@pytest.mark.parametrize(("gate", "ple"), [(BF16, FP32), (FP16, FP32), (FP32, BF16)], ids=str)
+def test_gradient_of_mixed_dtypes(backend, poisoned_memory, gate, ple):
+    arguments = inputs(backend, "last layer", torch.float32)
+    check_gradients(backend, in_dtypes(arguments, gate=gate, ple=ple))
+
+
+@pytest.mark.parametrize("wanted", ["gate", "ple"])
+def test_gradient_of_one_input(backend, poisoned_memory, wanted):
+    arguments = inputs(backend, "odd width", torch.float32)
+    both = gradients(backend.ops.ple_gate, arguments, grad := backend.randn(5, 7))
+    leaf = arguments[wanted] = arguments[wanted].detach().requires_grad_()
+    (found,) = torch.autograd.grad(backend.ops.ple_gate(**arguments), leaf, grad)
+    found = found if wanted == "gate" else found[:, arguments["layer"]]
+    assert torch.equal(found, both[("gate", "ple").index(wanted)])
+
+
+def test_what_is_held_back_passes_nothing(backend):
+    gate = torch.tensor([[300.0, 300.0, 250.0]], dtype=torch.float16)
+    ple = torch.tensor([[[300.0, -300.0, 250.0]]], dtype=torch.float16)
+    arguments = {"gate": backend.to(gate), "ple": backend.to(ple), "layer": 0}
+    found = gradients(backend.ops.ple_gate, arguments, backend.to(torch.ones_like(gate)))
+    assert [x[0].tolist() for x in found] == [[0, 0, 250]] * 2
+
+
 BAD = {
     "integer gate": (
         {"gate": lambda g: g.int()},

@@ -63,6 +63,53 @@ def test_traffic(counted, case, dtype):
             assert asked == useful, f"{name}: {asked} bytes asked for, {useful} would do"
 
 
+BACKWARD = {  # what a call of each backward reads and writes
+    "geglu": (("grad", "gate_up"), ("d_gate_up",)),
+    "ple_gate": (("grad", "gate", "ple"), ("d_gate", "d_slice")),
+    "softcap_cross_entropy": (("logits",), ("d_logits",)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("op", BACKWARD)
+def test_backward_traffic(counted, op, dtype):
+    """All once, in one launch: five values an element of a gated product, two of a logit."""
+    backend = emulated_backend()
+    sizes = (64, 1, 256, 0) if op == "ple_gate" else (64, 2048)
+    arguments = getattr(cases, op)(backend, *sizes, dtype=dtype)
+    if op == "softcap_cross_entropy":
+        arguments["targets"] = torch.arange(64)
+    backward = getattr(cases, f"{op}_backward")(backend, arguments)
+    counted.reset_counts()
+    counted.settings.seed = 1
+    with emulated.one_schedule():
+        opset.kernels.call(opset.OPS[f"{op}_backward"], tuple(backward.values()))
+    counts, rows = counted.counts(), ("targets", "lse", "grad_nll", "grad_lse")
+    assert counts.launches == 1
+    read, written = BACKWARD[op]
+    moved = {b.name: (b.read_bytes, b.written_bytes) for b in counts.buffers if b.name not in rows}
+    elements = 64 * 2048 if op != "ple_gate" else 64 * 256
+    halves = {"gate_up": 2, "d_gate_up": 2}
+    expected = {n: (halves.get(n, 1) * elements * dtype.itemsize, 0) for n in read}
+    expected |= {n: (0, halves.get(n, 1) * elements * dtype.itemsize) for n in written}
+    assert moved == expected
+    check_sites(counts, exempt=rows)
+
+
+def test_cross_entropy_traffic(counted):
+    """Logits once, and of a row the one of its target again; of ignored rows none."""
+    backend = emulated_backend()
+    arguments = cases.softcap_cross_entropy(backend, 8, 4096, dtype=BF16)
+    with emulated.one_schedule():
+        backend.ops.softcap_cross_entropy(**arguments)
+    counts, kept = counted.counts(), int((arguments["targets"] != -100).sum())
+    assert counts.launches == 1
+    (logits,) = (b for b in counts.buffers if b.name == "logits")
+    assert logits.read_bytes == kept * 2 * (4096 + 1) and kept == 6
+    chosen = lines_with("linear/softcap_cross_entropy.cuh", "logits[target]")
+    check_sites(counts, ("targets", "nll", "lse"), chosen)
+
+
 def check_sites(counts, exempt=(), exempt_lines=()):
     for site in counts.sites:
         if site.where in exempt_lines:

@@ -379,6 +379,14 @@ def moe_experts(
     }
 
 
+def moe_experts_backward(b: Backend, forward: Arguments, *wanted: bool) -> Arguments:
+    """Behind a call of the forward; `wanted`: of x, gate_up, down and weights, all unless given."""
+    given = complete("moe_experts", forward) | {"grad": torch.randn_like(forward["x"])}
+    names = opset.OPS["moe_experts_backward"].names
+    given |= zip(names[-4:], wanted or (True,) * 4, strict=True)
+    return {name: given[name] for name in names}
+
+
 def moe_open(
     b: Backend,
     tokens: int,
@@ -448,6 +456,43 @@ def softcap(
 
 
 softcap_argmax = softcap
+
+
+def softcap_cross_entropy(
+    b: Backend,
+    tokens: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = FP32,
+    std: float = 20.0,
+    cap: float = 30.0,
+) -> Arguments:
+    """Of random targets, some of them ignored."""
+    targets = torch.randint(vocab_size, (tokens,))
+    targets[1::4] = -100
+    logits = b.randn(tokens, vocab_size, dtype=dtype, std=std)
+    return {"logits": logits, "targets": b.to(targets), "cap": cap}
+
+
+def softcap_cross_entropy_backward(b: Backend, forward: Arguments) -> Arguments:
+    """Behind a call of the forward, into a tensor of its own."""
+    arguments = {n: x.detach() if isinstance(x, Tensor) else x for n, x in forward.items()}
+    nll, lse = b.ops.softcap_cross_entropy(**arguments)
+    grads = dict(lse=lse, grad_nll=torch.randn_like(nll), grad_lse=torch.randn_like(nll))
+    d_logits = torch.empty_like(arguments["logits"], memory_format=torch.contiguous_format)
+    return complete("softcap_cross_entropy_backward", arguments | grads | {"d_logits": d_logits})
+
+
+def geglu_backward(b: Backend, forward: Arguments, op: str = "geglu") -> Arguments:
+    """Behind a call of it; all is wanted."""
+    arguments = {n: x.detach() if isinstance(x, Tensor) else x for n, x in forward.items()}
+    grad = torch.randn_like(getattr(b.ops, op)(**arguments))
+    made = arguments | {"grad": grad, "wants_gate": True, "wants_ple": True}
+    return {name: made[name] for name in opset.OPS[f"{op}_backward"].names}
+
+
+def ple_gate_backward(b: Backend, forward: Arguments) -> Arguments:
+    return geglu_backward(b, forward, "ple_gate")
 
 
 def sample(

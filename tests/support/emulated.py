@@ -128,6 +128,7 @@ def build(csrc: Path = CSRC, folder: Path = BUILD / "emulation", instrument: str
 LAUNCHED_BY = {"attention_prefill": "attention", "attention_decode": "attention"}
 LAUNCHED_BY |= {"geglu": "gelu_mul", "ple_gate": "gelu_mul"}
 LAUNCHED_BY |= {"rms_norm_backward": "weight_gradients"}
+LAUNCHED_BY |= dict.fromkeys(("geglu_backward", "ple_gate_backward"), "gelu_mul_backward")
 
 
 def rebuild(op: str, csrc: Path, folder: Path) -> Path:

@@ -344,3 +344,19 @@ def sample(logits, seeds, positions, cap, temperature, top_k=0, top_p=1.0, min_p
 @_formula
 def softcap(logits, cap, dtype=None):
     return _round(_round(torch.tanh(_round(logits / cap, dtype)), dtype) * cap, dtype)
+
+
+@_formula
+def softcap_cross_entropy(logits, targets, cap):
+    """NaN where the target is no token; 0 and 0 where it is -100."""
+    nll, lse = [], []
+    for row, target in zip(logits, targets.tolist(), strict=True):
+        x = softcap(row, cap) if cap else row
+        total = x.max() + (x - x.max()).exp().sum().log()
+        known = 0 <= target < len(row)
+        cost = total - x[target] if known else total * math.nan
+        nll.append(total * 0 if target == -100 else cost)
+        lse.append(total * 0 if target == -100 else total)
+    if not nll:
+        return logits.sum(-1), logits.sum(-1)
+    return torch.stack(nll), torch.stack(lse)

@@ -9,7 +9,7 @@ import transformers
 
 from gemma4_kernels import common, ops, opset, residual
 from gemma4_kernels.integrations import transformers as plugin
-from gemma4_kernels.integrations.transformers import attention, base, decode, experts, modules
+from gemma4_kernels.integrations.transformers import attention, base, decode, experts, loss, modules
 
 from . import make_golden
 
@@ -107,7 +107,7 @@ def close_gradients(ours, theirs):
 
 def use_ops(monkeypatch, ops):
     """Puts others in the place of the ops that the plug-in calls."""
-    for module in (attention, common, decode, experts, modules, residual):
+    for module in (attention, common, decode, experts, loss, modules, residual):
         monkeypatch.setattr(module, "ops", ops)
 
 

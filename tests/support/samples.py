@@ -269,6 +269,19 @@ def ple_embed(b: Leaves) -> Cases:
     }
 
 
+def softcap_cross_entropy(b: Leaves) -> Cases:
+    def make(tokens: int = 3, vocab_size: int = 8, **options) -> Arguments:
+        return cases.softcap_cross_entropy(b, tokens, vocab_size, **options)
+
+    return {
+        "usual": make(),
+        "odd": make(2, 7, cap=0.0, std=3.0),
+        "transposed": make(4) | {"logits": b.turned(4, 8)},
+        "int32": (usual := make()) | {"targets": usual["targets"].int()},
+        "empty": make(0),
+    }
+
+
 def sample(b: Leaves) -> Cases:
     draws = dict(temperature=0.7, top_k=3, top_p=0.9)
     return {
@@ -295,7 +308,7 @@ SAMPLES: dict[str, Callable[[Leaves], Cases]] = {
     for function in (
         *(rms_norm, add_rms_norm, qkv_norm_rope, qkv_norm_rope_cache, linear_packed, linear_small),
         *(attention_prefill, attention_decode, qkv_attention_decode, moe_route, moe_experts),
-        *(moe_open, moe_experts_small, ple_embed, ple_gate, sample),
+        *(moe_open, moe_experts_small, ple_embed, ple_gate, sample, softcap_cross_entropy),
     )
 }
 

@@ -36,8 +36,12 @@ def launch_cases(b: Backend) -> Iterator[Call]:
         for width in PLE_WIDTHS:
             yield "ple_embed", cases.ple_embed(b, 4, 4, 2, width, dtype=dtype)
             yield "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype)
-            for op in ("geglu", "softcap", "softcap_argmax"):
-                yield op, getattr(cases, op)(b, 4, width, dtype=dtype)
+            for op in ("geglu", "softcap", "softcap_argmax", "softcap_cross_entropy"):
+                arguments = getattr(cases, op)(b, 4, width, dtype=dtype)
+                yield op, arguments
+                if op in ("geglu", "softcap_cross_entropy"):
+                    yield backward_of(b, op, arguments)
+            yield backward_of(b, "ple_gate", cases.ple_gate(b, 4, 2, width, 1, dtype=dtype))
         for vocab_size in (4104, 77):
             for options in ({}, dict(temperature=0.7), dict(temperature=0.7, top_k=5)):
                 yield "sample", cases.sample(b, 2, vocab_size, dtype=dtype, **options)
@@ -61,6 +65,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
+        backward = cases.moe_experts_backward(b, cases.moe_experts(b, 3, 2, 1, 64, 64, dtype=dtype))
+        for wide in ({}, {"gate_up": FP32, "down": FP32}):
+            yield "moe_experts_backward", in_dtypes(backward, **wide)
         for form in ({}, {"codes": torch.int8}):
             for sizes in ((1, 2, 1), (12, 2, 1), (20, 2, 1)):
                 arguments = cases.moe_experts(b, *sizes, 64, 64, dtype=dtype, form=form)
@@ -113,6 +120,8 @@ def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
     for width in PLE_WIDTHS:
         yield from mixed("ple_embed", 4, 4, 1, width, also="table")
         yield from mixed("ple_gate", 4, 2, width, 1)
+        arguments = under_autocast("ple_gate", cases.ple_gate(b, 4, 2, width, 1), dtype)
+        yield backward_of(b, "ple_gate", arguments)
 
 
 def backward_of(b: Backend, op: str, forward: Arguments) -> Call:

@@ -15,6 +15,7 @@ prompts.
     decode      the parts of a layer for a few tokens
     cache       transformers' static cache, as a step of decoding writes and reads it
     packed      linear layers that other libraries quantised, as packed ones of ours
+    loss        what it calls for the loss
     swap        puts them in and takes them out
     report      says what they do
 """

@@ -44,6 +44,8 @@ def before_model(
         rotary.read_by_layers_alone = True
         if not torch.is_grad_enabled():
             kwargs |= {decode.STEP: decode.Step(model)}
+        elif model.hidden_size_per_layer_input and not torch.compiler.is_compiling():
+            kwargs |= {SLICES: Slices()}
     return args, kwargs
 
 
@@ -56,6 +58,33 @@ def after_model(
     step = kwargs.get(decode.STEP)
     if step is not None and output is not None:
         step.finish()
+
+
+# The keyword by which the layers of one forward, if it is differentiated, are given Slices.
+SLICES = "gemma4_kernels_slices"
+
+
+class Slices:
+    """The layers' slices of the per-layer inputs, cut apart at once.
+
+    transformers cuts each out alone, whose gradient is zeros of all layers' but for one; these are
+    put together once.
+    """
+
+    def __init__(self) -> None:
+        self.whole: Tensor | None = None
+        self.slices: tuple[Tensor, ...] = ()
+
+    def like(self, given: Tensor, layer: int) -> Tensor:
+        """The same slice as the given one, or this one where it was not cut out of all layers'."""
+        whole, cut = given._base, type(given.grad_fn).__name__ == "SelectBackward0"
+        if not cut or whole is None or whole.ndim != given.ndim + 1 or whole.shape[2] <= layer:
+            return given
+        if whole is not self.whole:
+            self.whole, self.slices = whole, whole.unbind(2)
+        found = self.slices[layer]
+        same = found.data_ptr() == given.data_ptr() and found.shape == given.shape
+        return found if same and found.stride() == given.stride() else given
 
 
 # Of a layer, after those that it takes itself: their order, should one be given without its name.
@@ -78,12 +107,15 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
         if are_positions(turns) and why_seen(self.self_attn, Attention) is not None:
             kwargs["position_embeddings"] = cosines(turns, hidden_states)
         step: decode.Step | None = kwargs.pop(decode.STEP, None)
+        slices: Slices | None = kwargs.pop(SLICES, None)
         if not base.takes_ops(hidden_states):
             if step is not None:
                 residual = step.take(hidden_states)
                 x_TD = step.for_modules(residual, self, kwargs)
                 hidden_states = x_TD.view(hidden_states.shape)
             return super().forward(hidden_states, per_layer_input, **kwargs)
+        if slices is not None and per_layer_input is not None:
+            per_layer_input = slices.like(per_layer_input, self.self_attn.layer_idx)
         if isinstance(self.self_attn, Attention) and not self.self_attn.is_kv_shared_layer:
             decode.static_layer(self.self_attn, kwargs)
         few = decode.are_few(hidden_states)

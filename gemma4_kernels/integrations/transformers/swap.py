@@ -10,6 +10,7 @@ from ...fusion import M
 from . import base, layer
 from .attention import attention
 from .experts import experts
+from .loss import put_loss, take_loss
 from .mask import mask
 from .packed import put_packed
 
@@ -28,7 +29,7 @@ def register() -> None:
 
 
 def enable(model: nn.Module, *, packed: bool = False) -> nn.Module:
-    """Puts a Gemma 4 model's modules, attention and experts on these ops, in place.
+    """Puts a Gemma 4 model's modules, attention, experts and loss on these ops, in place.
 
     Weights, their names and the outputs stay; `disable` takes it back but for the implementations,
     which `set_attn_implementation` sets. On a CPU all of it runs what transformers would, but for
@@ -62,6 +63,7 @@ def enable(model: nn.Module, *, packed: bool = False) -> nn.Module:
     for text_model in _all(model, gemma4.Gemma4TextModel):
         text_model.register_forward_pre_hook(layer.before_model, with_kwargs=True)
         text_model.register_forward_hook(layer.after_model, with_kwargs=True, always_call=True)
+    put_loss(model)
     outermost = _all(model, PreTrainedModel)[0]
     outermost.set_attn_implementation(base.NAME)
     if config.enable_moe_block:
@@ -72,6 +74,7 @@ def enable(model: nn.Module, *, packed: bool = False) -> nn.Module:
 def disable(model: nn.Module) -> nn.Module:
     """Takes back what `enable` did to the modules. Returns the model."""
     _swap(model, ORIGINAL)
+    take_loss(model)
     for text_model in _all(model, gemma4.Gemma4TextModel):
         for hooks in (text_model._forward_pre_hooks, text_model._forward_hooks):
             for key, hook in list(hooks.items()):
