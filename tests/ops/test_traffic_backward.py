@@ -8,7 +8,7 @@ import pytest
 from support import cases, emulated
 from support.backends import BF16, FP32, in_dtypes
 from support.marks import emulated_backend
-from test_traffic import check_sites, counted  # noqa: F401
+from support.traffic import check_sites
 
 from gemma4_kernels import opset
 
@@ -37,7 +37,7 @@ CACHED = WEIGHTS | {"inv_freq", "index", "positions"}
     "case",
     [pytest.param(case, marks=pytest.mark.slow) if "31B" in case else case for case in CASES],
 )
-def test_traffic(counted, case, wants):  # noqa: F811
+def test_traffic(counted, case, wants):
     op, sizes, wide = CASES[case]
     b = emulated_backend()
     # Of q, k and v apart, as training makes them: of views each would count the memory of all.

@@ -4,7 +4,8 @@ import pytest
 from support import cases, emulated
 from support.backends import BF16
 from support.marks import emulated_backend
-from test_traffic import MOE_SMALL, check_sites, counted  # noqa: F401
+from support.traffic import check_sites
+from test_traffic_moe import MOE_SMALL
 
 from gemma4_kernels import opset
 
@@ -12,7 +13,7 @@ TOKENS, WIDTH, HIDDEN = 256, 128, 128
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen experts"])
-def test_experts_work(counted, frozen):  # noqa: F811
+def test_experts_work(counted, frozen):
     """On full tiles eight products and not one more, of frozen experts five; what a tile reads
     comes once for each tile beside it, and all that is made is written once, zeros of an idle
     expert too."""
