@@ -44,6 +44,7 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "add_rms_norm": 4 * c.hidden_size,
         "add_rms_norm_backward": 6 * c.hidden_size,
         "moe_norm": 3 * c.hidden_size,
+        "moe_norm_backward": 4 * c.hidden_size,
         "qkv_norm_rope": 2 * heads * c.head_dim,
         "qkv_norm_rope_backward": 3 * heads * c.head_dim,
         "qkv_norm_rope_cache": 2 * heads * c.head_dim,
@@ -137,6 +138,13 @@ def moe_bytes(model: str, tokens: int, packed: bool = False) -> float:
     c = MODELS[model]
     of_expert = expert_bytes(model) * (PACKED_BYTES / BYTES if packed else 1)
     return touched_experts(model, tokens) * of_expert + 2 * BYTES * tokens * c.hidden_size
+
+
+def moe_backward_bytes(model: str, tokens: int) -> float:
+    """As the forward's, with a gradient of every expert, and dx beside y's gradient and x."""
+    c = MODELS[model]
+    written = c.num_experts * expert_bytes(model) + BYTES * tokens * c.hidden_size
+    return moe_bytes(model, tokens) + written
 
 
 def moe_open_bytes(model: str, tokens: int) -> int:

@@ -224,6 +224,17 @@ def packed_moe_experts(model: str, n: int) -> Case:
     return Case("moe_experts", f"{model} in 4 bits, {n} tokens", make, *counts, codes=True)
 
 
+def moe_experts_backward(model: str, n: int) -> Case:
+    """All gradients: of eight matrix products six are useful, and two make gate and up again."""
+    forward = moe_experts(model, n)
+
+    def make(device: torch.device) -> Arguments:
+        return cases.moe_experts_backward(EAGER, forward.make(device))
+
+    counts = limits.moe_backward_bytes(model, n), 2 * forward.flop
+    return Case("moe_experts_backward", forward.label, make, *counts)
+
+
 def moe_open(model: str, n: int) -> Case:
     c = limits.MODELS[model]
     rows, experts, width = c.intermediate_size, c.num_experts, c.hidden_size
@@ -260,7 +271,10 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             yield from (linear_packed(model, part, n) for n in sizes.tokens[:2])
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
-                yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))
+                yield from (row("moe_norm", model, n), row_backward("moe_norm", model, n))
+                yield from (moe_route(model, n), moe_experts(model, n))
+                if n >= 64:
+                    yield moe_experts_backward(model, n)
                 if n <= 8:
                     yield from (moe_open(model, n), moe_experts_small(model, n))
                 if n in (1, 64):
