@@ -140,7 +140,7 @@ class _Products(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         x, *parameters = inputs
         ctx.set_materialize_grads(False)
-        ctx.rows = x.shape[:-1]
+        ctx.shape = x.shape
         # Frozen weights need no x, which nothing else may hold.
         kept = x if any(ctx.needs_input_grad[1::2]) else None
         ctx.save_for_backward(kept, *parameters[::2])
@@ -160,4 +160,4 @@ class _Products(torch.autograd.Function):
             wants_weight, wants_bias = wanted[2 * i : 2 * i + 2]
             found.append(rows.T @ x.flatten(0, -2) if wants_weight else None)
             found.append(rows.sum(0) if wants_bias else None)
-        return dx if dx is None else dx.view(*ctx.rows, -1), *found
+        return dx if dx is None else dx.view(ctx.shape), *found

@@ -219,8 +219,9 @@ def moe_experts(
     gate_up and down have the dtype of x or are fp32, or each is packed; they are rounded to the
     dtype of x, each expert when it is multiplied. Packed ones have no gradient, and a kernel only
     if both are. Under autocast x is multiplied in its dtype.
-    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone. In fp16
-    what `geglu` and each product make is held within ±65504. For any other expert the eager twin
+    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone, in the
+    backward too, which makes gate_up x again and no gradient that is not wanted. In fp16 what
+    `geglu` and each product make is held within ±65504. For any other expert the eager twin
     raises ValueError; a kernel, which waits for no device, skips it.
     """
     product = product_dtype(x)

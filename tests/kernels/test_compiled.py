@@ -68,6 +68,10 @@ INSTRUCTIONS = {
     r"moe_small_gate_up_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
     r"moe_combine_kernel<.*>": (LOAD, STORE),
+    r"moe_hidden_gradient_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x64x16\..*"),
+    r"moe_weight_gradient_kernel<(\w+), \1>": (
+        *(COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
+    ),
 }
 
 

@@ -127,14 +127,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 26 tokens no more than 5 at once, and in fp32 a row."""
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_no_logits_of_all_tokens(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 26 tokens no more than 5 at once, or 20 where more chunks would have sums; in fp32 one."""
     monkeypatch.setattr("gemma4.loss.LOSS_TOKENS", 5)
     monkeypatch.setattr("gemma4_kernels.reference.logits.LOSS_ELEMENTS", 1)
     model = tiny(SMALL).bfloat16()
+    model.lm_head.weight.requires_grad_(trained)
     with Largest(97, 64) as seen:
         model(ids(2, 13), labels=LABELS, skip_logits=True).loss.backward()
-    assert seen.most == {torch.bfloat16: 5, torch.float32: 1}
+    assert seen.most == {torch.bfloat16: 20 if trained else 5, torch.float32: 1}
 
 
 def hooked(model: Gemma4ForCausalLM) -> None:
@@ -208,6 +210,14 @@ def test_labels_that_are_all_ignored(chunk: int) -> None:
     loss = model(ids(2, 13), labels=torch.full_like(LABELS, -100)).loss
     assert loss.item() == 0
     assert all((grad == 0).all() for grad in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("kind", [DENSE, E_SERIES, MOE], ids=["dense", "e_series", "moe"])
+def test_a_batch_of_padding(kind: dict[str, object]) -> None:
+    model = tiny(kind)
+    output = model(ids(2, 13), attention_mask=torch.zeros(2, 13), labels=LABELS)
+    assert output.loss == 0 and output.logits.shape == (2, 13, model.config.vocab_size)
+    assert all((grad == 0).all() for grad in gradients(model, output.loss).values())
 
 
 def test_a_label_that_is_no_token() -> None:
