@@ -228,10 +228,11 @@ DECODES = (
 )
 
 
-def decode_estimate(model: str, kind: str, keys: int, iterations: int) -> dict:
-    """`iterations`: of the longest block, and one to merge, since others share the keys."""
+def decode_estimate(model: str, kind: str, keys: int, iterations: int, coded: bool = False) -> dict:
+    """`iterations`: of the longest block, and one to merge, since others share the keys; a tile of
+    coded ones has as many."""
     size = MODELS[model].head_size(kind)
-    dram = limits.attention_bytes(model, kind, 1, keys)
+    dram = limits.attention_bytes(model, kind, 1, keys, coded=coded)
     # Lengths, then where keys lie, are read before the first of them.
     bounds = {
         "start": 2 * LAUNCH + 2 * READ,
@@ -239,7 +240,8 @@ def decode_estimate(model: str, kind: str, keys: int, iterations: int) -> dict:
         "iterations": iterations * ITERATION,
     }
     seconds = bounds["start"] + max(bounds["dram"] + ITERATION, bounds["iterations"])
-    case = f"attention_decode {size}, {model} {kind.split('_')[0]}, {keys} keys"
+    in_codes = " in e4m3" if coded else ""
+    case = f"attention_decode {size}, {model} {kind.split('_')[0]}, {keys} keys{in_codes}"
     return row(case, limits.floor(dram), bounds, seconds)
 
 
@@ -345,10 +347,11 @@ def moe_estimates(kernel: dict) -> list[dict]:
     model = "26B-A4B"
     few = [
         streamed(
-            f"moe_experts, {tokens} tokens",
-            limits.moe_bytes(model, tokens),
+            f"moe_experts{' in 4 bits' if packed else ''}, {tokens} tokens",
+            limits.moe_bytes(model, tokens, packed),
             *(3, STREAMED, limits.moe_flop(model, tokens)),
         )
+        for packed in (False, True)
         for tokens in (1, 8, 64)
     ]
     return few + [moe_tiles_estimate(tokens, kernel) for tokens in (2048, 8192)]

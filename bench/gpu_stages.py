@@ -113,7 +113,8 @@ STAGES = {
         *("geglu", "ple_embed", "ple_gate", "softcap", "softcap_argmax", "sample"),
     ),
     "backward": bench_ops(
-        *("attention_prefill_backward", "geglu_backward", "ple_gate_backward"),
+        *("attention_prefill_backward", "moe_experts_backward"),
+        *("geglu_backward", "ple_gate_backward"),
         *("softcap_cross_entropy", "softcap_cross_entropy_backward"),
     ),
     "counters": Stage(

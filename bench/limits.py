@@ -17,6 +17,7 @@ MODELS = {n: Gemma4TextConfig.preset(n) for n in RELEASED}
 FEW_EXPERTS = "26B-A4B of 16 experts"  # as many as a CPU can do
 MODELS[FEW_EXPERTS] = dataclasses.replace(MODELS["26B-A4B"], num_experts=16)
 BYTES = 2  # of a value: bf16
+PACKED_BYTES = 0.5 + 2 / 32  # of a number in four bits, with 16 for the scale of 32
 
 
 def visible_pairs(tokens: int, keys: int, window: int) -> int:
@@ -43,6 +44,7 @@ def row_bytes(model: str, op: str, tokens: int) -> int:
         "add_rms_norm": 4 * c.hidden_size,
         "add_rms_norm_backward": 6 * c.hidden_size,
         "moe_norm": 3 * c.hidden_size,
+        "moe_norm_backward": 4 * c.hidden_size,
         "qkv_norm_rope": 2 * heads * c.head_dim,
         "qkv_norm_rope_backward": 3 * heads * c.head_dim,
         "qkv_norm_rope_cache": 2 * heads * c.head_dim,
@@ -81,18 +83,22 @@ def linear_bytes(model: str, part: str, tokens: int) -> int:
 
 
 def packed_bytes(model: str, part: str, tokens: int) -> float:
-    """The same of four bits a number and 16 for the scale of 32."""
+    """The same of a packed weight."""
     rows, width = linear_shapes(model)[part]
-    return rows * width * (0.5 + 2 / 32) + BYTES * tokens * (rows + width)
+    return rows * width * PACKED_BYTES + BYTES * tokens * (rows + width)
 
 
-def attention_bytes(model: str, kind: str, tokens: int, keys: int, batch: int = 1) -> int:
-    """Queries read and outputs written, and the visible keys and values read, once each."""
-    c = MODELS[model]
+def attention_bytes(
+    model: str, kind: str, tokens: int, keys: int, batch: int = 1, coded: bool = False
+) -> int:
+    """Queries read and outputs written, and the visible keys and values read, once each; coded keys
+    have a byte a number and a scale of fp32."""
+    c, size = MODELS[model], MODELS[model].head_size(kind)
     window = c.window(kind)[0]
     seen = min(keys, window + tokens - 1) if window else keys
-    rows = 2 * tokens * c.num_attention_heads + 2 * seen * c.kv_heads(kind)
-    return BYTES * batch * rows * c.head_size(kind)
+    of_key = size + 4 if coded else BYTES * size
+    queries = BYTES * tokens * c.num_attention_heads * size
+    return 2 * batch * (queries + seen * c.kv_heads(kind) * of_key)
 
 
 def attention_flop(model: str, kind: str, tokens: int, keys: int, batch: int = 1) -> int:
@@ -128,9 +134,17 @@ def moe_flop(model: str, tokens: int) -> int:
     return 2 * tokens * c.top_k_experts * 3 * c.hidden_size * c.moe_intermediate_size
 
 
-def moe_bytes(model: str, tokens: int) -> float:
+def moe_bytes(model: str, tokens: int, packed: bool = False) -> float:
     c = MODELS[model]
-    return touched_experts(model, tokens) * expert_bytes(model) + 2 * BYTES * tokens * c.hidden_size
+    of_expert = expert_bytes(model) * (PACKED_BYTES / BYTES if packed else 1)
+    return touched_experts(model, tokens) * of_expert + 2 * BYTES * tokens * c.hidden_size
+
+
+def moe_backward_bytes(model: str, tokens: int) -> float:
+    """As the forward's, with a gradient of every expert, and dx beside y's gradient and x."""
+    c = MODELS[model]
+    written = c.num_experts * expert_bytes(model) + BYTES * tokens * c.hidden_size
+    return moe_bytes(model, tokens) + written
 
 
 def moe_open_bytes(model: str, tokens: int) -> int:

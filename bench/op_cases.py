@@ -28,6 +28,7 @@ class Case:
     make: Make
     bytes: float
     flop: float = 0.0
+    codes: bool = False  # which no other library takes as they are here
 
     @property
     def item(self) -> str:
@@ -156,6 +157,17 @@ def attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
     return Case("attention_decode", label, make, *counts)
 
 
+def coded_attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
+    """The same over keys in e4m3."""
+    plain = attention_decode(model, kind, batch, keys)
+
+    def make(device: torch.device) -> Arguments:
+        return cases.in_e4m3(OnDevice("bench", device), plain.make(device))
+
+    dram = limits.attention_bytes(model, kind, 1, keys, batch, coded=True)
+    return Case("attention_decode", f"{plain.label} in e4m3", make, dram, plain.flop, codes=True)
+
+
 def qkv_attention_decode(model: str, kind: str, batch: int, keys: int) -> Case:
     """As `attention_decode`, of a layer that has keys of its own."""
     c, decode = limits.MODELS[model], attention_decode(model, kind, batch, keys)
@@ -203,6 +215,26 @@ def moe_experts(model: str, n: int) -> Case:
     return Case("moe_experts", f"{model}, {n} tokens", make, *counts)
 
 
+def packed_moe_experts(model: str, n: int) -> Case:
+    """Four bits, a scale of 16 for 32 columns."""
+    c = limits.MODELS[model]
+    sizes = n, c.num_experts, c.top_k_experts, c.hidden_size, c.moe_intermediate_size
+    make = maker("moe_experts", *sizes, form={})
+    counts = limits.moe_bytes(model, n, packed=True), limits.moe_flop(model, n)
+    return Case("moe_experts", f"{model} in 4 bits, {n} tokens", make, *counts, codes=True)
+
+
+def moe_experts_backward(model: str, n: int) -> Case:
+    """All gradients: of eight matrix products six are useful, and two make gate and up again."""
+    forward = moe_experts(model, n)
+
+    def make(device: torch.device) -> Arguments:
+        return cases.moe_experts_backward(EAGER, forward.make(device))
+
+    counts = limits.moe_backward_bytes(model, n), 2 * forward.flop
+    return Case("moe_experts_backward", forward.label, make, *counts)
+
+
 def moe_open(model: str, n: int) -> Case:
     c = limits.MODELS[model]
     rows, experts, width = c.intermediate_size, c.num_experts, c.hidden_size
@@ -230,6 +262,7 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
         for batch in sizes.batches:
             yield attention_decode(model, SLIDING, batch, sizes.contexts[0])
             yield qkv_attention_decode(model, SLIDING, batch, sizes.contexts[0])
+            yield coded_attention_decode(model, FULL, batch, sizes.contexts[0])
             for n in sizes.contexts:
                 yield attention_decode(model, FULL, batch, n)
                 yield qkv_attention_decode(model, FULL, batch, n)
@@ -238,9 +271,14 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
             yield from (linear_packed(model, part, n) for n in sizes.tokens[:2])
         if limits.MODELS[model].enable_moe_block:
             for n in sizes.moe_tokens:
-                yield from (row("moe_norm", model, n), moe_route(model, n), moe_experts(model, n))
+                yield from (row("moe_norm", model, n), row_backward("moe_norm", model, n))
+                yield from (moe_route(model, n), moe_experts(model, n))
+                if n >= 64:
+                    yield moe_experts_backward(model, n)
                 if n <= 8:
                     yield from (moe_open(model, n), moe_experts_small(model, n))
+                if n in (1, 64):
+                    yield packed_moe_experts(model, n)
         for n in sizes.tokens:
             ops = ["rms_norm", "add_rms_norm", "qkv_norm_rope", "qkv_norm_rope_cache", "geglu"]
             ops += ["ple_embed", "ple_gate"] * bool(

@@ -183,7 +183,8 @@ def decode_rows() -> list[dict]:
     settings, card = emulated.control().settings, token_cost.CARDS[0]
     before = settings.sm_count, settings.max_smem_bytes
     rows = [
-        estimates.decode_estimate(*case, token_cost.turns(*case, card))
+        estimates.decode_estimate(*case, token_cost.turns(*case, card), coded)
+        for coded in (False, True)
         for case in estimates.DECODES
     ]
     settings.sm_count, settings.max_smem_bytes = before

@@ -192,6 +192,45 @@ std::tuple<Tensor, Tensor> moe_norm(Tensor x, Tensor weight, Tensor scale, doubl
   return {y, router_x};
 }
 
+std::tuple<Tensor, Tensor, Tensor> moe_norm_backward(OptionalTensor grad_y,
+                                                     OptionalTensor grad_router_x, Tensor x,
+                                                     Tensor weight, Tensor scale, double eps,
+                                                     bool wants_x, bool wants_weight,
+                                                     bool wants_scale) {
+  Call call(x);
+  STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
+  const Shape shape = shape_of(x);
+  const int64_t width = shape.back();
+  const ScalarType other = call.promoted(scale.scalar_type());
+  const Rows rows = rows_for_backward(call, "x", x, shape, x.scalar_type());
+  const Rows y_grads = grad_y ? rows_for_backward(call, "grad_y", *grad_y, shape, x.scalar_type())
+                              : Rows{x, 0, 0, 0};
+  const Rows router_grads =
+      grad_router_x ? rows_for_backward(call, "grad_router_x", *grad_router_x, shape, other)
+                    : Rows{x, 0, 0, 0};
+  WeightSums sums(call, rows.rows, gemma4::kRowBlocks);
+  Tensor grad_x = call.empty(wants_x ? shape : Shape{0});
+  Tensor grad_weight = sums.of(0, weight, wants_weight);
+  Tensor grad_scale = sums.of(1, scale, wants_scale);
+  gemma4::moe_norm_backward(
+      {.grad_y = grad_y ? call.in("grad_y", y_grads.tensor) : nullptr,
+       .grad_router_x = grad_router_x ? call.in("grad_router_x", router_grads.tensor) : nullptr,
+       .x = call.in("x", rows.tensor),
+       .weight = weight_for_backward(call, "weight", weight, width),
+       .scale = weight_for_backward(call, "scale", scale, width),
+       .grad_x = wants_x ? call.out("grad_x", grad_x) : nullptr,
+       .weights = sums.params,
+       .rows = rows.rows,
+       .grad_y_stride = y_grads.stride,
+       .grad_router_x_stride = router_grads.stride,
+       .x_stride = rows.stride,
+       .width = as_int("x", width),
+       .eps = static_cast<float>(eps),
+       .factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(width)))},
+      call.dtype(), Call::dtype(other), call.device());
+  return {grad_x, grad_weight, grad_scale};
+}
+
 Tensor heads_in_place(const Tensor& t) {
   return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t);
 }
@@ -353,6 +392,7 @@ void register_norm(Library& m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("moe_norm", TORCH_BOX(&moe_norm));
+  m.impl("moe_norm_backward", TORCH_BOX(&moe_norm_backward));
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("qkv_norm_rope_backward", TORCH_BOX(&qkv_norm_rope_backward));
   m.impl("qkv_norm_rope_cache", TORCH_BOX(&qkv_norm_rope_cache));

@@ -8,7 +8,8 @@
 //
 // moe_hidden_gradient_kernel makes the first two lines of a tile of 128 assignments and 64 hidden
 // columns: of gate and up, made again, 16 bits stay in registers while d_hidden is summed, and
-// nothing between the products meets memory. Sums over F of d_weight are left in parts.
+// nothing between the products meets memory. Of d_weight it leaves a part a tile, which
+// moe_routing_gradient_kernel adds up.
 // moe_tiles_kernel multiplies by gate_upᵀ and moe_combine_kernel adds the slots in their order.
 // moe_weight_gradient_kernel makes a tile of 128 x 128 of an expert's weight, whole: sums over the
 // expert's assignments, however many, so that no two blocks add to one number. An expert that
@@ -16,9 +17,11 @@
 //
 // Products are those of linear/tiles.cuh, of operands of which the first product transposes none,
 // those with downᵀ and gate_upᵀ the weight, and the weights' gradients both. Shared memory:
-// sizeof(ProductTiles), and what is known of rows. Bound: as the forward's tiles; eight products of
-// F D an assignment for the forward's three, of which keeping gate and up would save two and cost
-// 4 F bytes an assignment from forward to backward.
+// sizeof(ProductTiles), and what is known of rows. Bound: as the forward's tiles, L2 and tensor
+// cores: eight products of F D an assignment for the forward's three, five where experts are
+// frozen. Two of them make gate and up again. To keep these would take 4 F bytes an assignment
+// until the backward comes, 5.5 GB of 26B's layers at 8,192 tokens, and save 2 of a step's 11
+// products, or 8.
 #pragma once
 
 #include "moe_tiles.cuh"

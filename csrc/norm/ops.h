@@ -99,6 +99,20 @@ struct AddRmsNormBackwardParams {
 void add_rms_norm_backward(const AddRmsNormBackwardParams& params, DType x, DType other,
                            const Device& device);
 
+struct MoeNormBackwardParams {
+  const void* grad_y;         // [rows, width]; null: zeros
+  const void* grad_router_x;  // [rows, width], of the other dtype; null: zeros
+  const void* x;              // [rows, width]
+  Floats weight, scale;       // [width]
+  void* grad_x;               // [rows, width]; null: not wanted
+  WeightGradients weights;    // of weight and scale
+  int64_t rows, grad_y_stride, grad_router_x_stride, x_stride;
+  int width;
+  float eps, factor;  // width^-½
+};
+void moe_norm_backward(const MoeNormBackwardParams& params, DType x, DType other,
+                       const Device& device);
+
 // Heads that need not lie beside each other.
 struct Heads {
   const void* data;  // [T, heads, C] or null

@@ -135,6 +135,20 @@ def moe_norm(draw: Draw) -> Iterator[Arguments]:
     yield draw.strided(*MANY, std=SMALL), draw.weight(MANY[1]), draw.weight(MANY[1]), EPS
 
 
+def moe_norm_backward(draw: Draw) -> Iterator[Arguments]:
+    for width in BACKWARD_WIDTHS:
+        for other, dtype in draw.pairs:
+            grads = draw.strided(3, width), draw.randn(3, width, dtype=other)
+            weights = draw.weight(width, dtype), draw.weight(width, other)
+            yield *grads, draw.strided(3, width), *weights, EPS, True, True, True
+        weights = draw.weight(width), draw.weight(width)
+        x = draw.strided(2, width)
+        yield draw.strided(2, width), None, x, *weights, EPS, True, False, False
+    grads = draw.strided(*MANY_SUMMED), draw.strided(*MANY_SUMMED)
+    weights = draw.weight(MANY_SUMMED[1]), draw.weight(MANY_SUMMED[1])
+    yield *grads, draw.strided(*MANY_SUMMED, std=SMALL), *weights, EPS, True, True, True
+
+
 def qkv_norm_rope(draw: Draw) -> Iterator[Arguments]:
     for head_dim in (24, *HEAD_DIMS):
         std = SMALL if head_dim == 128 else 1.0
@@ -156,8 +170,8 @@ def qkv_norm_rope_backward(draw: Draw) -> Iterator[Arguments]:
             yield *grads, q, k, v, q_weight, k_weight, *rest, True, k is not None
     q, k, v = draw.strided(600, 4, 256).split([2, 1, 1], 1)
     positions, inv_freq = torch.arange(600).to(draw.device), torch.ones(128).to(draw.device)
-    rest = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
-    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *rest
+    last = draw.weight(256), draw.weight(256), positions, inv_freq, EPS, True, True
+    yield draw.randn(*q.shape), None, draw.randn(*v.shape), q, k, v, *last
 
 
 def coded(caches: list[Tensor]) -> tuple[Tensor, ...]:
@@ -362,16 +376,8 @@ def moe_route(draw: Draw) -> Iterator[Arguments]:
 def moe_experts(draw: Draw) -> Iterator[Arguments]:
     # Weights streamed past up to 8 and up to 32 tokens, tiles of 64 and of 128 assignments.
     for tokens, experts, k in ((1, 5, 2), (12, 16, 2), (20, 2, 1), (133, 2, 1)):
-        width, hidden = 72, 40
-        chosen = torch.stack([draw.permutation(experts + 1)[:k] for _ in range(tokens)])
         for dtype in draw.others:
-            yield (
-                draw.strided(tokens, width),
-                *(draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype), None, None),
-                *(draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype), None, None),
-                chosen.to(draw.device),  # the last is one that lives elsewhere
-                draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
-            )
+            yield dense_experts(draw, tokens, experts, k, dtype)
     # Packed ones, whose tiles have one height.
     for tokens in (1, 12, 20):
         for eight in (False, True):
@@ -382,6 +388,31 @@ def moe_experts(draw: Draw) -> Iterator[Arguments]:
                 (torch.arange(tokens)[:, None] % 3).to(draw.device),
                 draw.randn(tokens, 1, mean=0.5, std=0.1, dtype=torch.float32),
             )
+
+
+def dense_experts(draw: Draw, tokens: int, experts: int, k: int, dtype: torch.dtype) -> Arguments:
+    width, hidden = 72, 40
+    chosen = torch.stack([draw.permutation(experts + 1)[:k] for _ in range(tokens)])
+    return (
+        draw.strided(tokens, width),
+        *(draw.randn(experts, 2 * hidden, width, std=width**-0.5, dtype=dtype), None, None),
+        *(draw.randn(experts, width, hidden, std=hidden**-0.5, dtype=dtype), None, None),
+        chosen.to(draw.device),  # the last is one that lives elsewhere
+        draw.randn(tokens, k, mean=0.5, std=0.1, dtype=torch.float32),
+    )
+
+
+def moe_experts_backward(draw: Draw) -> Iterator[Arguments]:
+    every, frozen, no_routing = (True,) * 4, (True, False, False, True), (True, True, True, False)
+    # Experts of nobody and of less than a stage; with more than a tile of assignments sums are of
+    # enough for errors of 16 bits to have a size, in fp32 too, but each token's routing weight has
+    # one that may cancel.
+    few = [(5, 16, 8, draw.dtype, wanted) for wanted in (every, frozen)]
+    many = [(333, 2, 1, dtype, no_routing) for dtype in draw.others]
+    for tokens, experts, k, dtype, wanted in (*few, *many):
+        *forward, weights = dense_experts(draw, tokens, experts, k, dtype)
+        # The weights in the dtype in which their gradient is as exact as the others.
+        yield draw.strided(tokens, 72), *forward, weights.to(draw.dtype), *wanted
 
 
 def moe_open(draw: Draw) -> Iterator[Arguments]:
@@ -510,6 +541,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         add_rms_norm,
         add_rms_norm_backward,
         moe_norm,
+        moe_norm_backward,
         qkv_norm_rope,
         qkv_norm_rope_backward,
         qkv_norm_rope_cache,
@@ -523,6 +555,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Arguments]]] = {
         qkv_attention_decode,
         moe_route,
         moe_experts,
+        moe_experts_backward,
         moe_open,
         moe_experts_small,
         ple_embed,

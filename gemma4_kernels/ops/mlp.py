@@ -21,7 +21,9 @@ _geglu = Op(
     outputs=lambda gate_up: new(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2),
     gradient=Gradient(
         lambda inputs, output: inputs,
-        lambda kept, wanted, grad: (_geglu_backward.registered(grad, *kept),),
+        lambda kept, wanted, grad: (
+            None if grad is None else _geglu_backward.registered(grad, *kept),
+        ),
         in_eager=False,
     ),
 )

@@ -16,10 +16,35 @@ from .linear import (
     packed_unserved,
     parts_of,
 )
+from .norm import grad_of, row_unserved
 
 
 def _y_and_router_x(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return new(x, *x.shape), new(x, *x.shape, dtype=torch.promote_types(x.dtype, scale.dtype))
+
+
+_moe_norm_backward = Op(
+    "moe_norm_backward(Tensor? grad_y, Tensor? grad_router_x, Tensor x, Tensor weight,"
+    " Tensor scale, float eps, bool wants_x, bool wants_weight, bool wants_scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.moe_norm_backward,
+    outputs=lambda x, weight, scale, wants_x, wants_weight, wants_scale: (
+        grad_of(x, x, wants_x),
+        grad_of(x, weight, wants_weight),
+        grad_of(x, scale, wants_scale),
+    ),
+    main="x",
+    beside=("weight", "scale"),
+    unserved=row_unserved,
+    gradient=NoGradient("second derivatives are not offered"),
+)
+
+
+def _through_moe_norm(
+    kept: Args, wanted: tuple[bool, ...], *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    found = _moe_norm_backward.registered(*grads, *kept, *wanted[:3])
+    return *(grad if want else None for grad, want in zip(found, wanted, strict=False)), None
 
 
 _moe_norm = Op(
@@ -28,6 +53,7 @@ _moe_norm = Op(
     check=reference.check_moe_norm,
     outputs=_y_and_router_x,
     beside=("weight", "scale"),
+    gradient=Gradient(lambda inputs, output: inputs, _through_moe_norm, in_eager=False),
 )
 
 
@@ -193,8 +219,9 @@ def moe_experts(
     gate_up and down have the dtype of x or are fp32, or each is packed; they are rounded to the
     dtype of x, each expert when it is multiplied. Packed ones have no gradient, and a kernel only
     if both are. Under autocast x is multiplied in its dtype.
-    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone. In fp16
-    what `geglu` and each product make is held within ±65504. For any other expert the eager twin
+    Returns [T, D] in the dtype of x. Work is done for the experts that are chosen alone, in the
+    backward too, which makes gate_up x again and no gradient that is not wanted. In fp16 what
+    `geglu` and each product make is held within ±65504. For any other expert the eager twin
     raises ValueError; a kernel, which waits for no device, skips it.
     """
     product = product_dtype(x)

@@ -10,7 +10,7 @@ from ..reference import norm as reference
 ROW_MULTIPLE, WIDEST_ROW = 8, 6144
 
 
-def _row_unserved(x: Tensor) -> str | None:
+def row_unserved(x: Tensor) -> str | None:
     width = x.shape[-1]
     if width % ROW_MULTIPLE == 0 and width <= WIDEST_ROW:
         return None
@@ -34,7 +34,7 @@ _rms_norm_backward = Op(
     ),
     main="x",
     beside=("weight",),
-    unserved=_row_unserved,
+    unserved=row_unserved,
     gradient=NoGradient("second derivatives are not offered"),
 )
 
@@ -100,7 +100,7 @@ _add_rms_norm_backward = Op(
     outputs=_add_rms_norm_grads,
     main="x",
     beside=("new_residual", "post_weight", "next_weight", "scale"),
-    unserved=_row_unserved,
+    unserved=row_unserved,
     gradient=NoGradient("second derivatives are not offered"),
 )
 

@@ -63,10 +63,12 @@ _ple_gate_backward = Op(
 
 
 def _gate_gradients(
-    kept: Args, wanted: tuple[bool, ...], grad: Tensor
+    kept: Args, wanted: tuple[bool, ...], grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Of ple a tensor as large as it is, zeros but for the layer: who has all layers differentiated
     gives each a ple of one layer (`ple.unbind(1)`), whose gradients are put together once."""
+    if grad is None:
+        return None, None, None
     _, ple, layer = kept
     wants_gate, wants_ple, _ = wanted
     d_gate, d_slice = _ple_gate_backward.registered(grad, *kept, wants_gate, wants_ple)

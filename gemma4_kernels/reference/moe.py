@@ -20,13 +20,14 @@ from .common import (
 )
 from .linear import linear_packed, linear_packed_backward
 from .mlp import geglu
-from .norm import add_rms_norm, check_rms_norm, rms_norm
+from .norm import add_rms_norm, check_rms_norm, rms_norm, sum_of_rows, through_norm, widest
 
 __all__ = [
     "moe_experts",
     "moe_experts_backward",
     "moe_experts_small",
     "moe_norm",
+    "moe_norm_backward",
     "moe_open",
     "moe_route",
 ]
@@ -76,6 +77,32 @@ def check_moe_norm(x: Tensor, weight: Tensor, scale: Tensor) -> None:
 def moe_norm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     router_x = rms_norm(x, None, eps) * scale * max(x.shape[-1], 1) ** -0.5
     return rms_norm(x, weight, eps), router_x.contiguous()
+
+
+def moe_norm_backward(
+    grad_y: Tensor | None,
+    grad_router_x: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    wants_x: bool,
+    wants_weight: bool,
+    wants_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = widest(x, weight, scale)
+    router_scale = scale.to(wide) * max(x.shape[-1], 1) ** -0.5
+    grad_x = weight_rows = scale_rows = torch.zeros_like(x, dtype=wide)
+    if grad_y is not None:
+        grad_x, weight_rows = through_norm(grad_y.to(wide), x.to(wide), weight.to(wide), eps)
+    if grad_router_x is not None:
+        into, rows = through_norm(grad_router_x.to(wide), x.to(wide), router_scale, eps)
+        grad_x, scale_rows = grad_x + into, rows * max(x.shape[-1], 1) ** -0.5
+    return (
+        grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0),
+        sum_of_rows(weight_rows, weight, wants_weight),
+        sum_of_rows(scale_rows, scale, wants_scale),
+    )
 
 
 def check_moe_route(logits: Tensor, per_expert_scale: Tensor, k: int) -> None:

@@ -1,11 +1,11 @@
 """The language model's loss, of a chunk of tokens at a time: no logits whole, none in fp32."""
 
-from typing import TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from gemma4_kernels import ops
 from gemma4_kernels.autocast import cast, product_dtype
@@ -15,11 +15,11 @@ from gemma4_kernels.packed_linear import LINEAR
 
 from .layout import Layout
 
-# Tokens whose logits are there at once. More read the head's weight less often, which weighs little
-# beside as many products; of fewer the logits take less memory: 1 GB of a vocabulary of 262,144.
-LOSS_TOKENS = 2048
-
-Gradients: TypeAlias = tuple[Tensor | None, ...]
+# Tokens whose logits are there at once: 1 GB of a vocabulary of 262,144. Of more the head's weight
+# is read less often, of fewer the logits take less memory. Where the weight has a gradient, chunks
+# add up in fp32, which takes as much memory as the logits of four times the tokens, and far more
+# bytes moved: there so many are taken.
+LOSS_TOKENS, WITH_WEIGHT = 2048, 4
 
 
 def causal_lm_loss(
@@ -45,27 +45,22 @@ def causal_lm_loss(
     count = num_items_in_batch
     if count is None:
         count = (targets_T != -100).sum().clamp(min=1)
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
     if not isinstance(count, Tensor):
         count = targets_T.new_full((), count)
-    count = count.to(x_TD.device, dtype)
-    # What calls the head sees the logits of all tokens; a compiler is shown no autograd.Function.
-    if (
-        is_plain(head, LINEAR, x_TD.device)
-        and head.bias is None
-        and not torch.compiler.is_compiling()
-    ):
-        if (to := product_dtype(x_TD)) is not None:
-            (x_TD,) = cast(to, x_TD)
+    count = count.to(x_TD.device, torch.promote_types(x_TD.dtype, torch.float32))
+    # Who hangs on the head sees the logits of all tokens; a compiler takes no autograd.Function.
+    plain = is_plain(head, LINEAR, x_TD.device) and head.bias is None
+    if plain and not torch.compiler.is_compiling():
         weight = head.weight if isinstance(head.weight, Tensor) else None
-        if weight is not None:
-            (weight,) = cast(x_TD.dtype, weight) if to is not None else (weight,)
+        if (dtype := product_dtype(x_TD)) is not None:
+            (x_TD,) = cast(dtype, x_TD)
+            weight = None if weight is None else cast(dtype, weight)[0]
         loss, logits = _HeadLoss.apply(x_TD, weight, head, targets_T, count, cap, skip_logits)
         return loss, logits
-    raw_TV = layout.call(head, x_TD)
-    targets_T, count = targets_T.to(raw_TV.device), count.to(raw_TV.device)
-    nll_T, _ = ops.softcap_cross_entropy(raw_TV, targets_T, cap)
-    return nll_T.sum() / count, None if skip_logits else capped(raw_TV, cap)
+    raw_TV = head(x_TD) if is_plain(head, LINEAR) else layout.call(head, x_TD)
+    nll_T, _ = ops.softcap_cross_entropy(raw_TV, targets_T.to(raw_TV.device), cap)
+    loss = nll_T.sum() / count.to(raw_TV.device)
+    return loss, None if skip_logits else capped(raw_TV, cap)
 
 
 def capped(raw_TV: Tensor, cap: float) -> Tensor:
@@ -83,7 +78,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x_TD: Tensor,
         weight_VD: Tensor | None,
         head: nn.Module,
@@ -92,11 +87,12 @@ class _HeadLoss(torch.autograd.Function):
         cap: float,
         skip_logits: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        wanted = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        wanted = ctx.needs_input_grad[:2]
         mantissa, exponent = torch.frexp(count)
         total, d_x, d_weight, logits = torch.zeros_like(count), [], None, None
-        for begin in range(0, max(len(x_TD), 1), LOSS_TOKENS):  # of no tokens too
-            rows = slice(begin, begin + LOSS_TOKENS)
+        step = LOSS_TOKENS * (WITH_WEIGHT if wanted[1] else 1)
+        for begin in range(0, max(len(x_TD), 1), step):  # of no tokens too
+            rows = slice(begin, begin + step)
             given, raw = _product(head, x_TD[rows], weight_VD, wanted)
             raw_TV, target = raw.detach(), targets_T[rows]
             nll_T, lse_T = ops.softcap_cross_entropy(raw_TV, target, cap)
@@ -115,15 +111,17 @@ class _HeadLoss(torch.autograd.Function):
             if wanted[1]:
                 d_weight = _sum(d_weight, next(made))
         ctx.save_for_backward(x_TD, weight_VD, exponent, torch.cat(d_x) if d_x else None, d_weight)
-        ctx.head, ctx.cap = head, cap  # type: ignore[attr-defined]
+        ctx.head, ctx.cap = head, cap
         ctx.set_materialize_grads(False)
         return total / count, logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_loss: Tensor | None, d_logits: Tensor | None) -> Gradients:
-        x_TD, weight_VD, exponent, *made = ctx.saved_tensors  # type: ignore[attr-defined]
-        wanted = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    def backward(
+        ctx: Any, d_loss: Tensor | None, d_logits: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_TD, weight_VD, exponent, *made = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
         found: list[Tensor | None] = [None, None]
         if d_loss is not None:
             factor = torch.ldexp(d_loss, -exponent)
@@ -131,9 +129,9 @@ class _HeadLoss(torch.autograd.Function):
                 if grad is not None:
                     found[i] = torch.mul(grad, factor, out=torch.empty_like(like))
         if d_logits is not None:  # of another loss, which reads the logits
-            given, raw = _product(ctx.head, x_TD, weight_VD, wanted)  # type: ignore[attr-defined]
+            given, raw = _product(ctx.head, x_TD, weight_VD, wanted)
             with torch.enable_grad():
-                logits = capped(raw, ctx.cap)  # type: ignore[attr-defined]
+                logits = capped(raw, ctx.cap)
             others = iter(torch.autograd.grad(logits, given, d_logits))
             for i, want in enumerate(wanted):
                 if want:

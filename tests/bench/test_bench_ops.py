@@ -65,11 +65,24 @@ def test_grouped_mm_agrees():
     assert row["peers"]["torch grouped_mm"]["difference"] < 0.02
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: op_cases.packed_moe_experts("tiny", 3),
+        lambda: op_cases.coded_attention_decode("E2B", "full_attention", 1, 40),
+    ],
+    ids=["experts in 4 bits", "keys in e4m3"],
+)
+def test_codes_are_timed_beside_eager_alone(case):
+    row = bench_ops.measure_case(case(), CPU, 1e9, 1e12)
+    assert list(row["peers"]) == ["eager"] and row["peers"]["eager"]["difference"] == 0
+
+
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     import dataclasses
 
-    sizes = dict(hidden_size=64, moe_intermediate_size=32, num_experts=16, top_k_experts=4)
+    sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=16, top_k_experts=4)
     config = dataclasses.replace(limits.MODELS["26B-A4B"], **sizes)
     monkeypatch.setitem(limits.MODELS, "tiny", config)
 

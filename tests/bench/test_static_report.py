@@ -150,6 +150,12 @@ def test_floors_of_known_shapes():
     flop = limits.attention_flop("26B-A4B", "sliding_attention", 8192, 8192)
     assert flop == 4 * 16 * 256 * (8192 * 1024 - 1024 * 1023 // 2)
     assert limits.moe_bytes("26B-A4B", 1) == pytest.approx(95.2e6, rel=1e-3)
+    # In four bits and a 16-bit scale for 32, 8 x 3 x 2816 x 704 numbers; in e4m3, 2 x 2 heads of
+    # 512 bytes and a scale for each of 1,000 keys, and q and out.
+    experts = 8 * 3 * 2816 * 704 * 18 / 32 + 2 * 2 * 2816
+    assert limits.moe_bytes("26B-A4B", 1, packed=True) == pytest.approx(experts)
+    keys = 2 * 2 * 1000 * 516 + 2 * 16 * 512 * 2
+    assert limits.attention_bytes("26B-A4B", FULL, 1, 1000, coded=True) == keys
 
 
 def test_experts_from_l2_worked_out_by_hand():

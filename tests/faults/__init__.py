@@ -11,11 +11,13 @@ from . import (
     logits,
     mlp,
     moe,
+    moe_backward,
     norm,
     norm_backward,
     ple,
     rope,
 )
 
-FAMILIES = (attention, attention_backward, linear, logits, mlp, moe, norm, norm_backward, ple, rope)
+FAMILIES = (attention, attention_backward, linear, logits, mlp, moe, moe_backward, norm)
+FAMILIES += (norm_backward, ple, rope)
 FAULTS = {op: tests for family in FAMILIES for op, tests in family.FAULTS.items()}

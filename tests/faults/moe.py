@@ -190,8 +190,8 @@ FAULTS = {
         "test_tiles_on_hopper[several tiles of 128-bf16]": [
             (
                 "linear/tiles.cuh",
-                "wgmma_step<kRows>(i * 64, column)",
-                "wgmma_step<kRows>(0, column)",
+                "X::wgmma_step(i * 64, column)",
+                "X::wgmma_step(0, column)",
             ),
             ("linear/tiles.cuh", "rows <= 64)", "rows <= 128)"),
         ],

@@ -58,6 +58,21 @@ FAULTS = {
             ),
         ],
     },
+    "moe_norm_backward": {
+        "test_gradients[emulated-(40, 104)-float32]": [
+            (
+                "norm/moe_norm_backward.cuh",
+                "for (float& s : scale.vectors[i].data) s *= p.factor;",
+                "for (float& s : scale.vectors[i].data) s *= 1.0f;",
+            ),
+            ("norm/moe_norm_backward.cuh", "vectors[i][j] * n * p.factor;", "vectors[i][j] * n;"),
+            ("norm/moe_norm_backward.cuh", "sums[1] += grad_n(i, j) * x[j];", "sums[1] += x[j];"),
+            ("norm/moe_norm_backward.cuh", "partial[1], scale_sum", "partial[0], scale_sum"),
+        ],
+        "test_one_result_is_not_used[emulated-router_x]": [
+            ("norm/moe_norm_backward.cuh", "exists && p.grad_router_x)", "exists)"),
+        ],
+    },
     "qkv_norm_rope_backward": {
         "test_gradients[emulated-more tokens than blocks-float32]": [
             ("norm/qkv_norm_rope_backward.cuh", "b * cos - a * sin", "b * cos + a * sin"),

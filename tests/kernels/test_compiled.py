@@ -41,7 +41,7 @@ def test_nothing_spills(kernels):
 LOAD, STORE, COPY = r"LDG\.E\..*128.*", r"STG\.E\..*128.*", r"LDGSTS\.E\..*128.*"
 INSTRUCTIONS = {
     r"((add_)?rms|moe)_norm_kernel<.*, [124]>": (LOAD, STORE),
-    r"((add_)?rms_norm|qkv_norm_rope)_backward_kernel<.*>": (LOAD, STORE),
+    r"((add_)?rms_norm|moe_norm|qkv_norm_rope)_backward_kernel<.*>": (LOAD, STORE),
     r"qkv_norm_rope_kernel<.*>": (LOAD, STORE),
     r"ple_embed_kernel<.*, [124]>": (LOAD, STORE),
     r"(gelu_mul|softcap)_kernel<(.*, 8|(.*, )?float, 4)>": (LOAD, STORE),
@@ -68,6 +68,10 @@ INSTRUCTIONS = {
     r"moe_small_gate_up_kernel<.*>": (LOAD, STORE, r"HMMA\.16816\..*"),
     r"moe_tiles_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
     r"moe_combine_kernel<.*>": (LOAD, STORE),
+    r"moe_hidden_gradient_kernel<.*>": (COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x64x16\..*"),
+    r"moe_weight_gradient_kernel<(\w+), \1>": (
+        *(COPY, STORE, r"HMMA\.16816\..*|HGMMA\.64x128x16\..*"),
+    ),
 }
 
 

@@ -127,14 +127,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 26 tokens no more than 5 at once, and in fp32 a row."""
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_no_logits_of_all_tokens(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 26 tokens no more than 5 at once, or 20 where more chunks would have sums; in fp32 one."""
     monkeypatch.setattr("gemma4.loss.LOSS_TOKENS", 5)
     monkeypatch.setattr("gemma4_kernels.reference.logits.LOSS_ELEMENTS", 1)
     model = tiny(SMALL).bfloat16()
+    model.lm_head.weight.requires_grad_(trained)
     with Largest(97, 64) as seen:
         model(ids(2, 13), labels=LABELS, skip_logits=True).loss.backward()
-    assert seen.most == {torch.bfloat16: 5, torch.float32: 1}
+    assert seen.most == {torch.bfloat16: 20 if trained else 5, torch.float32: 1}
 
 
 def hooked(model: Gemma4ForCausalLM) -> None:

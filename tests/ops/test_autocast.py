@@ -92,10 +92,11 @@ def test_compiles_without_graph_breaks(device_backend, name, active, training):
     expected = call(arguments)
     assert_same(actual, expected)
     if training:
-        # A compiler takes the op's own gradient, eager torch may take autograd's of the twin.
+        # A compiler takes the op's own gradient, eager torch may take autograd's of the twin, which
+        # rounds to 16 bits on its way.
         pairs = zip(gradients(actual, again), gradients(expected, arguments), strict=True)
         for a, e in pairs:
-            torch.testing.assert_close(a, e)
+            torch.testing.assert_close(a, e, rtol=0.02, atol=0.02)
 
 
 def gradients(outputs, arguments):

@@ -22,6 +22,7 @@ CASES = {  # op, sizes, arguments that are fp32
         (ROWS, 512),
         ("residual", "post_weight", "next_weight", "scale"),
     ),
+    "moe_norm": ("moe_norm", (ROWS, 512), ()),
     "qkv_norm_rope, sliding": ("qkv_norm_rope", (64, 8, 2, 256), ()),
     "qkv_norm_rope, full": ("qkv_norm_rope", (96, 4, 1, 512), ()),
     "qkv_norm_rope, autocast": ("qkv_norm_rope", (64, 8, 2, 256), ("q_weight", "k_weight")),
@@ -45,7 +46,7 @@ def test_traffic(counted, case, wants):  # noqa: F811
     forward = in_dtypes(forward, **dict.fromkeys(wide, FP32))
     arguments = getattr(cases, f"{op}_backward")(b, forward)
     for name in arguments:
-        if name.startswith("wants_") and name.endswith("weight"):
+        if name.startswith("wants_") and name.endswith(("weight", "scale")):
             arguments[name] = wants
     counted.reset_counts()
     with emulated.one_schedule():

@@ -126,6 +126,13 @@ def moe_norm(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
     return rms_norm(b, *shape, dtype=dtype) | {"scale": scale}
 
 
+def moe_norm_backward(b: Backend, forward: Arguments) -> Arguments:
+    given = complete("moe_norm", forward)
+    y, router_x = b.ops.moe_norm(**given)
+    grads = {"grad_y": torch.randn_like(y), "grad_router_x": torch.randn_like(router_x)}
+    return _backward_of("moe_norm", given | grads)
+
+
 def frequencies(head_dim: int, live: int | None = None, theta: float = 10_000.0) -> Tensor:
     """Pairs past the live ones stand still, as on the full-attention layers."""
     live = head_dim // 2 if live is None else live

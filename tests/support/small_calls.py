@@ -26,7 +26,7 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             for op in ("rms_norm", "add_rms_norm", "moe_norm"):
                 yield op, getattr(cases, op)(b, T, width, dtype=dtype)
         for width in (512, 5376):
-            for op in ("rms_norm", "add_rms_norm"):
+            for op in ("rms_norm", "add_rms_norm", "moe_norm"):
                 yield backward_of(b, op, getattr(cases, op)(b, T, width, dtype=dtype))
         for head_dim in HEAD_DIMS:
             yield "qkv_norm_rope", cases.qkv_norm_rope(b, T, 2, 1, head_dim, dtype=dtype)
@@ -113,8 +113,9 @@ def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
         yield from mixed("add_rms_norm", T, width, also="residual")
         yield from mixed("moe_norm", T, width, also="scale")
     for width in (512, 5376):
-        arguments = under_autocast("add_rms_norm", cases.add_rms_norm(b, T, width), dtype)
-        yield backward_of(b, "add_rms_norm", arguments)
+        for op in ("add_rms_norm", "moe_norm"):
+            arguments = under_autocast(op, getattr(cases, op)(b, T, width), dtype)
+            yield backward_of(b, op, arguments)
     for head_dim in HEAD_DIMS:
         yield from mixed("qkv_norm_rope", T, 2, 1, head_dim)
     for width in PLE_WIDTHS:

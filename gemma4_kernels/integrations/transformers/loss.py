@@ -25,9 +25,8 @@ def causal_lm_loss(
 ) -> Tensor:
     """What transformers' ForCausalLMLoss computes, of the same arguments."""
     if ignore_index != IGNORED or type(logits) is not Tensor or not base.takes_ops(logits):
-        given = num_items_in_batch, ignore_index, shift_labels
-        theirs: Tensor = ForCausalLMLoss(logits, labels, vocab_size, *given, **kwargs)
-        return theirs
+        kwargs |= dict(num_items_in_batch=num_items_in_batch, ignore_index=ignore_index)
+        return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **kwargs)
     if shift_labels is None:
         assert labels is not None  # one of both is given
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
