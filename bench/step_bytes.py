@@ -224,19 +224,21 @@ class Floor:
 
 def section(name: str) -> str:
     """A model's table, in GB."""
-    steps = [(Floor(name, lora=lora).bytes, counted(name, lora=lora)) for lora in (False, True)]
-    totals = [[by.total() for by in step] for step in steps]
-    least = 1e-3 * totals[0][0]
-    names = sorted({n for step in steps for by in step for n in by if by[n] > least})
-    names.sort(key=lambda n: -max(by[n] for by in steps[0]))
-    lines = [[n, *(gigabytes(by[n]) for step in steps for by in step)] for n in names]
-    others = [total - sum(by[n] for n in names)
-              for step, pair in zip(steps, totals, strict=True)
-              for by, total in zip(step, pair, strict=True)]  # fmt: skip
+    columns = [
+        by
+        for lora in (False, True)
+        for by in (Floor(name, lora=lora).bytes, counted(name, lora=lora))
+    ]
+    floor, all_moved, lora_floor, lora_moved = (by.total() for by in columns)
+    names = [
+        n for n in sorted(set().union(*columns)) if max(by[n] for by in columns) > floor / 1000
+    ]
+    names.sort(key=lambda n: -max(by[n] for by in columns[:2]))
+    others = (by.total() - sum(by[n] for n in names) for by in columns)
+    lines = [[n, *(gigabytes(by[n]) for by in columns)] for n in names]
     lines.append(["others", *map(gigabytes, others)])
-    lines.append(["all", *(gigabytes(total) for pair in totals for total in pair)])
-    (floor, all_moved), (lora_floor, lora_moved) = totals
-    own = steps[1][0][PEFT]
+    lines.append(["all", *(gigabytes(by.total()) for by in columns)])
+    own = columns[2][PEFT]
     said = (
         f"{all_moved / floor:.2f} times the floor, with LoRA {lora_moved / lora_floor:.2f} "
         f"({(lora_moved - own) / (lora_floor - own):.2f} without PEFT's own)"
