@@ -4,13 +4,14 @@
         [--checkpointing] [--device D] [--repeat N]
 
 Lines of JSON; a row that stands in FILE already is not measured again. A step is forward and
-backward of 4 rows; the optimizer, which costs all the same, is left out. "gemma4" is ours, "sdpa"
-transformers' class with torch's attention and grouped_mm for experts, "enabled" the same after
-`gemma4_kernels.integrations.transformers.enable`; "liger" is "sdpa" under Liger's kernels, where
-they are installed and know the model: last, for they stay in transformers. Else a line says why
-not. Numbers are medians of runs by turns, peaks beyond the weights, bytes those of the ops that
-ran (step_bytes.py). Ratios are "sdpa" over the other: above 1 is faster, or less. Before any
-timing the losses are compared. --lora trains PEFT's adapters alone.
+backward of 4 rows; the optimizer, which costs all the same, is left out. "gemma4" is ours, which
+returns the loss alone (skip_logits), "sdpa" transformers' class with torch's attention and
+grouped_mm for experts, "enabled" the same after `gemma4_kernels.integrations.transformers.enable`;
+"liger" is "sdpa" under Liger's kernels, where they are installed and know the model: last, for they
+stay in transformers. Else a line says why not. Numbers are medians of runs by turns, peaks beyond
+the weights, bytes those of the ops that ran (step_bytes.py). Ratios are "sdpa" over the other:
+above 1 is faster, or less. Before any timing the losses are compared. --lora trains PEFT's adapters
+alone.
 """
 
 import argparse
@@ -103,6 +104,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if name in RELEASED else torch.float32
     models = bench_model.build(CONFIGS[name], dtype, device, (*WAYS, "liger"))
+    models["gemma4"].skip_logits = True
     options = dict(lora=args.lora, checkpointing=args.checkpointing)
     ids = torch.randint(3, CONFIGS[name]["vocab_size"], (ROWS, args.tokens // ROWS), device=device)
     liger = models.pop("liger")

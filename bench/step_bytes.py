@@ -3,7 +3,8 @@
     python bench/step_bytes.py    # makes bench/results/step_bytes.md; no GPU is needed
 
 A step is forward and backward of a released model in bf16, of 4 rows of 2,048 tokens, with all
-weights trained or with PEFT's LoRA; the optimizer is left out. It runs on the meta device, where
+weights trained or with PEFT's LoRA, for the loss alone (skip_logits=True); the optimizer is left
+out. It runs on the meta device, where
 the dispatcher is given what a GPU with kernels would be: each op reads its inputs and writes its
 outputs once, what has no kernel counts op by op of torch. Of the floor every number comes from the
 config: a tensor is read once by what is one op or one product at best, and written once.
@@ -41,7 +42,7 @@ PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "_grouped_mm")
 UNTOUCHED = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias")
 FILLS = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "zero_", "fill_")
 # Ops that are given a table, and read what they put out of it: the table's place.
-LOOKUPS = {"embedding": 0, "ple_embed": 1, "ple_gate": 1}
+LOOKUPS = {"embedding": 0, "ple_embed": 1, "ple_gate": 1, "ple_gate_backward": 2}
 
 
 class Moved(TorchDispatchMode):
@@ -109,7 +110,7 @@ def counted(name: str, *, lora: bool) -> Counter[str]:
     model = model_of(name, lora=lora)
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     with Moved().watching() as moved:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, skip_logits=True).loss.backward()
     by = moved.bytes
     if lora:
         adapters = Floor(name, lora=True).adapters
@@ -223,20 +224,26 @@ class Floor:
 
 def section(name: str) -> str:
     """A model's table, in GB."""
-    steps = [(Floor(name, lora=lora).bytes, counted(name, lora=lora)) for lora in (False, True)]
-    totals = [[by.total() for by in step] for step in steps]
-    least = 1e-3 * totals[0][0]
-    names = sorted({n for step in steps for by in step for n in by if by[n] > least})
-    names.sort(key=lambda n: -max(by[n] for by in steps[0]))
-    lines = [[n, *(gigabytes(by[n]) for step in steps for by in step)] for n in names]
-    others = [total - sum(by[n] for n in names)
-              for step, pair in zip(steps, totals, strict=True)
-              for by, total in zip(step, pair, strict=True)]  # fmt: skip
+    columns = [
+        by
+        for lora in (False, True)
+        for by in (Floor(name, lora=lora).bytes, counted(name, lora=lora))
+    ]
+    floor, all_moved, lora_floor, lora_moved = (by.total() for by in columns)
+    names = [
+        n for n in sorted(set().union(*columns)) if max(by[n] for by in columns) > floor / 1000
+    ]
+    names.sort(key=lambda n: -max(by[n] for by in columns[:2]))
+    others = (by.total() - sum(by[n] for n in names) for by in columns)
+    lines = [[n, *(gigabytes(by[n]) for by in columns)] for n in names]
     lines.append(["others", *map(gigabytes, others)])
-    lines.append(["all", *(gigabytes(total) for pair in totals for total in pair)])
-    ratios = [moved / floor for floor, moved in totals]
+    lines.append(["all", *(gigabytes(by.total()) for by in columns)])
+    own = columns[2][PEFT]
+    said = (
+        f"{all_moved / floor:.2f} times the floor, with LoRA {lora_moved / lora_floor:.2f} "
+        f"({(lora_moved - own) / (lora_floor - own):.2f} without PEFT's own)"
+    )
     head = ("part", "floor", "moved", "LoRA: floor", "moved")
-    said = f"{ratios[0]:.2f} times the floor, with LoRA {ratios[1]:.2f} times"
     return f"## {name}: {said}\n\n{table(head, lines)}"
 
 
@@ -248,10 +255,12 @@ def page(models: Sequence[str] = MODELS) -> str:
     return f"""# What a training step moves
 
 Made by `bench/step_bytes.py`: GB read and written by forward and backward of {BATCH} rows of
-{LENGTH:,} tokens, in bf16, counted on the meta device and not measured. An op's inputs and outputs
-count once, and op by op what has no kernel; the floor is every tensor once. LoRA is PEFT's, of rank
-{RANK} on {", ".join(f"`{name}`" for name in TARGETS)}; what its modules do beside the layer that
-they adapt is theirs, and stands in the floor as it is. `add` are sums of gradients.
+{LENGTH:,} tokens, in bf16 and for the loss alone (`skip_logits=True`), counted on the meta device
+and not measured. An op's inputs and outputs count once, and op by op what has no kernel; the floor
+is every tensor once. LoRA is PEFT's, of rank {RANK}, on {len(TARGETS)} kinds of linear layers:
+{", ".join(f"`{name}`" for name in TARGETS)}.
+What its modules do beside the layer that they adapt is theirs, and stands in the floor as it is.
+`add` are sums of gradients.
 
 {chr(10).join(map(section, models))}"""
 
