@@ -7,7 +7,7 @@ only the sectors that DRAM must give count.
 
 import pytest
 import torch
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16
 from support.marks import emulated_backend
 from support.small_calls import CASES, SMALL, WEIGHTS, case_of
@@ -64,7 +64,7 @@ def test_backward_traffic(counted, op, dtype):
     arguments = getattr(cases, op)(backend, *sizes, dtype=dtype)
     if op == "softcap_cross_entropy":
         arguments["targets"] = torch.arange(64)
-    backward = getattr(cases, f"{op}_backward")(backend, arguments)
+    backward = getattr(backward_cases, f"{op}_backward")(backend, arguments)
     counted.reset_counts()
     counted.settings.seed = 1
     with emulated.one_schedule():

@@ -5,7 +5,7 @@ No product, and no key, beyond those the tiles cannot do without.
 
 import pytest
 import torch
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16, CARDS
 from support.marks import emulated_backend
 from support.small_calls import prefill
@@ -54,7 +54,7 @@ def test_prefill_backward_work(counted, on_card, case):
     backend = on_card(f"{smem_kb} KB")
     tokens, heads, keys = 64, 2, 128
     forward = prefill(backend, tokens, keys, heads, head_dim) | dict(scale=0.1, causal=False)
-    arguments = cases.attention_prefill_backward(backend, forward)
+    arguments = backward_cases.attention_prefill_backward(backend, forward)
     counted.reset_counts()
     with emulated.one_schedule():
         backward = opset.OPS["attention_prefill_backward"]

@@ -5,7 +5,7 @@ sums that blocks keep of weights' gradients: together no more than 5 % over what
 """
 
 import pytest
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16, FP32, in_dtypes
 from support.marks import emulated_backend
 from support.traffic import check_sites
@@ -44,7 +44,7 @@ def test_traffic(counted, case, wants):
     options = dict(packed=False) if op == "qkv_norm_rope" else {}
     forward = getattr(cases, op)(b, *sizes, dtype=BF16, **options)
     forward = in_dtypes(forward, **dict.fromkeys(wide, FP32))
-    arguments = getattr(cases, f"{op}_backward")(b, forward)
+    arguments = getattr(backward_cases, f"{op}_backward")(b, forward)
     for name in arguments:
         if name.startswith("wants_") and name.endswith(("weight", "scale")):
             arguments[name] = wants

@@ -1,7 +1,7 @@
 """What the kernels of the experts' gradients ask of memory and of the tensor cores."""
 
 import pytest
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16
 from support.marks import emulated_backend
 from support.traffic import check_sites
@@ -21,7 +21,7 @@ def test_experts_work(counted, frozen):
     forward = cases.moe_experts(b, TOKENS, 2, 1, WIDTH, HIDDEN, dtype=BF16)
     forward["experts"][:] = 1
     wanted = (True, False, False, True) if frozen else (True,) * 4
-    arguments = cases.moe_experts_backward(b, forward, *wanted)
+    arguments = backward_cases.moe_experts_backward(b, forward, *wanted)
     counted.reset_counts()
     with emulated.one_schedule():
         backward = opset.OPS["moe_experts_backward"]
