@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import backward_cases, cases, float64
-from support.backends import BF16, EAGER, FP16, FP32, in_dtypes
+from support.backends import BF16, FP16, FP32, in_dtypes
 
 import gemma4_kernels
 from gemma4_kernels import opset
@@ -37,8 +37,8 @@ def inputs(backend, case, dtype, *wanted):
     return backward_cases.moe_experts_backward(backend, forward, *wanted)
 
 
-def call(backend, arguments):
-    assert backend is not None
+def call(arguments):
+    """By the kernels of the backend that a test has made."""
     return BACKWARD.registered(*arguments.values())
 
 
@@ -79,13 +79,13 @@ def check(arguments, gradients, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(backend, poisoned_memory, case, dtype):
     arguments = inputs(backend, case, dtype)
-    check(arguments, call(backend, arguments), dtype)
+    check(arguments, call(arguments), dtype)
 
 
 @pytest.mark.parametrize("case", ["ragged", "wide"])
 def test_gradients_on_hopper(on_card, poisoned_memory, case):
     arguments = inputs(on_card("Hopper"), case, BF16)
-    check(arguments, call(EAGER, arguments), BF16)
+    check(arguments, call(arguments), BF16)
 
 
 @pytest.mark.parametrize("card", ["99 KB", "Hopper"])
@@ -93,7 +93,7 @@ def test_fp32_weights(on_card, poisoned_memory, card):
     """Values that 16 bits do not hold, so that their rounding shows; their gradients are fp32."""
     backend = on_card(card)
     arguments = in_dtypes(inputs(backend, "ragged", FP32), x=BF16, grad=BF16)
-    check(arguments, call(backend, arguments), BF16)
+    check(arguments, call(arguments), BF16)
 
 
 WANTED = [(1, 0, 0, 1), (0, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 1, 0)]
@@ -102,9 +102,9 @@ WANTED = [(1, 0, 0, 1), (0, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 1, 0)]
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 def test_what_is_wanted_alone_is_made(backend, poisoned_memory, wanted):
     arguments = inputs(backend, "eight choices", BF16)
-    whole = call(backend, arguments)
+    whole = call(arguments)
     wants = dict(zip(BACKWARD.names[-4:], map(bool, wanted), strict=True))
-    for want, made, other in zip(wanted, call(backend, arguments | wants), whole, strict=True):
+    for want, made, other in zip(wanted, call(arguments | wants), whole, strict=True):
         assert torch.equal(made, other) if want else made.shape == (0,)
 
 
@@ -116,7 +116,7 @@ def test_strided(backend, poisoned_memory):
         wide[:, 8:48] = arguments[name]
         arguments[name] = wide[:, 8:48]
     arguments["experts"] = arguments["experts"].T.contiguous().T
-    check(arguments, call(backend, arguments), BF16)
+    check(arguments, call(arguments), BF16)
 
 
 def test_what_fp16_holds_back_has_no_gradient(backend):
@@ -133,12 +133,11 @@ def test_what_fp16_holds_back_has_no_gradient(backend):
     arguments["gate_up"][0, 7] = arguments["gate_up"][0, 15] = 1.0 / 16  # the last one moves
     given = backward_cases.moe_experts_backward(backend, arguments)
     given["grad"] = torch.ones_like(given["x"])
-    dx, d_gate_up, d_down, d_weights = call(backend, given)
+    dx, d_gate_up, d_down, d_weights = call(given)
     moves = torch.tensor([False] * 7 + [True])
     assert torch.equal((d_gate_up[0] != 0).any(1).cpu(), moves.repeat(2))
-    assert (dx != 0).all() and (d_down[0, :, 0] == 3 * 65504.0).logical_or(
-        d_down[0, :, 0].isinf()
-    ).all()
+    # Three times 65504 is for a loss scaler to see.
+    assert (dx != 0).all() and d_down[0, :, :7].isinf().all() and d_down[0, :, 7].isfinite().all()
     assert d_weights.cpu().flatten().tolist() == pytest.approx(
         [16 * 0.001 * (7 * 65504 + 0.8412)] * tokens, rel=2e-3
     )
@@ -148,7 +147,7 @@ def test_what_fp16_holds_back_has_no_gradient(backend):
 def test_nothing_to_do_is_zero(backend, poisoned_memory, empty):
     forward = cases.moe_experts(backend, *empty, dtype=BF16)
     arguments = backward_cases.moe_experts_backward(backend, forward)
-    for name, gradient in zip(MADE, call(backend, arguments), strict=True):
+    for name, gradient in zip(MADE, call(arguments), strict=True):
         assert gradient.shape == arguments[name].shape and (gradient == 0).all()
 
 

@@ -1,8 +1,8 @@
 """How a call of each op is made from a few sizes, for tests and benches alike.
 
 Each function returns the arguments that have no default, by the names of the op's schema, drawn by
-a backend. What a test is about (a view, a NaN, another dtype) it puts in their place itself. All ops
-stand in this file, a few lines each, since tests look for them by name.
+a backend. What a test is about (a view, a NaN, another dtype) it puts in their place itself. All
+ops stand in this file, a few lines each, since tests look for them by name.
 """
 
 import inspect
