@@ -65,7 +65,7 @@ MOVED_BY = {
     "linear_packed dram": "fewer launches: its bytes are few already",
     "attention_prefill l2": "copies that a cluster's blocks share, and that stay in flight",
     "attention_decode start": "one launch for norms, keys and merge: qkv_attention_decode",
-    "attention_decode dram": "fewer bits a key: e4m3",
+    "attention_decode dram": "fewer bits a key",
     "attention_decode iterations": "more copies in flight in a block",
     "attention_prefill_backward shared": "wgmma, which reads a tile once for four warps",
     "moe_experts dram": "fewer bits a weight",

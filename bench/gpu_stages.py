@@ -114,7 +114,8 @@ STAGES = {
     ),
     "backward": bench_ops(
         *("attention_prefill_backward", "moe_experts_backward"),
-        *("geglu_backward", "ple_gate_backward"),
+        *("rms_norm_backward", "add_rms_norm_backward", "moe_norm_backward"),
+        *("qkv_norm_rope_backward", "geglu_backward", "ple_gate_backward"),
         *("softcap_cross_entropy", "softcap_cross_entropy_backward"),
     ),
     "counters": Stage(

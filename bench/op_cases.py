@@ -7,7 +7,7 @@ from typing import Any
 import limits
 import paths  # noqa: F401
 import torch
-from support import cases
+from support import backward_cases, cases
 from support.backends import EAGER, Backend
 from support.cases import Arguments
 from torch import Tensor
@@ -132,7 +132,7 @@ def attention_prefill_backward(model: str, kind: str, n: int) -> Case:
     forward = attention_prefill(model, kind, n)
 
     def make(device: torch.device) -> Arguments:
-        inputs = cases.attention_prefill_backward(EAGER, forward.make(device))
+        inputs = backward_cases.attention_prefill_backward(EAGER, forward.make(device))
         return inputs | {"grad_lse": torch.zeros_like(inputs["lse"])}  # as peers have it
 
     counts = (
@@ -229,7 +229,7 @@ def moe_experts_backward(model: str, n: int) -> Case:
     forward = moe_experts(model, n)
 
     def make(device: torch.device) -> Arguments:
-        return cases.moe_experts_backward(EAGER, forward.make(device))
+        return backward_cases.moe_experts_backward(EAGER, forward.make(device))
 
     counts = limits.moe_backward_bytes(model, n), 2 * forward.flop
     return Case("moe_experts_backward", forward.label, make, *counts)

@@ -23,7 +23,7 @@ import paths  # noqa: F401
 import tile_work
 import token_cost
 import torch
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import CARDS, Backend, function
 from support.small_calls import CASES, SMALL, Call, case_of, decode, launch_cases, prefill
 
@@ -143,7 +143,7 @@ def counted_rows() -> list[dict]:
         rows.append(counted_case(label, call, {"q", "out", "k", "v"}, floor, useful))
     for head_dim, tokens, keys in ((256, 64, 128), (512, 64, 128)):
         forward = prefill(b, tokens, keys, 4, head_dim)
-        arguments = cases.attention_prefill_backward(b, forward)
+        arguments = backward_cases.attention_prefill_backward(b, forward)
         useful = limits.visible_pairs(tokens, keys, 0) * 4 * head_dim * 14 / MMA_FLOP
         floor = 2 * 4 * (tokens * 4 + keys) * head_dim
         label = f"attention_prefill_backward {head_dim}, {tokens} tokens, {keys} keys"
@@ -198,7 +198,7 @@ def estimate_rows(rows: list[dict]) -> list[dict]:
         call = ("attention_prefill", prefill(b, 65, 65, 1, head_dim))
         tile = emulated.control().attention_tile(head_dim, 10**6, 227 * 1024, True)
         forward[head_dim] = hopper_kernels(rows, call)[0], tile
-        arguments = cases.attention_prefill_backward(b, prefill(b, 17, 17, 1, head_dim))
+        arguments = backward_cases.attention_prefill_backward(b, prefill(b, 17, 17, 1, head_dim))
         backward[head_dim] = hopper_kernels(rows, ("attention_prefill_backward", arguments))
     arguments = cases.moe_experts(b, 160, 2, 1, 64, 64, dtype=torch.bfloat16)
     moe = hopper_kernels(rows, ("moe_experts", arguments))[0]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from . import ops
-from .ops.moe import moe_small_pays
+from .ops.moe_small import moe_small_pays
 from .packed import Weight
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import compiled
 import pytest
@@ -118,3 +119,14 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Backend]:
         return backend
 
     return on_card
+
+
+@pytest.fixture
+def counted() -> Iterator[ModuleType]:
+    """The emulator's controls, counting."""
+    emulated_backend()
+    control = emulated.control()
+    control.settings.profile = True
+    control.reset_counts()
+    yield control
+    control.settings.profile = False

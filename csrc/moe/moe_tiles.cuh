@@ -11,7 +11,8 @@
 // through registers; of a packed weight a warp reads two of a stage's eight packed tiles a stage
 // ahead, and writes them as numbers of T, their rows' scales being left for the sums. What is
 // stored is finite in fp16 too. Shared memory: sizeof(MoeTilesSmem).
-// Bound: tensor cores and shared memory alike; with few tokens an expert the weights, from DRAM.
+// Bound, by the static report: L2, from which every block copies its own rows and weights; with few
+// tokens an expert the weights, from DRAM.
 #pragma once
 
 #include "../common/elementwise.cuh"

@@ -17,7 +17,8 @@ from .decode import attention_decode, qkv_attention_decode
 from .linear import linear_packed, linear_small
 from .logits import sample, softcap, softcap_argmax, softcap_cross_entropy
 from .mlp import geglu
-from .moe import moe_experts, moe_experts_small, moe_norm, moe_open, moe_route
+from .moe import moe_experts, moe_norm, moe_route
+from .moe_small import moe_experts_small, moe_open
 from .norm import add_rms_norm, rms_norm
 from .ple import ple_embed, ple_gate
 from .rope import qkv_norm_rope, qkv_norm_rope_cache

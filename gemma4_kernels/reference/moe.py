@@ -100,8 +100,8 @@ def moe_norm_backward(
         grad_x, scale_rows = grad_x + into, rows * max(x.shape[-1], 1) ** -0.5
     return (
         grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0),
-        sum_of_rows(weight_rows, weight, wants_weight),
-        sum_of_rows(scale_rows, scale, wants_scale),
+        sum_of_rows(x, weight_rows, weight, wants_weight),
+        sum_of_rows(x, scale_rows, scale, wants_scale),
     )
 
 

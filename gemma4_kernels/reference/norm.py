@@ -39,11 +39,11 @@ def through_norm(
     return r * (grad_n - n * (grad_n * n).mean(-1, keepdim=True)), grad * n
 
 
-def sum_of_rows(x: Tensor, weight: Tensor | None, wanted: bool) -> Tensor:
-    """A weight's gradient in its dtype, if it is wanted."""
+def sum_of_rows(x: Tensor, rows: Tensor, weight: Tensor | None, wanted: bool) -> Tensor:
+    """A weight's gradient in its dtype; where none is wanted, an empty tensor beside x."""
     if weight is None or not wanted:
         return x.new_empty(0)
-    return x.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return rows.reshape(-1, rows.shape[-1]).sum(0).to(weight.dtype)
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
@@ -66,7 +66,7 @@ def rms_norm_backward(
     wide_weight = None if weight is None else weight.to(wide)
     grad_x, weight_rows = through_norm(grad.to(wide), x.to(wide), wide_weight, eps)
     grad_x = grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0)
-    return grad_x, sum_of_rows(weight_rows, weight, wants_weight)
+    return grad_x, sum_of_rows(x, weight_rows, weight, wants_weight)
 
 
 def check_add_rms_norm(
@@ -132,6 +132,6 @@ def add_rms_norm_backward(
     return (
         grad_x.to(x.dtype).contiguous() if wants_x else x.new_empty(0),
         grad.to(new_residual.dtype).contiguous() if wants_residual else x.new_empty(0),
-        sum_of_rows(post_rows, post_weight, wants_post_weight),
-        sum_of_rows(next_rows, next_weight, wants_next_weight),
+        sum_of_rows(x, post_rows, post_weight, wants_post_weight),
+        sum_of_rows(x, next_rows, next_weight, wants_next_weight),
     )

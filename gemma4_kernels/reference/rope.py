@@ -132,11 +132,11 @@ def qkv_norm_rope_backward(
         return q_THC.new_empty(0)
 
     dq, q_rows = through(grad_q, q_THC, q_weight)
-    d_q_weight = sum_of_rows(q_rows, q_weight, wants_q_weight)
+    d_q_weight = sum_of_rows(q_THC, q_rows, q_weight, wants_q_weight)
     if k_TGC is None or k_weight is None:
         return dq, none(), none(), d_q_weight, none()
     dk, k_rows = through(grad_k, k_TGC, k_weight, grad_v if v_TGC is None else None)
-    d_k_weight = sum_of_rows(k_rows, k_weight, wants_k_weight)
+    d_k_weight = sum_of_rows(q_THC, k_rows, k_weight, wants_k_weight)
     if v_TGC is None:
         return dq, dk, none(), d_q_weight, d_k_weight
     dv, _ = through_norm(wide_of(grad_v, v_TGC), v_TGC.to(wide), None, eps)

@@ -136,7 +136,7 @@ def test_a_wrong_small_case_is_named(tmp_path, monkeypatch, capsys):
             return args[0]
 
     emulated_backend()
-    calls = {call[0]: call for call in islice(launch_cases(small_cases.EAGER), 40)}
+    calls = {call[0]: call for call in islice(launch_cases(small_cases.EAGER), 100)}
     chosen = [calls[op] for op in ("geglu", "rms_norm", "softcap_argmax")]
     monkeypatch.setattr(opset, "kernels", Wrong())
     ledger = Ledger(tmp_path / "rows.jsonl")

@@ -190,9 +190,9 @@ def test_estimates_are_above_their_bounds_and_floors():
         assert row["estimate_us"] >= max(bound, row["floor_us"]) and row["moved_by"], row
 
 
-@needs_compiler
+@pytest.mark.slow
 def test_the_estimates_are_those_of_the_committed_kernels():
-    """What --estimates writes; the tiles' kernels are those that the committed rows name."""
+    """What --estimates writes."""
     emulated.ops()
     made = static_report.estimate_rows(COMMITTED["compiled"])
     assert json.loads(json.dumps(made)) == COMMITTED["estimates"]

@@ -13,10 +13,10 @@ FAULTS = {
         "test_attention_lengths.py::test_rows_of_no_sequence_are_zero[below zero-emulated]": [
             ("attention/sequence.cuh", "max(int64_t{0}, min(x, size))", "min(x, size)"),
         ],
-        "test_traffic.py::test_prefill_work[512-99 KB]": [
+        "test_traffic_attention.py::test_prefill_work[512-99 KB]": [
             ("common/tile.cuh", "    if (!in_tile(i)) break;\n", ""),
         ],
-        "test_traffic.py::test_prefill_work[64-99 KB]": [
+        "test_traffic_attention.py::test_prefill_work[64-99 KB]": [
             (
                 "attention/mainloop.cuh",
                 "    ptx::cp_async_wait<0>();\n    __syncthreads();\n    keys.copy_v",
@@ -90,7 +90,7 @@ FAULTS = {
                 "for (int w = 2; w < Tile::kColumnWarps; w++)",
             ),
         ],
-        "test_traffic.py::test_prefill_work[256-Hopper]": [
+        "test_traffic_attention.py::test_prefill_work[256-Hopper]": [
             (
                 "attention/mainloop_wgmma.cuh",
                 "    ptx::fence_async_proxy();\n    __syncthreads();\n    float next",
@@ -125,7 +125,7 @@ FAULTS = {
         "test_attention_tiles.py::test_prefill_tiles[227 KB-256-causal-bf16]": [
             ("attention/plan.h", "has_wgmma(device)}", "true}"),
         ],
-        "test_traffic.py::test_prefill_work[512-Hopper]": [
+        "test_traffic_attention.py::test_prefill_work[512-Hopper]": [
             (
                 "attention/mainloop_wgmma.cuh",
                 "smem.store_partial(next, (iteration + 1) % 2);",
@@ -170,7 +170,7 @@ FAULTS = {
         ],
     },
     "attention_decode": {
-        "test_traffic.py::test_decode_work[256-pages]": [
+        "test_traffic_attention.py::test_decode_work[256-pages]": [
             ("attention/sequence.cuh", "key / p.page_size)", "key / p.page_size + 1)"),
             ("attention/sequence.cuh", "inner = key % p.page_size;", "inner = key;"),
         ],
@@ -180,7 +180,7 @@ FAULTS = {
         "test_launch.py::test_decode_of_many_sequences": [
             ("attention/attention.cu", "* p.batch, p.kv_heads", "* (p.batch % 65536), p.kv_heads"),
         ],
-        "test_traffic.py::test_decode_work[256-rows]": [
+        "test_traffic_attention.py::test_decode_work[256-rows]": [
             (
                 "attention/sequence.cuh",
                 "all.begin + split * size",
@@ -277,7 +277,7 @@ FAULTS = {
                 "value.store(makes_v, p.v_cache, p.k_scales",
             ),
         ],
-        "test_traffic.py::test_qkv_decode_work[256-rows-e4m3]": [
+        "test_traffic_attention.py::test_qkv_decode_work[256-rows-e4m3]": [
             ("common/tile.cuh", "row % 2 * 4 + row / 2 % 4", "row % 8"),
         ],
         "test_merges_of_merges[emulated-knots]": [

@@ -1,7 +1,7 @@
 BACKWARD = "attention/attention_prefill_backward.cuh"
 FAULTS = {
     "attention_prefill_backward": {
-        "test_traffic.py::test_prefill_backward_work[(64, 99)]": [
+        "test_traffic_attention.py::test_prefill_backward_work[(64, 99)]": [
             (
                 BACKWARD,
                 "ptx::cp_async_wait<1>();\n    __syncthreads();\n",
@@ -31,7 +31,7 @@ FAULTS = {
                 "(end - s.first() - 1) * queries.group",
             ),
         ],
-        "test_traffic.py::test_prefill_backward_work[(256, 99)]": [
+        "test_traffic_attention.py::test_prefill_backward_work[(256, 99)]": [
             (BACKWARD, "if constexpr (Tile::kColumnWarps > 1) __syncthreads();", ""),
         ],
         "test_gradient[emulated-one token-out-torch.bfloat16]": [

@@ -68,10 +68,10 @@ FAULTS = {
         "test_fp16_saturates[emulated]": [
             ("common/math.cuh", "saturate<T>(gelu_tanh(gate) * other)", "gelu_tanh(gate) * other"),
         ],
-        "test_traffic.py::test_linear_small_work[31B q, k, v]": [
+        "test_traffic_linear.py::test_linear_small_work[31B q, k, v]": [
             (KERNEL, "round_up(width, 64) + 32", "round_up(width, 64)"),
         ],
-        "test_traffic.py::test_linear_small_work[12B down]": [
+        "test_traffic_linear.py::test_linear_small_work[12B down]": [
             (KERNEL, "half * 32 + lane % 4 * 8", "half * 8 + lane % 4 * 16"),
         ],
     },
@@ -113,7 +113,7 @@ FAULTS = {
         "test_linear_packed[emulated-(17, 2112, torch.float8_e4m3fn, None)]": [
             ("linear/linear_packed.cu", "2 * first * p.x_stride", "first * p.x_stride"),
         ],
-        "test_traffic.py::test_linear_packed_tiles_work": [
+        "test_traffic_linear.py::test_linear_packed_tiles_work": [
             (PACKED, "i ^ (lane / 4 & 1)", "i"),
         ],
     },

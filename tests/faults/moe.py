@@ -28,10 +28,10 @@ FAULTS = {
         "test_moe_experts_small.py::test_moe_experts_small[emulated-nine tokens-bfloat16]": [
             ("moe/moe_stream.cuh", "  ptx::wait_for_previous_kernel();\n", ""),
         ],
-        "test_traffic.py::test_moe_experts_few_work[12-bf16]": [
+        "test_traffic_moe.py::test_moe_experts_few_work[12-bf16]": [
             ("moe/moe_sort.cuh", "  __syncthreads();\n", ""),
         ],
-        "test_traffic.py::test_moe_experts_few_work[1-bf16]": [
+        "test_traffic_moe.py::test_moe_experts_few_work[1-bf16]": [
             ("moe/moe_sort.cuh", "lane < warp ? others", "lane <= warp ? others"),
             ("moe/moe_sort.cuh", "found & ((1u << lane) - 1)", "found & ((2u << lane) - 1)"),
             ("moe/moe_sort.cuh", "if (lane >= step) through", "through"),
@@ -66,7 +66,7 @@ FAULTS = {
                 "\n  for (int i = threadIdx.x; i < 2",
             ),
         ],
-        "test_traffic.py::test_moe_experts_few_work[60-bf16]": [
+        "test_traffic_moe.py::test_moe_experts_few_work[60-bf16]": [
             (
                 "moe/moe_sort.cuh",
                 "p.offsets[expert + 1] = offset + total",
@@ -149,7 +149,7 @@ FAULTS = {
                 "kTileColumns);\n    weights",
             ),
         ],
-        "test_traffic.py::test_moe_experts_many_work[128-64]": [
+        "test_traffic_moe.py::test_moe_experts_many_work[128-64]": [
             (
                 "linear/tiles.cuh",
                 "cp_async_wait<kTileStages - 2>",

@@ -169,7 +169,7 @@ def test_address_sanitizer_on_the_kernels(instrumented):
 
 
 def lines_of_refusals(source):
-    """Python refuses first, or takes the twin; test_traffic.py drives the planner's own."""
+    """Python refuses first, or takes the twin; test_traffic_attention.py has the planner's own."""
     return {
         source.count("\n", 0, place) + 1
         for refusal in re.finditer(r"throw [^;]*;|default:", source)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import cases, float64
+from support import backward_cases, cases, float64
 from support.backends import BF16, EAGER, FP16, FP32, in_dtypes
 
 import gemma4_kernels
@@ -34,7 +34,7 @@ def inputs(backend, case, dtype, *wanted):
     forward["weights"][(forward["experts"] < 0) | (forward["experts"] == len(counts))] = torch.nan
     idle = [e for e, count in enumerate(counts) if count == 0]
     forward["gate_up"][idle] = forward["down"][idle] = torch.nan
-    return cases.moe_experts_backward(backend, forward, *wanted)
+    return backward_cases.moe_experts_backward(backend, forward, *wanted)
 
 
 def call(backend, arguments):
@@ -131,7 +131,7 @@ def test_what_fp16_holds_back_has_no_gradient(backend):
         "weights": ones,
     }
     arguments["gate_up"][0, 7] = arguments["gate_up"][0, 15] = 1.0 / 16  # the last one moves
-    given = cases.moe_experts_backward(backend, arguments)
+    given = backward_cases.moe_experts_backward(backend, arguments)
     given["grad"] = torch.ones_like(given["x"])
     dx, d_gate_up, d_down, d_weights = call(backend, given)
     moves = torch.tensor([False] * 7 + [True])
@@ -147,7 +147,7 @@ def test_what_fp16_holds_back_has_no_gradient(backend):
 @pytest.mark.parametrize("empty", [(0, 4, 2, 16, 8), (5, 4, 0, 16, 8), (5, 4, 2, 16, 0)], ids=str)
 def test_nothing_to_do_is_zero(backend, poisoned_memory, empty):
     forward = cases.moe_experts(backend, *empty, dtype=BF16)
-    arguments = cases.moe_experts_backward(backend, forward)
+    arguments = backward_cases.moe_experts_backward(backend, forward)
     for name, gradient in zip(MADE, call(backend, arguments), strict=True):
         assert gradient.shape == arguments[name].shape and (gradient == 0).all()
 

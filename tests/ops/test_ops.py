@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import EAGER
 from support.marks import needs_compiler
 from support.samples import NOT_DIFFERENTIABLE, samples
@@ -114,7 +114,7 @@ def backward_sample(name, arguments):
         dense = arguments[1].is_floating_point()
         return torch.randn_like(arguments[0]), *arguments, True, dense, False, True
     forward = dict(zip(opset.OPS[name].names, arguments, strict=True))
-    return tuple(getattr(cases, f"{name}_backward")(EAGER, forward).values())
+    return tuple(getattr(backward_cases, f"{name}_backward")(EAGER, forward).values())
 
 
 def flat(result):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import cases, float64
+from support import backward_cases, cases, float64
 from support.backends import BF16, FP16
 from support.expect import assert_close_to_float64, assert_refused
 from support.marks import all_dtypes
@@ -67,7 +67,7 @@ def test_gradient(backend, poisoned_memory, case, dtype):
 
 @pytest.mark.parametrize("case", ["ragged", "several rounds", "no cap"])
 def test_gradient_over_the_logits(backend, case):
-    arguments = cases.softcap_cross_entropy_backward(backend, inputs(backend, case, BF16))
+    arguments = backward_cases.softcap_cross_entropy_backward(backend, inputs(backend, case, BF16))
     softcap_cross_entropy_backward(**arguments)
     apart = arguments["d_logits"].clone()
     softcap_cross_entropy_backward(**(arguments | {"d_logits": arguments["logits"]}))
@@ -171,6 +171,6 @@ BAD_BACKWARD = {
 def test_bad_input_of_the_backward(backend, case):
     name, change, error, sentence = BAD_BACKWARD[case]
     forward = cases.softcap_cross_entropy(backend, 3, 8)
-    arguments = cases.softcap_cross_entropy_backward(backend, forward)
+    arguments = backward_cases.softcap_cross_entropy_backward(backend, forward)
     arguments[name] = change(arguments[name])
     assert_refused(softcap_cross_entropy_backward, arguments, error, sentence)

@@ -5,10 +5,10 @@ sums that blocks keep of weights' gradients: together no more than 5 % over what
 """
 
 import pytest
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16, FP32, in_dtypes
 from support.marks import emulated_backend
-from test_traffic import check_sites, counted  # noqa: F401
+from support.traffic import check_sites
 
 from gemma4_kernels import opset
 
@@ -37,14 +37,14 @@ CACHED = WEIGHTS | {"inv_freq", "index", "positions"}
     "case",
     [pytest.param(case, marks=pytest.mark.slow) if "31B" in case else case for case in CASES],
 )
-def test_traffic(counted, case, wants):  # noqa: F811
+def test_traffic(counted, case, wants):
     op, sizes, wide = CASES[case]
     b = emulated_backend()
     # Of q, k and v apart, as training makes them: of views each would count the memory of all.
     options = dict(packed=False) if op == "qkv_norm_rope" else {}
     forward = getattr(cases, op)(b, *sizes, dtype=BF16, **options)
     forward = in_dtypes(forward, **dict.fromkeys(wide, FP32))
-    arguments = getattr(cases, f"{op}_backward")(b, forward)
+    arguments = getattr(backward_cases, f"{op}_backward")(b, forward)
     for name in arguments:
         if name.startswith("wants_") and name.endswith(("weight", "scale")):
             arguments[name] = wants

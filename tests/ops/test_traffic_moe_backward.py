@@ -1,10 +1,11 @@
 """What the kernels of the experts' gradients ask of memory and of the tensor cores."""
 
 import pytest
-from support import cases, emulated
+from support import backward_cases, cases, emulated
 from support.backends import BF16
 from support.marks import emulated_backend
-from test_traffic import MOE_SMALL, check_sites, counted  # noqa: F401
+from support.traffic import check_sites
+from test_traffic_moe import MOE_SMALL
 
 from gemma4_kernels import opset
 
@@ -12,7 +13,7 @@ TOKENS, WIDTH, HIDDEN = 256, 128, 128
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen experts"])
-def test_experts_work(counted, frozen):  # noqa: F811
+def test_experts_work(counted, frozen):
     """On full tiles eight products and not one more, of frozen experts five; what a tile reads
     comes once for each tile beside it, and all that is made is written once, zeros of an idle
     expert too."""
@@ -20,7 +21,7 @@ def test_experts_work(counted, frozen):  # noqa: F811
     forward = cases.moe_experts(b, TOKENS, 2, 1, WIDTH, HIDDEN, dtype=BF16)
     forward["experts"][:] = 1
     wanted = (True, False, False, True) if frozen else (True,) * 4
-    arguments = cases.moe_experts_backward(b, forward, *wanted)
+    arguments = backward_cases.moe_experts_backward(b, forward, *wanted)
     counted.reset_counts()
     with emulated.one_schedule():
         backward = opset.OPS["moe_experts_backward"]

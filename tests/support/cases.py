@@ -1,7 +1,8 @@
 """How a call of each op is made from a few sizes, for tests and benches alike.
 
 Each function returns the arguments that have no default, by the names of the op's schema, drawn by
-a backend. What a test is about (a view, a NaN, another dtype) it puts in their place itself.
+a backend. What a test is about (a view, a NaN, another dtype) it puts in their place itself. All ops
+stand in this file, a few lines each, since tests look for them by name.
 """
 
 import inspect
@@ -96,41 +97,9 @@ def add_rms_norm(
     }
 
 
-def rms_norm_backward(b: Backend, forward: Arguments) -> Arguments:
-    """Behind a call of the forward, with every gradient wanted, as in the others."""
-    arguments = complete("rms_norm", forward)
-    given = arguments | {"grad": torch.randn_like(arguments["x"])}
-    return _backward_of("rms_norm", given)
-
-
-def add_rms_norm_backward(b: Backend, forward: Arguments) -> Arguments:
-    arguments = complete("add_rms_norm", forward)
-    new_residual, y = b.ops.add_rms_norm(**arguments)
-    given = arguments | {"new_residual": new_residual.detach()}
-    given["grad_residual"] = torch.randn_like(given["new_residual"])
-    return _backward_of(
-        "add_rms_norm", given | {"grad_y": None if y is None else torch.randn_like(y)}
-    )
-
-
-def _backward_of(op: str, given: Arguments) -> Arguments:
-    """What its backward takes of these, detached; it wants all."""
-    names = opset.OPS[f"{op}_backward"].names
-    given = given | {name: True for name in names if name.startswith("wants_")}
-    values = ((name, given[name]) for name in names)
-    return {n: x.detach() if isinstance(x, Tensor) else x for n, x in values}
-
-
 def moe_norm(b: Backend, *shape: int, dtype: torch.dtype = FP32) -> Arguments:
     scale = b.weight(shape[-1], dtype=dtype)
     return rms_norm(b, *shape, dtype=dtype) | {"scale": scale}
-
-
-def moe_norm_backward(b: Backend, forward: Arguments) -> Arguments:
-    given = complete("moe_norm", forward)
-    y, router_x = b.ops.moe_norm(**given)
-    grads = {"grad_y": torch.randn_like(y), "grad_router_x": torch.randn_like(router_x)}
-    return _backward_of("moe_norm", given | grads)
 
 
 def frequencies(head_dim: int, live: int | None = None, theta: float = 10_000.0) -> Tensor:
@@ -170,15 +139,6 @@ def qkv_norm_rope(
         "positions": b.to(torch.arange(tokens) if positions is None else positions),
         "inv_freq": b.to(frequencies(head_dim, live)),
     }
-
-
-def qkv_norm_rope_backward(b: Backend, forward: Arguments) -> Arguments:
-    given = complete("qkv_norm_rope", forward)
-    q, k = given["q"], given["k"]
-    given["grad_q"] = torch.randn_like(q)
-    for name in ("grad_k", "grad_v"):
-        given[name] = None if k is None else torch.randn_like(k)
-    return _backward_of("qkv_norm_rope", given)
 
 
 def qkv_norm_rope_cache(
@@ -266,14 +226,6 @@ def attention_prefill(
         "max_seqlen_q": max(queries),
         "max_seqlen_k": max(keys),
     } | options
-
-
-def attention_prefill_backward(b: Backend, forward: Arguments) -> Arguments:
-    """Behind a call of the forward."""
-    out, lse = b.ops.attention_prefill(**forward | {"return_lse": True})
-    arguments = complete("attention_prefill", forward) | {"out": out.detach(), "lse": lse.detach()}
-    arguments |= {"grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse)}
-    return {name: arguments[name] for name in opset.OPS["attention_prefill_backward"].names}
 
 
 def attention_decode(
@@ -386,14 +338,6 @@ def moe_experts(
     }
 
 
-def moe_experts_backward(b: Backend, forward: Arguments, *wanted: bool) -> Arguments:
-    """Behind a call of the forward; `wanted`: of x, gate_up, down and weights, all unless given."""
-    given = complete("moe_experts", forward) | {"grad": torch.randn_like(forward["x"])}
-    names = opset.OPS["moe_experts_backward"].names
-    given |= zip(names[-4:], wanted or (True,) * 4, strict=True)
-    return {name: given[name] for name in names}
-
-
 def moe_open(
     b: Backend,
     tokens: int,
@@ -479,27 +423,6 @@ def softcap_cross_entropy(
     targets[1::4] = -100
     logits = b.randn(tokens, vocab_size, dtype=dtype, std=std)
     return {"logits": logits, "targets": b.to(targets), "cap": cap}
-
-
-def softcap_cross_entropy_backward(b: Backend, forward: Arguments) -> Arguments:
-    """Behind a call of the forward, into a tensor of its own."""
-    arguments = {n: x.detach() if isinstance(x, Tensor) else x for n, x in forward.items()}
-    nll, lse = b.ops.softcap_cross_entropy(**arguments)
-    grads = dict(lse=lse, grad_nll=torch.randn_like(nll), grad_lse=torch.randn_like(nll))
-    d_logits = torch.empty_like(arguments["logits"], memory_format=torch.contiguous_format)
-    return complete("softcap_cross_entropy_backward", arguments | grads | {"d_logits": d_logits})
-
-
-def geglu_backward(b: Backend, forward: Arguments, op: str = "geglu") -> Arguments:
-    """Behind a call of it; all is wanted."""
-    arguments = {n: x.detach() if isinstance(x, Tensor) else x for n, x in forward.items()}
-    grad = torch.randn_like(getattr(b.ops, op)(**arguments))
-    made = arguments | {"grad": grad, "wants_gate": True, "wants_ple": True}
-    return {name: made[name] for name in opset.OPS[f"{op}_backward"].names}
-
-
-def ple_gate_backward(b: Backend, forward: Arguments) -> Arguments:
-    return geglu_backward(b, forward, "ple_gate")
 
 
 def sample(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import cases
+from . import backward_cases, cases
 from .backends import BF16, FP16, FP32, Backend, in_dtypes
 from .cases import Arguments, under_autocast
 
@@ -65,7 +65,9 @@ def launch_cases(b: Backend) -> Iterator[Call]:
             arguments = cases.moe_experts(b, tokens, experts, k, 64, 64, dtype=dtype)
             yield "moe_experts", arguments
             yield "moe_experts", in_dtypes(arguments, gate_up=FP32, down=FP32)
-        backward = cases.moe_experts_backward(b, cases.moe_experts(b, 3, 2, 1, 64, 64, dtype=dtype))
+        backward = backward_cases.moe_experts_backward(
+            b, cases.moe_experts(b, 3, 2, 1, 64, 64, dtype=dtype)
+        )
         for wide in ({}, {"gate_up": FP32, "down": FP32}):
             yield "moe_experts_backward", in_dtypes(backward, **wide)
         for form in ({}, {"codes": torch.int8}):
@@ -96,7 +98,10 @@ def launch_cases(b: Backend) -> Iterator[Call]:
                 arguments = cases.qkv_attention_decode(b, [300], 300, 2, 1, head_dim, dtype=dtype)
                 yield "qkv_attention_decode", arguments | {"softcap": softcap}
             arguments = prefill(b, 17, 17, 1, head_dim, dtype)
-            yield "attention_prefill_backward", cases.attention_prefill_backward(b, arguments)
+            yield (
+                "attention_prefill_backward",
+                backward_cases.attention_prefill_backward(b, arguments),
+            )
 
 
 def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
@@ -126,7 +131,7 @@ def mixed_cases(b: Backend, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def backward_of(b: Backend, op: str, forward: Arguments) -> Call:
-    return f"{op}_backward", getattr(cases, f"{op}_backward")(b, forward)
+    return f"{op}_backward", getattr(backward_cases, f"{op}_backward")(b, forward)
 
 
 def prefill(
