@@ -145,7 +145,7 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_("q_" in n or "layernorm" in n)
 
 
-@pytest.mark.parametrize("name", ["e_series", "moe"])
+@pytest.mark.parametrize("name", ["e_series", pytest.param("moe", marks=pytest.mark.slow)])
 def test_checkpoints_and_frozen_weights(name: str) -> None:
     def checkpointing(reentrant: bool) -> Callable[[nn.Module], object]:
         options = {"use_reentrant": reentrant}
