@@ -55,6 +55,8 @@ def _through_qkv_norm_rope(
     kept: Args, wanted: tuple[bool, ...], *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """q, k and v come from one input, and their gradients are made together or for nothing."""
+    if wanted[6]:  # frequencies that somebody trains
+        return _qkv_norm_rope.differentiate_twin(kept, wanted, grads)
     # Without a k its outputs are empty, as are their gradients.
     given = grads if kept[1] is not None else (grads[0], None, None)
     found = _qkv_norm_rope_backward.registered(*given, *kept, *wanted[3:5])
