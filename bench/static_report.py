@@ -1,6 +1,6 @@
 """What can be said of the kernels without a GPU: the compiler's report, the SASS, counted work.
 
-    python bench/static_report.py [--out bench/results/static.json] [--estimates]
+    python bench/static_report.py [--out bench/results/static.json] [--library FILE]
 
 Four tables, the same from run to run. `compiled`: each kernel on each architecture, from ptxas and
 cuobjdump, with the threads and the shared memory that its launcher gives it in the emulator.
@@ -258,13 +258,14 @@ def tensor_share(row: dict) -> float:
     return tensor / instructions if instructions else 0.0
 
 
-def report() -> dict[str, list[dict]]:
+def report(library: Path | None) -> dict[str, list[dict]]:
     if compiled.toolkit() is None or compiled.cuobjdump() is None:
         raise SystemExit(
             "static_report needs a CUDA toolkit with nvcc, and cuobjdump with nvdisasm"
         )
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compiled.read_kernels(compiled.compile_kernels(Path(folder)))
+        files = [library] if library else compiled.compile_kernels(Path(folder))
+        kernels = compiled.read_kernels(files)
         rows = compiled_rows(kernels, launches())
     tables = {"compiled": rows, "counted": counted_rows(), "estimates": estimate_rows(rows)}
     return tables | {"tokens": token_cost.rows()}
@@ -274,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--estimates", action="store_true", help="make the estimates alone anew")
+    parser.add_argument("--library", type=Path, help="read this build for all GPUs")
     given = parser.parse_args()
     out = given.out
     if given.estimates:
@@ -281,7 +283,7 @@ def main() -> None:
         tables = json.loads(out.read_text())
         tables["estimates"] = estimate_rows(tables["compiled"])
     else:
-        tables = report()
+        tables = report(given.library)
     lines = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in table) + "\n]"
         for name, table in tables.items()
