@@ -8,7 +8,8 @@ cuobjdump, with the threads and the shared memory that its launcher gives it in 
 shapes, beside what would do. `estimates`: times on an H100, from the first table and estimates.py.
 `tokens`: what a token costs on four cards, from counted launches (token_cost.py). The last two are
 never measured. test_static_report.py lets no kernel become worse than the committed tables, of
-which report.py makes static.md and the README's.
+which report.py makes static.md and the README's. --library reads a build for all GPUs and compiles
+nothing; --estimates makes that table alone anew.
 """
 
 import argparse
