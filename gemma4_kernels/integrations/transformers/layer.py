@@ -75,13 +75,16 @@ class Slices:
         self.whole: Tensor | None = None
         self.slices: tuple[Tensor, ...] = ()
 
-    def like(self, given: Tensor, layer: int) -> Tensor:
+    def like(self, given: Tensor) -> Tensor:
         """The same slice as the given one, or this one where it was not cut out of all layers'."""
         whole, cut = given._base, type(given.grad_fn).__name__ == "SelectBackward0"
-        if not cut or whole is None or whole.ndim != given.ndim + 1 or whole.shape[2] <= layer:
+        if not cut or whole is None or whole.ndim != given.ndim + 1 or whole.stride(2) == 0:
             return given
         if whole is not self.whole:
             self.whole, self.slices = whole, whole.unbind(2)
+        layer = (given.storage_offset() - whole.storage_offset()) // whole.stride(2)
+        if not 0 <= layer < len(self.slices):
+            return given
         found = self.slices[layer]
         same = found.data_ptr() == given.data_ptr() and found.shape == given.shape
         return found if same and found.stride() == given.stride() else given
@@ -115,7 +118,7 @@ class DecoderLayer(gemma4.Gemma4TextDecoderLayer):
                 hidden_states = x_TD.view(hidden_states.shape)
             return super().forward(hidden_states, per_layer_input, **kwargs)
         if slices is not None and per_layer_input is not None:
-            per_layer_input = slices.like(per_layer_input, self.self_attn.layer_idx)
+            per_layer_input = slices.like(per_layer_input)
         if isinstance(self.self_attn, Attention) and not self.self_attn.is_kv_shared_layer:
             decode.static_layer(self.self_attn, kwargs)
         few = decode.are_few(hidden_states)
