@@ -106,8 +106,8 @@ Tensor moe_experts(Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
     Tensor grad, Tensor x, Tensor gate_up, OptionalTensor gate_up_scales,
     OptionalTensor gate_up_row_scales, Tensor down, OptionalTensor down_scales,
-    OptionalTensor down_row_scales, Tensor experts, Tensor weights, bool want_x, bool want_gate_up,
-    bool want_down, bool want_weights) {
+    OptionalTensor down_row_scales, Tensor experts, Tensor weights, bool wants_x,
+    bool wants_gate_up, bool wants_down, bool wants_weights) {
   Call call(x);
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 3 && experts.dim() == 2,
                   "x must be [T, D], down [E, D, F], not packed, and experts [T, K]");
@@ -130,17 +130,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
     return wanted ? call.out(name, t) : nullptr;
   };
   const ScalarType dtype = x.scalar_type();
-  Tensor dx = made(want_x, {tokens, width}, dtype);
-  Tensor d_gate_up = made(want_gate_up, shape_of(gate_up), gate_up.scalar_type());
-  Tensor d_down = made(want_down, shape_of(down), down.scalar_type());
-  Tensor d_weights = made(want_weights, {tokens, k}, ScalarType::Float);
+  Tensor dx = made(wants_x, {tokens, width}, dtype);
+  Tensor d_gate_up = made(wants_gate_up, shape_of(gate_up), gate_up.scalar_type());
+  Tensor d_down = made(wants_down, shape_of(down), down.scalar_type());
+  Tensor d_weights = made(wants_weights, {tokens, k}, ScalarType::Float);
   Tensor offsets = call.empty({num_experts + 1}, ScalarType::Int);
   Tensor order = call.empty({assignments}, ScalarType::Int);
-  Tensor hidden = made(want_down, {assignments, hidden_width}, dtype);
-  Tensor d_pair = made(want_x || want_gate_up, {assignments, 2 * hidden_width}, dtype);
-  Tensor dx_parts = made(want_x, {assignments, width}, dtype);
+  Tensor hidden = made(wants_down, {assignments, hidden_width}, dtype);
+  Tensor d_pair = made(wants_x || wants_gate_up, {assignments, 2 * hidden_width}, dtype);
+  Tensor dx_parts = made(wants_x, {assignments, width}, dtype);
   const int64_t tiles = (hidden_width + gemma4::kMoeHiddenColumns - 1) / gemma4::kMoeHiddenColumns;
-  Tensor d_parts = made(want_weights, {tiles, assignments}, ScalarType::Float);
+  Tensor d_parts = made(wants_weights, {tiles, assignments}, ScalarType::Float);
   gemma4::MoeExpertsBackwardParams p{};
   p.x = call.in("x", x_held);
   p.grad = call.in("grad", grad_held);
@@ -150,17 +150,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
                   hidden_width, false, dtypes.weight);
   p.experts = call.flat_indices("experts", experts);
   p.weights = call.floats("weights", weights, {tokens, k});
-  p.y = pointer("dx", want_x, dx);
+  p.y = pointer("dx", wants_x, dx);
   p.offsets = static_cast<int32_t*>(call.out("offsets", offsets));
   p.order = static_cast<int32_t*>(call.out("order", order));
-  p.hidden = pointer("hidden", want_down, hidden);
-  p.expert_out = pointer("dx_parts", want_x, dx_parts);
-  p.d_pair = pointer("d_pair", want_x || want_gate_up, d_pair);
-  p.d_parts = static_cast<float*>(pointer("d_parts", want_weights, d_parts));
+  p.hidden = pointer("hidden", wants_down, hidden);
+  p.expert_out = pointer("dx_parts", wants_x, dx_parts);
+  p.d_pair = pointer("d_pair", wants_x || wants_gate_up, d_pair);
+  p.d_parts = static_cast<float*>(pointer("d_parts", wants_weights, d_parts));
   p.hidden_tiles = as_int("down", tiles);
-  p.d_gate_up = pointer("d_gate_up", want_gate_up, d_gate_up);
-  p.d_down = pointer("d_down", want_down, d_down);
-  p.d_weights = static_cast<float*>(pointer("d_weights", want_weights, d_weights));
+  p.d_gate_up = pointer("d_gate_up", wants_gate_up, d_gate_up);
+  p.d_down = pointer("d_down", wants_down, d_down);
+  p.d_weights = static_cast<float*>(pointer("d_weights", wants_weights, d_weights));
   p.x_stride = x_held.stride(0);
   p.grad_stride = grad_held.stride(0);
   p.tokens = as_int("x", tokens);

@@ -141,14 +141,17 @@ def _gradients(
     gate_up: Tensor,
     down: Tensor,
     weights: Tensor,
-    want_x: bool,
-    want_gate_up: bool,
-    want_down: bool,
-    want_weights: bool,
+    wants_x: bool,
+    wants_gate_up: bool,
+    wants_down: bool,
+    wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (x, want_x), (gate_up, want_gate_up), (down, want_down), (weights, want_weights)
-    dx, d_gate_up, d_down, d_weights = (new(t, *(t.shape if want else (0,))) for t, want in wanted)
-    return dx, d_gate_up, d_down, d_weights
+    return (
+        grad_of(x, x, wants_x),
+        grad_of(gate_up, gate_up, wants_gate_up),
+        grad_of(down, down, wants_down),
+        grad_of(weights, weights, wants_weights),
+    )
 
 
 def _backward_unserved(
@@ -171,8 +174,8 @@ EXPERTS = (
 )
 
 _moe_experts_backward = Op(
-    f"moe_experts_backward(Tensor grad, {EXPERTS}, Tensor experts, Tensor weights, bool want_x,"
-    " bool want_gate_up, bool want_down, bool want_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"moe_experts_backward(Tensor grad, {EXPERTS}, Tensor experts, Tensor weights, bool wants_x,"
+    " bool wants_gate_up, bool wants_down, bool wants_weights) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.moe_experts_backward,
     outputs=_gradients,
     dtypes=HALF,

@@ -223,10 +223,10 @@ def moe_experts_backward(
     down_row_scales: Tensor | None,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    want_x: bool,
-    want_gate_up: bool,
-    want_down: bool,
-    want_weights: bool,
+    wants_x: bool,
+    wants_gate_up: bool,
+    wants_down: bool,
+    wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and weights, expert by expert, activations recomputed; what is
     not wanted is empty."""
@@ -240,8 +240,8 @@ def moe_experts_backward(
     dx, d_gate_up, d_down, d_weights = (
         t.new_zeros(t.shape if want else 0)
         for t, want in (
-            *((x_TD, want_x), (gate_up_E2FD, want_gate_up)),
-            *((down_EDF, want_down), (weights_TK, want_weights)),
+            *((x_TD, wants_x), (gate_up_E2FD, wants_gate_up)),
+            *((down_EDF, wants_down), (weights_TK, wants_weights)),
         )
     )
     inner = torch.promote_types(x_TD.dtype, torch.float32)
@@ -251,22 +251,22 @@ def moe_experts_backward(
         act = F.gelu(gate, approximate="tanh")
         product = act * up
         hidden = finite(product)
-        if want_weights:
+        if wants_weights:
             out = finite(times(hidden, _expert(down, e)))
             d_weights.view(-1)[order[run]] = (dy * out.to(inner)).sum(-1).to(d_weights.dtype)
         dy = (dy * weights[run]).to(x.dtype)
-        if want_down:
+        if wants_down:
             d_down[e] = dy.T @ hidden
-        if not (want_x or want_gate_up):
+        if not (wants_x or wants_gate_up):
             continue
         d_hidden = _times_transposed(dy, _expert(down, e))
         if hidden is not product:  # what was held back passes nothing on
             d_hidden = d_hidden.masked_fill(product.isinf(), 0.0)
         d_gate = torch.ops.aten.gelu_backward(d_hidden * up, gate, approximate="tanh")
         d_pair = torch.cat([d_gate, d_hidden * act], -1)
-        if want_gate_up:
+        if wants_gate_up:
             d_gate_up[e] = d_pair.T @ x
-        if want_x:
+        if wants_x:
             dx.index_add_(0, tokens[run], _times_transposed(d_pair, _expert(gate_up, e)))
     return dx, d_gate_up, d_down, d_weights
 
